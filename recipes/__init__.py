@@ -1,0 +1,1 @@
+"""What a user launches: each file is one pipeline read top to bottom."""

@@ -1,0 +1,1 @@
+"""Semantic-aware classifier-free guidance for diffusers U-net pipelines. Imports nothing else of this project."""

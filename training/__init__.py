@@ -1,0 +1,1 @@
+"""DreamBooth, LoRA and ControlNet on one resumable loop, and the embedded pocket base model."""

@@ -1,0 +1,45 @@
+"""Who a pipeline's base model is: its architecture and, more loosely, its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+__all__ = ["describe", "modules_of"]
+
+_PARTS = ("unet", "text_encoder", "text_encoder_2")
+_ADAPTER_PARTS = ("lora_", "hada_", "lokr_")
+
+
+def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The trainable components an adapter can sit on."""
+    return {name: part for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
+
+
+def describe(pipe: Any) -> dict[str, str]:
+    """`name`, `architecture` and `weights` of a base, the same with or without adapters attached.
+
+    `architecture` hashes parameter names and shapes. `weights` hashes up to 64 evenly spaced entries of every parameter,
+    rounded to 3 significant digits, so that float16 and float32 copies of a model agree and a fine-tuned one does not.
+    """
+    shapes, digest = [], hashlib.sha256()
+    for part, module in modules_of(pipe).items():
+        for name, value in sorted(_own_parameters(module)):
+            shapes.append([f"{part}.{name}", list(value.shape)])
+            flat = value.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().tolist()
+            digest.update(f"{name}:{' '.join(f'{x:.2e}' for x in picked)}\n".encode())
+    architecture = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    name = str(getattr(pipe.config, "_name_or_path", "") or getattr(pipe, "name_or_path", ""))
+    return {"name": name, "architecture": architecture[:16], "weights": digest.hexdigest()[:16]}
+
+
+def _own_parameters(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (name.replace(".base_layer.", ".").removeprefix("text_model."), value)
+        for name, value in module.named_parameters()
+        if not any(part.startswith(_ADAPTER_PARTS) for part in name.split("."))
+    ]

@@ -1,0 +1,488 @@
+"""Paired comparison of arms, said in numbers and in one word.
+
+An arm is a way to sample (base; adapter with CFG; adapter with S-CFG; …). All arms get the same prompts, seeds and initial
+latents; the effect is the difference per pair, averaged within clusters (subjects, else prompts), and the interval is
+over clusters. Primary metric, minimum effect and contrast are declared in `Design` before anything is measured. Every
+number of the result is a function of the table of rows and the design, so `per_image.csv` is enough to recompute it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from . import stats
+from .errors import GainsError
+from .metrics import Metric, score
+from .sample import Shot
+
+__all__ = [
+    "Arm",
+    "Contrast",
+    "Design",
+    "Gains",
+    "Row",
+    "Verdict",
+    "at_effective_scale",
+    "compare",
+    "curve",
+    "measure",
+    "read_csv",
+    "tabulate",
+    "write_csv",
+]
+
+Arm = Callable[[Sequence[str], Sequence[int]], Sequence[Shot]]
+_FIXED = ("arm", "subject", "prompt", "seed", "latents", "image", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image's line of the table."""
+
+    arm: str
+    prompt: str
+    seed: int
+    latents: str
+    subject: str = ""
+    image: str = ""
+    """SHA-256 of the RGB pixels."""
+    seconds: float = 0.0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        return self.subject, self.prompt, self.seed, self.latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What was decided before the run."""
+
+    arm: str
+    """The arm the verdict is about."""
+    baseline: str
+    """What it is compared with."""
+    primary: str
+    """The metric that decides."""
+    minimum_effect: float
+    """The smallest difference worth calling a gain, in the primary metric's unit; > 0."""
+    higher_is_better: Mapping[str, bool]
+    """Every metric that is compared, and which way is up."""
+    referee: str | None = None
+    """A metric in another feature space that must agree in sign before anything is called a gain."""
+    cluster: Literal["auto", "subject", "prompt"] = "auto"
+    """auto: subjects where there are at least six, else prompts (then nothing is claimed about other subjects)."""
+    confidence: float = 0.95
+    sweeps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Per method, guidance scale (as text) -> arm: what curves are drawn through."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Anything worth writing down: held-out statement, tuning budget, command, versions."""
+
+    def __post_init__(self) -> None:
+        if self.arm == self.baseline:
+            raise GainsError(f"arm and baseline are both {self.arm!r}")
+        if not self.minimum_effect > 0:
+            raise GainsError(f"minimum_effect={self.minimum_effect}: declare a difference > 0 that would matter")
+        for name in (self.primary, self.referee):
+            if name is not None and name not in self.higher_is_better:
+                raise GainsError(f"{name!r} is not in higher_is_better ({sorted(self.higher_is_better)})")
+        if not 0.5 <= self.confidence < 1:
+            raise GainsError(f"confidence={self.confidence}: expected 0.5 <= confidence < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """One arm against the baseline on one metric; `difference` is arm minus baseline."""
+
+    arm: str
+    baseline: str
+    metric: str
+    higher_is_better: bool
+    difference: float
+    low: float
+    high: float
+    method: str
+    clusters: int
+    pairs: int
+    failures: int
+    """Pairs left out because the metric could not judge one of their images."""
+    check: tuple[float, float]
+    """Bootstrap-t interval."""
+    p: float
+    p_holm: float | None
+    """None for the primary contrast, which needs no correction."""
+    wins: int
+    ties: int
+    losses: int
+    detectable: float
+
+    @property
+    def better(self) -> tuple[float, float, float]:
+        """(difference, low, high) with up meaning better."""
+        if self.higher_is_better:
+            return self.difference, self.low, self.high
+        return -self.difference, -self.high, -self.low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    word: Literal["gain", "no detectable gain", "trade-off", "harm"]
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gains:
+    """Everything `gains.json` says about the comparison."""
+
+    design: Design
+    verdict: Verdict
+    arms: list[dict[str, Any]]
+    contrasts: list[Contrast]
+    curves: dict[str, list[dict[str, Any]]]
+    worst: list[dict[str, Any]]
+    """The five pairs that lost most on the primary metric."""
+    counts: dict[str, Any]
+
+    @property
+    def primary(self) -> Contrast:
+        d = self.design
+        return next(c for c in self.contrasts if (c.arm, c.metric) == (d.arm, d.primary))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; NaN becomes None."""
+        return json.loads(json.dumps(_plain(asdict(self))))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def measure(
+    arms: Mapping[str, Arm],
+    metrics: Sequence[Metric],
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    subject: Callable[[Shot], str] | None = None,
+) -> tuple[list[Row], dict[str, list[Shot]]]:
+    """Sample every arm on the same prompts and seeds and score it; returns the table and the images."""
+    shots = {name: list(arm(prompts, seeds)) for name, arm in arms.items()}
+    return tabulate(shots, metrics, subject=subject), shots
+
+
+def tabulate(
+    shots: Mapping[str, Sequence[Shot]], metrics: Sequence[Metric], *, subject: Callable[[Shot], str] | None = None
+) -> list[Row]:
+    """One row per image: what was recorded while sampling, and every metric."""
+    names = Counter(metric.name for metric in metrics)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise GainsError(f"two metrics are called {twice[0]!r}")
+    rows = []
+    for arm, images in shots.items():
+        columns = {metric.name: score(metric, images) for metric in metrics}
+        for index, shot in enumerate(images):
+            if clash := set(shot.numbers) & set(columns):
+                raise GainsError(f"{sorted(clash)} is both recorded while sampling and a metric; rename one")
+            numbers = {**shot.numbers, **{name: float(values[index]) for name, values in columns.items()}}
+            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()
+            rows.append(
+                Row(
+                    arm=arm,
+                    prompt=shot.prompt,
+                    seed=shot.seed,
+                    latents=shot.latents,
+                    subject=subject(shot) if subject is not None else "",
+                    image=digest,
+                    seconds=shot.seconds,
+                    numbers=numbers,
+                )
+            )
+    return rows
+
+
+def write_csv(rows: Iterable[Row]) -> str:
+    """The table as CSV text; floats are written so that they read back exactly."""
+    rows = list(rows)
+    metrics = sorted({name for row in rows for name in row.numbers})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*_FIXED, *metrics])
+    for row in rows:
+        fixed = [row.arm, row.subject, row.prompt, row.seed, row.latents, row.image, repr(float(row.seconds))]
+        writer.writerow([*fixed, *(repr(float(row.numbers[m])) if m in row.numbers else "" for m in metrics)])
+    return text.getvalue()
+
+
+def read_csv(source: str | Path) -> list[Row]:
+    """The table from CSV text or a file."""
+    text = source.read_text("utf-8") if isinstance(source, Path) else source
+    table = csv.reader(io.StringIO(text, newline=""))
+    header = next(table, [])
+    if tuple(header[: len(_FIXED)]) != _FIXED:
+        raise GainsError(f"per-image table: columns start with {header[:7]}, expected {list(_FIXED)}")
+    rows = []
+    for number, cells in enumerate(table, start=2):
+        try:
+            arm, subject, prompt, seed, latents, image, seconds = cells[: len(_FIXED)]
+            pairs = zip(header[len(_FIXED) :], cells[len(_FIXED) :], strict=True)
+            rows.append(
+                Row(
+                    arm=arm,
+                    subject=subject,
+                    prompt=prompt,
+                    seed=int(seed),
+                    latents=latents,
+                    image=image,
+                    seconds=float(seconds),
+                    numbers={name: float(cell) for name, cell in pairs if cell != ""},
+                )
+            )
+        except ValueError as error:
+            raise GainsError(f"per-image table, line {number}: {error}") from error
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+def compare(rows: Sequence[Row], design: Design) -> Gains:
+    """Compare every arm with the baseline on every metric of the design and give the verdict on `design.arm`.
+
+    Raises `GainsError` where arms do not join on (subject, prompt, seed, hash of the initial latents), or a metric is
+    missing.
+    """
+    tables = _by_arm(rows)
+    for name in (design.arm, design.baseline):
+        if name not in tables:
+            raise GainsError(f"no images of arm {name!r}; there are {sorted(tables)}")
+    reference = tables[design.baseline]
+    for name, table in tables.items():
+        _check_join(name, table, design.baseline, reference)
+    cluster = _cluster(reference, design)
+    arms = [_arm_summary(name, table, design, cluster) for name, table in tables.items()]
+    contrasts = [
+        _contrast(table, reference, name, metric, design, cluster)
+        for name, table in tables.items()
+        if name != design.baseline
+        for metric in design.higher_is_better
+    ]
+    contrasts = _with_holm(contrasts, design)
+    curves = {method: curve(rows, sweep, design) for method, sweep in design.sweeps.items()}
+    primary = next(c for c in contrasts if (c.arm, c.metric) == (design.arm, design.primary))
+    return Gains(
+        design=design,
+        verdict=_verdict(primary, contrasts, design),
+        arms=arms,
+        contrasts=contrasts,
+        curves=curves,
+        worst=_worst(tables[design.arm], reference, design),
+        counts={
+            "pairs": len(reference),
+            "clusters": primary.clusters,
+            "cluster": cluster,
+            "prompts": len({key[1] for key in reference}),
+            "seeds": len({key[2] for key in reference}),
+            "subjects": len({key[0] for key in reference}),
+        },
+    )
+
+
+def _by_arm(rows: Sequence[Row]) -> dict[str, dict[tuple[str, str, int, str], Row]]:
+    tables: dict[str, dict[tuple[str, str, int, str], Row]] = {}
+    for row in rows:
+        table = tables.setdefault(row.arm, {})
+        if row.key in table:
+            raise GainsError(f"arm {row.arm!r} has two images of {row.key}")
+        table[row.key] = row
+    return tables
+
+
+def _check_join(name: str, table: Mapping[Any, Row], baseline: str, reference: Mapping[Any, Row]) -> None:
+    only = sorted(set(table) ^ set(reference))
+    if not only:
+        return
+    where = name if only[0] in table else baseline
+    raise GainsError(
+        f"arms {name!r} and {baseline!r} do not join: {len(only)} of (subject, prompt, seed, initial latents) are in one "
+        f"only, first {only[0]} in {where!r}; sample all arms with the same prompts, seeds, size and precision"
+    )
+
+
+def _cluster(reference: Mapping[Any, Row], design: Design) -> str:
+    if design.cluster != "auto":
+        return design.cluster
+    return "subject" if len({key[0] for key in reference}) >= 6 else "prompt"
+
+
+def _cluster_means(values: Mapping[tuple[str, str, int, str], float], cluster: str) -> np.ndarray:
+    """Seeds averaged within prompts, prompts within subjects where subjects are the clusters."""
+    prompts: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for (subject, prompt, _, _), value in sorted(values.items()):
+        prompts[subject, prompt].append(value)
+    means = {key: float(np.mean(v)) for key, v in prompts.items()}
+    if cluster == "prompt":
+        return np.array(list(means.values()))
+    subjects: dict[str, list[float]] = defaultdict(list)
+    for (subject, _), mean in means.items():
+        subjects[subject].append(mean)
+    return np.array([np.mean(v) for v in subjects.values()])
+
+
+def _number(row: Row, metric: str) -> float:
+    if metric not in row.numbers:
+        raise GainsError(f"arm {row.arm!r} has no {metric!r} for {row.key}; it has {sorted(row.numbers)}")
+    return row.numbers[metric]
+
+
+def _finite(values: Mapping[Any, float], what: str) -> dict[Any, float]:
+    kept = {key: value for key, value in values.items() if math.isfinite(value)}
+    if len({key[:2] for key in kept}) < 2:
+        raise GainsError(f"{what}: fewer than two prompts with a value ({len(kept)} of {len(values)} images); add prompts")
+    return kept
+
+
+def _arm_summary(name: str, table: Mapping[Any, Row], design: Design, cluster: str) -> dict[str, Any]:
+    summary: dict[str, Any] = {"name": name, "n": len(table), "metrics": {}}
+    for metric in design.higher_is_better:
+        values = _finite({key: _number(row, metric) for key, row in table.items()}, f"{name}, {metric}")
+        summary["metrics"][metric] = asdict(
+            stats.interval(_cluster_means(values, cluster), confidence=design.confidence)
+        )
+    summary["seconds"] = float(np.mean([row.seconds for row in table.values()]))
+    extra = sorted({n for row in table.values() for n in row.numbers} - set(design.higher_is_better))
+    summary["recorded"] = {n: float(np.mean([r.numbers[n] for r in table.values() if n in r.numbers])) for n in extra}
+    return summary
+
+
+def _contrast(
+    table: Mapping[Any, Row], reference: Mapping[Any, Row], arm: str, metric: str, design: Design, cluster: str
+) -> Contrast:
+    raw = {key: _number(row, metric) - _number(reference[key], metric) for key, row in table.items()}
+    pairs = _finite(raw, f"{arm} against {design.baseline}, {metric}")
+    means = _cluster_means(pairs, cluster)
+    result = stats.interval(means, confidence=design.confidence)
+    up = 1 if design.higher_is_better[metric] else -1
+    return Contrast(
+        arm=arm,
+        baseline=design.baseline,
+        metric=metric,
+        higher_is_better=design.higher_is_better[metric],
+        difference=result.mean,
+        low=result.low,
+        high=result.high,
+        method=result.method,
+        clusters=result.clusters,
+        pairs=len(pairs),
+        failures=len(raw) - len(pairs),
+        check=stats.bootstrap_t(means, confidence=design.confidence, draws=2000),
+        p=stats.wilcoxon(means),
+        p_holm=None,
+        wins=sum(up * value > 0 for value in pairs.values()),
+        ties=sum(value == 0 for value in pairs.values()),
+        losses=sum(up * value < 0 for value in pairs.values()),
+        detectable=stats.detectable(means, confidence=design.confidence),
+    )
+
+
+def _with_holm(contrasts: Sequence[Contrast], design: Design) -> list[Contrast]:
+    secondary = [i for i, c in enumerate(contrasts) if (c.arm, c.metric) != (design.arm, design.primary)]
+    adjusted = dict(zip(secondary, stats.holm([contrasts[i].p for i in secondary]), strict=True))
+    return [replace(c, p_holm=adjusted.get(i)) for i, c in enumerate(contrasts)]
+
+
+def _worst(table: Mapping[Any, Row], reference: Mapping[Any, Row], design: Design) -> list[dict[str, Any]]:
+    up = 1 if design.higher_is_better[design.primary] else -1
+    gaps = {k: up * (row.numbers[design.primary] - reference[k].numbers[design.primary]) for k, row in table.items()}
+    order = sorted((gap, key) for key, gap in gaps.items() if math.isfinite(gap))[:5]
+    return [
+        {"subject": key[0], "prompt": key[1], "seed": key[2], "latents": key[3], "difference": up * gap} for gap, key in order
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- in words
+
+
+def _verdict(primary: Contrast, contrasts: Sequence[Contrast], design: Design) -> Verdict:
+    gap, low, high = primary.better
+    level = f"{design.confidence:.0%}"
+    what = (
+        f"{design.primary}: {primary.difference:+.4g} ({level} interval {primary.low:+.4g} to {primary.high:+.4g}, "
+        f"{primary.clusters} clusters, {primary.pairs} pairs) for {design.arm} against {design.baseline}"
+    )
+    if high < 0:
+        return Verdict(word="harm", sentence=f"Harm. {what}.")
+    if low <= 0:
+        sentence = f"No detectable gain. {what}; a true difference of {primary.detectable:.3g} would have shown in 80 % of runs."
+        return Verdict(word="no detectable gain", sentence=sentence)
+    if gap < design.minimum_effect:
+        sentence = f"No gain that matters. {what}, below the {design.minimum_effect:g} declared as the least worth having."
+        return Verdict(word="no detectable gain", sentence=sentence)
+    own = [c for c in contrasts if c.arm == design.arm and c.metric != design.primary]
+    judge = next((c for c in own if c.metric == design.referee), None)
+    if judge is not None and judge.better[0] <= 0:
+        sentence = f"No gain confirmed. {what}, but the referee {judge.metric} disagrees in sign ({judge.difference:+.4g})."
+        return Verdict(word="no detectable gain", sentence=sentence)
+    harmed = [c for c in own if c.better[2] < 0 and (c.p_holm if c.p_holm is not None else 1) < 1 - design.confidence]
+    if harmed:
+        price = "; ".join(f"{c.metric} {c.difference:+.4g}" for c in harmed)
+        return Verdict(word="trade-off", sentence=f"Trade-off. {what}, at the price of {price}.")
+    return Verdict(word="gain", sentence=f"Gain. {what}.")
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def curve(rows: Sequence[Row], sweep: Mapping[str, str], design: Design) -> list[dict[str, Any]]:
+    """One method's points over guidance scale, every metric with its interval, ordered by scale."""
+    tables, points = _by_arm(rows), []
+    for scale, arm in sorted(sweep.items(), key=lambda item: float(item[0])):
+        if arm not in tables:
+            raise GainsError(f"sweeps names arm {arm!r}, which has no images; there are {sorted(tables)}")
+        points.append({"scale": float(scale), **_arm_summary(arm, tables[arm], design, _cluster(tables[arm], design))})
+    return points
+
+
+def at_effective_scale(
+    rows: Sequence[Row], arm: str, sweep: Mapping[str, str], metrics: Sequence[str], *, name: str, recorded: str
+) -> list[Row]:
+    """Rows of a baseline at an arm's own effective guidance scale, to be compared with it.
+
+    S-CFG at nominal scale s pushes, on average, with another scale: `recorded` (a column noted while sampling). Each unit
+    of `sweep` (scale -> arm, plain CFG) is interpolated linearly, metric by metric, at that unit's effective scale in
+    `arm`. A scale outside the sweep is an error: nothing is extrapolated.
+    """
+    tables = _by_arm(rows)
+    for wanted in (arm, *sweep.values()):
+        if wanted not in tables:
+            raise GainsError(f"no images of arm {wanted!r}; there are {sorted(tables)}")
+    points = sorted((float(scale), tables[member]) for scale, member in sweep.items())
+    for _, table in points:
+        _check_join(arm, tables[arm], "the sweep", table)
+    scales = [scale for scale, _ in points]
+    result = []
+    for key, row in tables[arm].items():
+        effective = _number(row, recorded)
+        if not scales[0] <= effective <= scales[-1]:
+            raise GainsError(f"effective scale {effective:.3g} of {key} is outside the sweep {scales}; widen the sweep")
+        values = {m: [_number(table[key], m) for _, table in points] for m in metrics}
+        numbers = {m: float(np.interp(effective, scales, v)) for m, v in values.items()}
+        result.append(replace(row, arm=name, image="", seconds=0.0, numbers={**numbers, recorded: effective}))
+    return result

@@ -1,0 +1,96 @@
+"""Module names between dots and kohya's underscores.
+
+kohya writes `lora_unet_` + the module's path with `_` for `.`, which cannot be undone by rule alone (`to_q`, `ff_net_0`):
+the words below are those of the SD-1.x / 2.x / SDXL U-nets and CLIP text encoders. SDXL files of sd-scripts name the
+original (sgm) blocks instead; these are translated for two layers per block, which all these models have.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .errors import FormatError
+
+__all__ = ["kohya_name", "module_name"]
+
+_WORDS = """
+down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers transformer_blocks attn1 attn2 to_q to_k to_v
+to_out ff net proj proj_in proj_out conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding
+add_embedding linear_1 linear_2 encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
+""".split()
+_WORD = re.compile("|".join(sorted((*_WORDS, r"\d+"), key=len, reverse=True)))
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "lycoris_te1_": "text_encoder",
+    "lycoris_te2_": "text_encoder_2",
+    "lycoris_te_": "text_encoder",
+    "lycoris_unet_": "unet",
+    "lycoris_": "unet",
+}
+_SGM_PLAIN = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+_SGM_RESNET = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def module_name(flat: str) -> str:
+    """`lora_unet_mid_block_attentions_0_proj_in` -> `unet.mid_block.attentions.0.proj_in`."""
+    prefix = next((p for p in _PREFIXES if flat.startswith(p)), None)
+    if prefix is None:
+        raise FormatError(f"{flat!r}: known prefixes are {', '.join(_PREFIXES)}")
+    component, rest = _PREFIXES[prefix], flat.removeprefix(prefix)
+    rest = _from_sgm(rest) if component == "unet" else rest.removeprefix("text_model_")
+    words, position = [], 0
+    while position < len(rest):
+        match = _WORD.match(rest, position)
+        end = match.end() if match else position
+        if match is None or rest[end : end + 1] not in ("", "_"):
+            raise FormatError(f"{flat!r}: {rest[position : position + 40]!r} is no layer of an SD or SDXL model")
+        words.append(match.group())
+        position = end + 1
+    if not words or rest.endswith("_"):
+        raise FormatError(f"{flat!r} names no layer")
+    return ".".join([component, *words])
+
+
+def kohya_name(name: str, *, sdxl: bool) -> str:
+    """The inverse; text encoders get `lora_te_`, in SDXL `lora_te1_` and `lora_te2_`."""
+    component, _, path = name.partition(".")
+    if component == "unet":
+        # The one module family whose diffusers spelling diffusers' own kohya reader garbles.
+        path = path.replace("add_embedding.linear_1", "label_emb.0.0").replace("add_embedding.linear_2", "label_emb.0.2")
+        return "lora_unet_" + path.replace(".", "_")
+    prefix = "lora_te2_" if component == "text_encoder_2" else "lora_te1_" if sdxl else "lora_te_"
+    middle = "" if path == "text_projection" else "text_model_"
+    flat = prefix + middle + path.replace(".", "_")
+    return flat
+
+
+def _from_sgm(rest: str) -> str:
+    if rest in _SGM_PLAIN:
+        return _SGM_PLAIN[rest]
+    if match := re.fullmatch(r"middle_block_([012])_(.+)", rest):
+        place = ("resnets_0", "attentions_0", "resnets_1")[int(match[1])]
+        return f"mid_block_{place}_{_SGM_RESNET.get(match[2], match[2])}"
+    if match := re.fullmatch(r"(input|output)_blocks_(\d+)_([012])_(.+)", rest):
+        side, index, inner, tail = match[1], int(match[2]), int(match[3]), match[4]
+        block, layer = divmod(index - 1, 3) if side == "input" else divmod(index, 3)
+        blocks = "down_blocks" if side == "input" else "up_blocks"
+        if tail in ("op", "conv"):  # an sgm level ends in its sampler, at whatever inner index is next
+            sampler = "downsamplers_0_conv" if tail == "op" else "upsamplers_0_conv"
+            return f"{blocks}_{block}_{sampler}"
+        return f"{blocks}_{block}_{('resnets', 'attentions')[min(inner, 1)]}_{layer}_{_SGM_RESNET.get(tail, tail)}"
+    return rest

@@ -1,0 +1,202 @@
+"""What has to be known about a diffusers pipeline before its U-net's output may be rewritten.
+
+Everything is read from the pipeline itself: its flags where it has them, its own method calls where it keeps
+them in locals. Nothing is guessed from batch sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import ScfgError
+
+__all__ = ["PipelineView", "unwrapped_unet"]
+
+# Pipelines that call their U-net on other batches than [uncond | cond], or more than once per step, where a rewritten
+# half would mean something else than S-CFG.
+_OTHER_PROTOCOL = (
+    "LEditsPP",
+    "SemanticStableDiffusion",
+    "StableDiffusionSAG",
+    "AttendAndExcite",
+    "Panorama",
+    "DiffEdit",
+    "Pix2PixZero",
+    "GLIGEN",
+    "SafeStableDiffusion",
+    "Safe",
+    "Kandinsky",
+    "StableDiffusionXLKDiffusion",
+    "StableDiffusionKDiffusion",
+)
+
+
+def unwrapped_unet(pipe: Any) -> nn.Module:
+    """The U-net of a pipeline, out of the wrapper torch.compile puts around it.
+
+    Raises:
+        ScfgError: no U-net, or one of another kind.
+    """
+    from diffusers import UNet2DConditionModel
+
+    unet = getattr(pipe, "unet", None)
+    unet = getattr(unet, "_orig_mod", unet)
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ScfgError(
+            f"{type(pipe).__name__} has {'no U-net' if unet is None else f'a {type(unet).__name__} as U-net'}; "
+            f"semantic guidance needs a pipeline with a UNet2DConditionModel (Stable Diffusion 1/2/XL, DeepFloyd IF)"
+        )
+    if unet.config.encoder_hid_dim_type not in (None, "text_proj", "ip_image_proj"):
+        raise ScfgError(
+            f"the U-net of {type(pipe).__name__} attends to images, not to text "
+            f"(encoder_hid_dim_type={unet.config.encoder_hid_dim_type!r}); semantic guidance needs text tokens"
+        )
+    return unet
+
+
+class PipelineView:
+    """Reads one pipeline's guidance state, and taps the calls in which it mentions what it keeps in locals.
+
+    Args:
+        pipe: a diffusers pipeline.
+        guidance_scale: what the user says the scale is; needed where the pipeline has no property for it.
+    """
+
+    def __init__(self, pipe: Any, guidance_scale: float | None) -> None:
+        self.pipe = pipe
+        self.unet = unwrapped_unet(pipe)
+        self._stated_scale = guidance_scale
+        self._parameters = inspect.signature(type(pipe).__call__).parameters
+        self._replaced: dict[str, Any] = {}
+        self.prompts: list[str] | None = None
+        self._encoded_with_guidance: bool | None = None
+        self._repaint_mask: Tensor | None = None
+        self._check()
+
+    def _check(self) -> None:
+        name = type(self.pipe).__name__
+        if "image_guidance_scale" in self._parameters:
+            raise ScfgError(
+                f"{name} mixes text, image and unconditional predictions with two scales; semantic guidance of that "
+                f"order is not defined. Use a pipeline with one guidance_scale"
+            )
+        if "guidance_scale" not in self._parameters:
+            raise ScfgError(f"{name} has no classifier-free guidance (no guidance_scale in its call) to modify")
+        if any(other in name for other in _OTHER_PROTOCOL):
+            raise ScfgError(f"{name} calls its U-net in another way than [unconditional | conditional]; not supported")
+        scale = self._stated_scale
+        if scale is not None and scale < 0:
+            raise ScfgError(f"guidance_scale={scale} is negative; use a number >= 0 (1 or less turns guidance off)")
+        if not self._has_flag and scale is None:
+            raise ScfgError(
+                f"{name} keeps its guidance scale to itself; say it: attach(pipe, guidance, guidance_scale=...), "
+                f"with the value you pass to the pipeline"
+            )
+
+    @property
+    def _has_flag(self) -> bool:
+        return hasattr(type(self.pipe), "do_classifier_free_guidance") and hasattr(type(self.pipe), "guidance_scale")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the pipeline is doing classifier-free guidance in this step, by its own flag."""
+        if self._has_flag:
+            return bool(self.pipe.do_classifier_free_guidance)
+        return bool(self._encoded_with_guidance) and self.guidance_scale > 1
+
+    @property
+    def guidance_scale(self) -> float:
+        """s of this step: the pipeline's own where it can be read."""
+        if self._has_flag:
+            return float(self.pipe.guidance_scale)
+        return float(self._stated_scale or 0.0)  # _check saw to it that it was stated
+
+    @property
+    def ways(self) -> int:
+        """Predictions per image in one batch: [uncond | cond], and a perturbed third with PAG."""
+        return 3 if getattr(self.pipe, "do_perturbed_attention_guidance", False) else 2
+
+    @property
+    def uses_cond_again(self) -> bool:
+        """Whether c is needed unchanged after guidance: for rescaling to std(c), or as PAG's reference."""
+        if self.ways == 3:
+            return True
+        if hasattr(type(self.pipe), "guidance_rescale"):
+            return self.pipe.guidance_rescale > 0
+        return "guidance_rescale" in self._parameters  # kept in a local: assume that it is used
+
+    @property
+    def channels(self) -> int:
+        """Channels of the prediction proper; a learned variance may follow (IF)."""
+        vae = getattr(self.pipe, "vae", None)
+        latent = 3 if vae is None else vae.config.latent_channels
+        return min(latent, self.unet.config.out_channels)
+
+    @property
+    def text_chunk(self) -> int | None:
+        """Tokens per chunk of a long prompt, where every chunk begins with BOS."""
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
+            return None
+        return tokenizer.model_max_length
+
+    def repaint_weight(self, sample: Tensor, rows: slice) -> Tensor | None:
+        """(B, H, W), 1 where an inpainting pipeline paints and 0 on kept pixels; None for other pipelines."""
+        if self.unet.config.in_channels == 9 and "mask_image" in self._parameters:
+            return sample[rows, 4].float()  # [latents 4 | mask 1 | masked image 4]
+        if self._repaint_mask is None:
+            return None
+        return self._repaint_mask[: rows.stop - rows.start, 0].to(sample.device).float()
+
+    def tap(self, on_start: Callable[[int], None]) -> None:
+        """Begin to listen; `on_start(number of U-net steps)` is called when a denoising loop begins."""
+
+        def loop_begins(arguments: dict[str, Any], result: Any) -> None:
+            iterable = arguments.get("iterable")
+            planned = arguments.get("total") if iterable is None else len(iterable)
+            # Schedulers of second order call the U-net twice per step: pipelines keep the real number here.
+            on_start(getattr(self.pipe, "_num_timesteps", None) or planned or 1)
+
+        def prompt_encoded(arguments: dict[str, Any], result: Any) -> None:
+            prompt = arguments.get("prompt")
+            self.prompts = [prompt] if isinstance(prompt, str) else prompt
+            self._encoded_with_guidance = arguments.get("do_classifier_free_guidance")
+
+        def mask_prepared(arguments: dict[str, Any], result: Any) -> None:
+            self._repaint_mask = result[0]
+
+        self._listen("progress_bar", loop_begins)
+        self._listen("encode_prompt", prompt_encoded)
+        self._listen("prepare_mask_latents", mask_prepared)
+
+    def untap(self) -> None:
+        """Put back every method listened to."""
+        for name, previous in self._replaced.items():
+            if previous is None:
+                delattr(self.pipe, name)
+            else:
+                setattr(self.pipe, name, previous)
+        self._replaced.clear()
+        self.prompts = self._encoded_with_guidance = self._repaint_mask = None
+
+    def _listen(self, name: str, observe: Callable[[dict[str, Any], Any], None]) -> None:
+        original = getattr(self.pipe, name, None)
+        if original is None:
+            return
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def listened(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            observe(bound.arguments, result)
+            return result
+
+        self._replaced[name] = self.pipe.__dict__.get(name)
+        setattr(self.pipe, name, listened)

@@ -1,0 +1,86 @@
+"""The published implementation's recorded runs, reproduced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from scfg import SemanticCFG, attach
+from scfg.regions import RegionAverage, complete, one_hot
+
+A, B, N = "a photo of an astronaut riding a horse", "a red dog and a blue cat on the grass", "a horse in a car"
+RUNS = {
+    "scfg_ddim": ([A, B], None, "ddim", 7.5, 1e-4),
+    "scfg_dpm": ([A, B], None, "dpm", 7.5, 5e-3),
+    "scfg_g3": ([A], None, "ddim", 3.0, 1e-4),
+    "scfg_neg": ([B], [N], "ddim", 5.0, 1e-4),
+}
+
+
+def set_scheduler(pipe, kind):
+    if kind == "ddim":
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, rescale_betas_zero_snr=False, timestep_spacing="leading"
+        )
+    else:
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, solver_order=2, algorithm_type="dpmsolver++"
+        )
+
+
+def sample(pipe, reference, run, prompts, negative, scale):
+    return pipe(
+        prompts,
+        negative_prompt=negative,
+        latents=reference[f"{run}.init"].clone(),
+        num_inference_steps=10,
+        guidance_scale=scale,
+        output_type="latent",
+    ).images
+
+
+def relative_error(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_final_latents_and_masks_match_the_published_code(run, tiny_sd, sd_reference):
+    prompts, negative, scheduler, scale, tolerance = RUNS[run]
+    set_scheduler(tiny_sd, scheduler)
+    with attach(tiny_sd, SemanticCFG.published(), record=["regions"]) as attached:
+        final = sample(tiny_sd, sd_reference, run, prompts, negative, scale)
+    assert relative_error(final, sd_reference[f"{run}.final"]) < tolerance
+    for step in (0, 5):
+        regions = one_hot(attached.trace[step].regions, 77)
+        assert torch.equal(regions, sd_reference[f"{run}.step{step}.region_mask"])
+        foreground = attached.trace[step].foreground[:, None].float()
+        assert torch.equal(foreground, sd_reference[f"{run}.step{step}.foreground_mask"])
+
+
+def test_plain_cfg_matches_the_recorded_run_and_is_bit_identical_to_the_bare_pipeline(tiny_sd, sd_reference):
+    set_scheduler(tiny_sd, "ddim")
+    bare = sample(tiny_sd, sd_reference, "cfg_ddim", [A, B], None, 7.5)
+    with attach(tiny_sd, "cfg"):
+        attached = sample(tiny_sd, sd_reference, "cfg_ddim", [A, B], None, 7.5)
+    assert torch.equal(bare, attached)
+    assert relative_error(bare, sd_reference["cfg_ddim.final"]) < 1e-4
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("step", [0, 5])
+def test_recorded_attention_gives_the_recorded_masks(run, step, sd_reference):
+    """The pure tensors alone, from the published code's own attention maps."""
+    average = RegionAverage((8, 8), sigma=0.5)
+    images = sd_reference[f"{run}.init"].shape[0]
+    for ratio, grid, layers in ((4, (8, 8), 3), (8, (4, 4), 1)):
+        for layer in range(layers):
+            own = sd_reference[f"{run}.step{step}.r{ratio}_self.{layer}"]
+            cross = sd_reference[f"{run}.step{step}.r{ratio}_cross.{layer}"]
+            done = complete(own.matmul, cross, completion="published", steps=4)
+            average.add_tokens(done[images:], grid)
+            pair = torch.stack([done[:images, :, 0], done[:images, :, 1:].sum(-1)], dim=-1)
+            average.add_pair(pair, grid)
+    regions = average.regions()
+    assert torch.equal(one_hot(regions.index, 77), sd_reference[f"{run}.step{step}.region_mask"])
+    assert torch.equal(regions.foreground[:, None].float(), sd_reference[f"{run}.step{step}.foreground_mask"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ScfgError
@@ -141,7 +141,7 @@ class Run:
         self._call: _Call | None = None
 
     @torch.compiler.disable
-    def _before(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._call = None
         if not self._view.guided:
             return
@@ -155,7 +155,7 @@ class Run:
             self._watch(self._segmenter, call)
 
     @torch.compiler.disable
-    def _after(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _after(self, unet: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         call, self._call = self._call, None
         watched = self._segmenter is not None and self._segmenter.watching
         average = self._segmenter.finish() if self._segmenter is not None and watched else None
@@ -207,8 +207,8 @@ class Run:
         ways = self._view.ways
         if sample.shape[0] % ways:
             raise ScfgError(
-                f"{type(self._pipe).__name__} does classifier-free guidance on {ways} predictions per image, but called its "
-                f"U-net on {sample.shape[0]}; this pipeline's batch layout is not supported"
+                f"{type(self._pipe).__name__} does guidance on {ways} predictions per image, but called its U-net on "
+                f"{sample.shape[0]}; this pipeline's batch layout is not supported"
             )
         images = sample.shape[0] // ways
         return _Call(
@@ -273,8 +273,8 @@ class Run:
         images = call.cond.stop - call.cond.start
         if not words or not all(words) or images % len(words):
             raise ScfgError(
-                "tokens='prompt' needs the words of every prompt; call the pipeline with non-empty texts, set run.prompts "
-                "where it is given embeddings, or use tokens='all'"
+                "tokens='prompt' needs the words of every prompt; call the pipeline with non-empty texts, set "
+                "run.prompts where it is given embeddings, or use tokens='all'"
             )
         return [[word.positions for word in words[i * len(words) // images]] for i in range(images)]
 
@@ -300,7 +300,7 @@ class Run:
         )
 
     def _clean(self, call: _Call, prediction: Tensor, scaled: ScaleMap | None) -> Tensor:
-        """Predicted clean sample from the guided prediction, in the variance-preserving form the U-net is called with."""
+        """Predicted clean sample after guidance, in the variance-preserving form that the U-net is called with."""
         channels = self._view.channels
         uncond, cond = prediction[call.uncond, :channels].float(), prediction[call.cond, :channels].float()
         gamma = 1.0 if scaled is None else scaled.gamma
@@ -353,7 +353,7 @@ def rewrite(
     *,
     keep_cond: bool,
 ) -> Float[Tensor, "B C H W"]:
-    """The half that makes a pipeline's u + s * (c - u) come out as u + s * gamma * (c - u): c', or u' with `keep_cond`."""
+    """The half that makes a pipeline's u + s * (c - u) equal u + s * gamma * delta: c', or u' with `keep_cond`."""
     wide = uncond.float()
     delta = cond.float() - wide
     if keep_cond:

@@ -3,10 +3,10 @@
 The modules' own attention is untouched: forward hooks read what `to_q` and `to_k` put out, so fused kernels, LoRA
 layers and IP-Adapter processors all stay as they are, and the queries and keys cost nothing.
 
-`mean_attention` never holds (heads, N, N): it adds one head after the other into one (N, N) matrix per image, which its
-caller drops before the next block. Above `EXPLICIT_LIMIT` entries even that is too much, and `apply_mean_attention` computes
-mean_heads(softmax(QK^T)) @ V as a fused scaled-dot-product call, with V cut into pieces as wide as a head. (Any other width
-makes torch take its math path, which builds (heads, N, N) silently.)
+`mean_attention` never holds (heads, N, N): it adds one head after the other into one (N, N) matrix per image, which
+its caller drops before the next block. Above `EXPLICIT_LIMIT` entries even that is too much, and `apply_mean_attention`
+computes mean_heads(softmax(QK^T)) @ V as a fused scaled-dot-product call, with V cut into pieces as wide as a head.
+(Any other width makes torch take its math path, which builds (heads, N, N) silently.)
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ScfgError
@@ -87,14 +88,14 @@ class Block:
         ratio: latent size / attention grid size.
         middle: whether it is part of the U-net's mid block.
         self_attention: the `Attention` of image tokens among themselves.
-        cross_attention: the `Attention` to text tokens; the same module where one softmax runs over [text | image] (IF).
+        cross_attention: the `Attention` to text; the same module where one softmax runs over [text | image] (IF).
     """
 
     name: str
     ratio: int
     middle: bool
-    self_attention: nn.Module
-    cross_attention: nn.Module
+    self_attention: Any
+    cross_attention: Any
 
     @property
     def joint(self) -> bool:
@@ -105,9 +106,9 @@ class Block:
         return -(-height // self.ratio), -(-width // self.ratio)
 
 
-def find_blocks(unet: nn.Module) -> list[Block]:
+def find_blocks(unet: Any) -> list[Block]:
     """All text-attending blocks in the order in which they run, with ratios read off the down-sampling path."""
-    level, found = 0, []
+    level, found = 0, list[Block]()
     for index, stage in enumerate(unet.down_blocks):
         found += _stage_blocks(stage, f"down_blocks.{index}", level)
         level += getattr(stage, "downsamplers", None) is not None
@@ -119,7 +120,7 @@ def find_blocks(unet: nn.Module) -> list[Block]:
     return found
 
 
-def _stage_blocks(stage: nn.Module, name: str, level: int) -> Iterator[Block]:
+def _stage_blocks(stage: Any, name: str, level: int) -> Iterator[Block]:
     for index, attention in enumerate(getattr(stage, "attentions", None) or ()):
         if attention is None:  # a mid block may have gaps
             continue
@@ -227,13 +228,13 @@ class AttentionRecorder:
         ]
 
     @staticmethod
-    def _tables(block: Block) -> list[tuple[nn.Module, dict]]:
+    def _tables(block: Block) -> list[tuple[Any, dict]]:
         if block.joint:
             return [(block.self_attention, _JOINT)]
         return [(block.self_attention, _SELF), (block.cross_attention, _CROSS)]
 
     def start(self) -> None:
-        """Watch the next forward. Projections are looked up now, not earlier: a LoRA loaded since then replaced them."""
+        """Watch the next forward. Projections are looked up now: a LoRA loaded since the last call replaced them."""
         self.stop()
         for attention, name, taker in self._takers:
             module = getattr(attention, name, None)
@@ -248,9 +249,7 @@ class AttentionRecorder:
         self._held.clear()
 
     @torch.compiler.disable
-    def _take(
-        self, block: Block, slots: tuple[str | None, ...], module: nn.Module, args: tuple, output: Tensor
-    ) -> None:
+    def _take(self, block: Block, slots: tuple[str | None, ...], module: Any, args: tuple, output: Tensor) -> None:
         if not self._handles:  # compiled code may still call a hook that was removed
             return
         held = self._held.setdefault(block.name, {})

@@ -2,9 +2,9 @@
 
     u + s * gamma * delta,   delta = c - u
 
-`semantic` is the method. The others answer "is a gain spatial, or just stronger guidance?": `cfg` (gamma = 1), `dose` (one
-number per image and step: S-CFG's total guidance without its map), `placebo` (S-CFG's gammas on the wrong regions, at
-S-CFG's dose), `pointwise` (gamma from ||delta|| alone, no attention), `interval` (plain CFG in a part of the steps only).
+`semantic` is the method. The others answer "is a gain spatial, or just stronger guidance?": `cfg` (gamma = 1), `dose`
+(one number per image and step: S-CFG's total guidance without its map), `placebo` (S-CFG's gammas on the wrong regions,
+at S-CFG's dose), `pointwise` (gamma from ||delta|| alone, no attention), `interval` (plain CFG in some steps only).
 Source: Shen et al., CVPR 2024 (arXiv 2404.05384); `interval`: Kynkäänniemi et al., NeurIPS 2024 (arXiv 2404.07724).
 """
 
@@ -62,13 +62,13 @@ class SemanticCFG:
     needs_seeds: ClassVar[bool] = False
 
     latent_ratio: int | Literal["auto"] = "auto"
-    """Finest region grid = latent size / ratio. "auto": at most a quarter of the latent from 64 on, else the finest there is."""
+    """Finest region grid = latent size / ratio. "auto": a quarter of latents from 64 on, else the finest grid."""
     completion: Completion = "published"
-    """How cross-attention is completed along self-attention S: (S + 3 S^2)/4 ("published") or the mean of S^1..S^K ("paper")."""
+    """Completion along self-attention S: (S + 3 S^2)/4 ("published") or the mean of S^1..S^K ("paper")."""
     completion_steps: int = 4
     """K of the paper's completion."""
     foreground: Foreground = "auto"
-    """Half of the batch that tells foreground from background. "auto": unconditional, but conditional where that half has no text."""
+    """Half of the batch that tells the foreground. "auto": unconditional; conditional where that half has no text."""
     empty_foreground: EmptyForeground = "one"
     """What gamma is where no position is foreground: 1, or what the published code makes of it (`gamma_min`, or 0)."""
     tokens: Tokens = "all"
@@ -306,7 +306,7 @@ class Interval(SemanticCFG):
         weight: Float[Tensor, "B H W"] | None = None,
         seeds: list[int] | None = None,
     ) -> ScaleMap:
-        """gamma = 1/s, which makes u + s * gamma * delta the conditional prediction; asked for outside the interval only."""
+        """gamma = 1/s, so that u + s * gamma * delta = c; asked for outside the interval only."""
         return _constant(uncond, 1.0 / guidance_scale)
 
 

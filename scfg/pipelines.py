@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import ScfgError
 
@@ -36,7 +36,7 @@ _OTHER_PROTOCOL = (
 )
 
 
-def unwrapped_unet(pipe: Any) -> nn.Module:
+def unwrapped_unet(pipe: Any) -> Any:
     """The U-net of a pipeline, out of the wrapper torch.compile puts around it.
 
     Raises:
@@ -44,9 +44,10 @@ def unwrapped_unet(pipe: Any) -> nn.Module:
     """
     from diffusers import UNet2DConditionModel
 
-    unet = getattr(pipe, "unet", None)
-    unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, UNet2DConditionModel):
+    wrapped = getattr(pipe, "unet", None)
+    unet: Any = getattr(wrapped, "_orig_mod", wrapped)
+    supported = isinstance(unet, UNet2DConditionModel)
+    if not supported:
         raise ScfgError(
             f"{type(pipe).__name__} has {'no U-net' if unet is None else f'a {type(unet).__name__} as U-net'}; "
             f"semantic guidance needs a pipeline with a UNet2DConditionModel (Stable Diffusion 1/2/XL, DeepFloyd IF)"

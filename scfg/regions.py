@@ -1,7 +1,7 @@
 """From attention to regions and foreground: pure tensors, no model (section 3.2 of the S-CFG paper).
 
-Per block: complete the cross-attention along self-attention, bring it to the region grid, smooth, make every token's map
-mean-one. The mean over blocks gives each position to one token. Source: Shen et al., Rethinking the Spatial
+Per block: complete the cross-attention along self-attention, bring it to the region grid, smooth, make every token's
+map mean-one. The mean over blocks gives each position to one token. Source: Shen et al., Rethinking the Spatial
 Inconsistency in Classifier-Free Diffusion Guidance, CVPR 2024 (arXiv 2404.05384).
 """
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import (
     EXPLICIT_LIMIT,
@@ -35,7 +36,7 @@ class Segmenter:
         settings: which blocks, and how maps become regions.
     """
 
-    def __init__(self, unet: nn.Module, settings: SemanticCFG) -> None:
+    def __init__(self, unet: Any, settings: SemanticCFG) -> None:
         self.settings = settings
         self._blocks = find_blocks(unet)
         self._recorders: dict[tuple[int, int], AttentionRecorder] = {}
@@ -77,10 +78,10 @@ class Segmenter:
         return self._active is not None
 
     def finish(self) -> RegionAverage | None:
-        """What the forward gave, or None where a block stayed silent or ran on another grid (caching, token merging)."""
-        active, complete_ = self._active, self._active is not None and self._seen == len(self._active.blocks)
+        """What the forward gave; None where a block was silent or ran on another grid (caching, token merging)."""
+        all_seen = self._active is not None and self._seen == len(self._active.blocks)
         self.stop()
-        return self._average if active is not None and complete_ else None
+        return self._average if all_seen else None
 
     def stop(self) -> None:
         """Stop watching; safe at any time."""
@@ -128,28 +129,27 @@ class Segmenter:
 def token_maps(
     block: Block, projections: Projections, rows: slice
 ) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, "B N T"]]:
-    """A product with the head-averaged self-attention S, and the head-averaged cross-attention A, of some batch rows."""
-    module, cross_module = block.self_attention, block.cross_attention
-    shape = {"heads": module.heads, "scale": module.scale}
+    """x -> S x with the head-averaged self-attention S, and the head-averaged cross-attention A, of some rows."""
+    own, other = block.self_attention, block.cross_attention
     query, key, cross_key = projections.query[rows], projections.key[rows], projections.cross_key[rows]
     batch, positions, text = query.shape[0], query.shape[1], cross_key.shape[1]
     explicit = batch * positions * positions <= EXPLICIT_LIMIT
     if block.joint:  # one softmax over [text | image], split without renormalising
         key = torch.cat([cross_key, key], dim=1)
         if explicit:
-            both = mean_attention(query, key, **shape) + JOINT_EPS
-            own, cross = both[..., text:], both[..., :text]
-            return own.matmul, cross
-        identity = torch.eye(text + positions, text, device=query.device).expand(batch, -1, -1)
-        cross = apply_mean_attention(query, key, identity, **shape)
-        return lambda x: apply_mean_attention(
-            query, key, torch.cat([x.new_zeros(batch, text, x.shape[-1]), x], 1), **shape
-        ), cross
-    cross_shape = {"heads": cross_module.heads, "scale": cross_module.scale}
-    cross = mean_attention(projections.cross_query[rows], cross_key, **cross_shape)
+            both = mean_attention(query, key, heads=own.heads, scale=own.scale) + JOINT_EPS
+            return both[..., text:].matmul, both[..., :text]
+
+        def attend(x: Tensor) -> Tensor:
+            padded = torch.cat([x.new_zeros(batch, text, x.shape[-1]), x], dim=1)
+            return apply_mean_attention(query, key, padded, heads=own.heads, scale=own.scale)
+
+        picks_text = torch.eye(text + positions, text, device=query.device).expand(batch, -1, -1)
+        return attend, apply_mean_attention(query, key, picks_text, heads=own.heads, scale=own.scale)
+    cross = mean_attention(projections.cross_query[rows], cross_key, heads=other.heads, scale=other.scale)
     if explicit:
-        return mean_attention(query, key, **shape).matmul, cross
-    return lambda x: apply_mean_attention(query, key, x, **shape), cross
+        return mean_attention(query, key, heads=own.heads, scale=own.scale).matmul, cross
+    return lambda x: apply_mean_attention(query, key, x, heads=own.heads, scale=own.scale), cross
 
 
 def background_positions(length: int, chunk: int | None) -> list[int]:

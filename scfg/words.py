@@ -19,7 +19,7 @@ class Word:
 def prompt_words(tokenizer: Any, prompt: str, length: int) -> list[Word]:
     """Words of a prompt as a CLIP or T5 tokenizer cuts it; BOS, EOS and padding belong to none.
 
-    CLIP ends a word with `</w>`, sentence-piece (T5) begins one with `▁`. What does not fit into `length` tokens is left out.
+    CLIP ends a word with `</w>`, sentence-piece (T5) begins one with `▁`. What exceeds `length` tokens is left out.
     """
     ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
     special = set(tokenizer.all_special_ids)

@@ -1,0 +1,359 @@
+"""Settings as frozen dataclasses, and how they are read from YAML files and the command line.
+
+A recipe composes its own top dataclass from these pieces and calls `parse`. The string under a field is its help line.
+Importing this module loads no torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from .errors import TrainingError
+
+__all__ = [
+    "BaseSettings",
+    "ControlNetSettings",
+    "DataSettings",
+    "DreamBoothSettings",
+    "LoraSettings",
+    "ObjectiveSettings",
+    "TrainSettings",
+    "ValidationSettings",
+    "parse",
+    "resolved",
+    "write",
+]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise TrainingError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """The pretrained pipeline everything starts from."""
+
+    path: str
+    """Folder or hub id of a diffusers pipeline with a U-net; the family is read from its configs."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch); ignored for a folder."""
+    variant: str | None = None
+    """Weight file variant, such as fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Images, captions, masks and conditioning, and how they become training views."""
+
+    source: str
+    """Folder of images, or a `datasets` dataset: folder, parquet file or hub id."""
+    kind: Literal["auto", "folder", "dataset"] = "auto"
+    """auto: a folder that holds images is a folder, anything else a dataset."""
+    prompt: str | None = None
+    """One caption for every image; otherwise captions come from .txt files, metadata.jsonl or the caption column."""
+    masks: str | None = None
+    """Folder of masks named like the images (white = subject)."""
+    conditioning: str | None = None
+    """Folder of conditioning images named like the images (ControlNet)."""
+    annotator: Literal["canny"] | None = None
+    """Makes the conditioning from the image instead of reading it."""
+    split: str = "train"
+    """Split of the dataset."""
+    image_column: str = "image"
+    """Dataset column with the image."""
+    caption_column: str = "text"
+    """Dataset column with the caption."""
+    mask_column: str | None = None
+    """Dataset column with the mask."""
+    conditioning_column: str | None = None
+    """Dataset column with the conditioning image."""
+    resolution: int = 512
+    """Side of the square crop in pixels; with buckets, the square root of every bucket's area."""
+    minimum: int = 64
+    """Images with a shorter side than this are refused (smaller than `resolution` is enlarged)."""
+    buckets: int = 1
+    """Number of aspect ratios; 1 trains on squares."""
+    flip: bool = False
+    """Also trains on mirrored images (not for text or one-sided subjects)."""
+    crops: int = 1
+    """Fixed crops per image: 1 is the centre, more are spread along the longer side, so that they can be cached."""
+    cache: Literal["memory", "disk", "off"] = "memory"
+    """Where VAE posteriors and text embeddings are kept; memory becomes disk when there is more than one process."""
+    cache_folder: str | None = None
+    """Folder for `cache: disk`; default: `cache` beside the output folder."""
+
+    def __post_init__(self) -> None:
+        _require(self.resolution >= 8, f"data.resolution must be at least 8 pixels, got {self.resolution}")
+        _require(self.buckets >= 1, f"data.buckets must be at least 1, got {self.buckets}")
+        _require(self.crops >= 1, f"data.crops must be at least 1, got {self.crops}")
+        _require(
+            not (self.annotator and (self.conditioning or self.conditioning_column)),
+            "data.annotator makes the conditioning and data.conditioning reads it: give one of the two",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What the network is asked to predict, and how its error is weighted."""
+
+    prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    """auto: what the base model's scheduler says."""
+    loss: Literal["mse", "huber"] = "mse"
+    """huber is the pseudo-Huber loss 2c(sqrt(e^2 + c^2) - c)."""
+    huber_c: float = 0.1
+    """c of the pseudo-Huber loss."""
+    snr_gamma: float | None = None
+    """min-SNR-gamma weighting (Hang et al. 2023); 5 is the paper's value."""
+    debiased: bool = False
+    """Debiased estimation weighting 1/sqrt(SNR) (Yu et al. 2023)."""
+    noise_offset: float = 0.0
+    """Standard deviation of one more noise value per sample and channel; 0.05 to 0.1 is usual."""
+    zero_terminal_snr: bool = False
+    """Rescales the schedule to zero terminal SNR (Lin et al. 2023); not with epsilon prediction."""
+    caption_dropout: float = 0.0
+    """Share of samples whose caption is emptied, which keeps classifier-free guidance working."""
+    background: float = 1.0
+    """Loss weight outside the mask or region, from 0 to 1; 1 ignores masks."""
+
+    def __post_init__(self) -> None:
+        _require(self.snr_gamma is None or self.snr_gamma > 0, f"objective.snr_gamma must be > 0, got {self.snr_gamma}")
+        _require(
+            not (self.snr_gamma and self.debiased), "objective.snr_gamma and objective.debiased exclude each other"
+        )
+        _require(self.huber_c > 0, f"objective.huber_c must be > 0, got {self.huber_c}")
+        _require(self.noise_offset >= 0, f"objective.noise_offset must be >= 0, got {self.noise_offset}")
+        for name in ("caption_dropout", "background"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"objective.{name} must be from 0 to 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """A low-rank adapter on the U-net, and if wanted on the text encoders."""
+
+    kind: Literal["lora", "loha", "lokr"] = "lora"
+    """lora loads in every diffusers pipeline; loha and lokr are saved in peft's layout."""
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float | None = None
+    """Scale numerator; the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora). Default: the rank."""
+    dropout: float = 0.0
+    """Dropout before the down projection."""
+    rslora: bool = False
+    """Rank-stabilised scaling alpha/sqrt(rank) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed adaptation (Liu et al. 2024); about 1.3x the time."""
+    targets: Literal["attention", "attention+ff", "all-linear", "conv"] | list[str] = "attention"
+    """Preset, or module names of the U-net as peft takes them."""
+    text_encoder: bool = False
+    """Also adapts the text encoders' attention."""
+    tokens: dict[str, str] = field(default_factory=dict)
+    """New tokens and the word each starts from, such as {"<rex>": "dog"}; their embeddings train and are saved."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        _require(self.alpha is None or self.alpha > 0, f"lora.alpha must be > 0, got {self.alpha}")
+        _require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        _require(
+            self.kind == "lora" or not (self.rslora or self.dora),
+            f"lora.rslora and lora.dora belong to lora.kind: lora, not {self.kind}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothSettings:
+    """Prior preservation, and what trains in full fine-tuning."""
+
+    text_encoder: bool = False
+    """Full fine-tuning only: also trains the text encoders (for LoRA see lora.text_encoder)."""
+    class_prompt: str | None = None
+    """Prompt of the class images, such as "a photo of a dog"; none turns prior preservation off."""
+    class_folder: str | None = None
+    """Folder of the generated class images and their manifest; default: `class_images` in the output folder."""
+    class_images: int = 100
+    """How many class images there shall be; missing ones are generated."""
+    prior_weight: float = 1.0
+    """Weight of the mean class loss beside the mean instance loss."""
+    prior_ratio: float = 1.0
+    """Class images per instance image in the stream of samples; 1 is the usual half and half."""
+    steps: int = 25
+    """Sampling steps of a class image."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance of a class image."""
+
+    def __post_init__(self) -> None:
+        _require(self.class_images >= 1, f"dreambooth.class_images must be at least 1, got {self.class_images}")
+        _require(self.prior_ratio > 0, f"dreambooth.prior_ratio must be > 0, got {self.prior_ratio}")
+        _require(self.prior_weight >= 0, f"dreambooth.prior_weight must be >= 0, got {self.prior_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetSettings:
+    """A ControlNet beside the frozen U-net."""
+
+    start: str | None = None
+    """Folder or hub id of a ControlNet to go on from; default: a zero-initialised copy of the U-net's encoder."""
+    channels: tuple[int, ...] | None = None
+    """Widths of the conditioning embedding; default: (16, 32, 96, 256), cut to fit the VAE's factor."""
+    dropout: float = 0.0
+    """Share of samples whose conditioning image is emptied."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.dropout < 1, f"controlnet.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """Samples and a fixed-noise loss on the way; training is bit-identical with and without them."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Prompts sampled at step 0, every `every` steps and at the end, with the same seeds each time."""
+    conditioning: list[str] = field(default_factory=list)
+    """ControlNet: one conditioning image per prompt."""
+    every: int = 250
+    """Steps between validations."""
+    seed: int = 0
+    """Seed of the first prompt's sample; the next prompts count on."""
+    steps: int = 25
+    """Sampling steps."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance of the samples."""
+    loss_samples: int = 0
+    """Number of training views whose loss at fixed timesteps and noise is logged; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"train.validation.every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The loop."""
+
+    steps: int = 500
+    """Optimizer steps."""
+    batch_size: int = 1
+    """Samples per process and micro-step."""
+    accumulation: int = 1
+    """Micro-steps per optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    text_learning_rate: float | None = None
+    """Learning rate of text encoders and new tokens; default: the same."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after warm-up."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    optimizer: str = "adamw"
+    """adamw (fused), adamw8bit, prodigy, or any `module:Class`."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, such as {"betas": [0.9, 0.99], "weight_decay": 0.01}."""
+    clip: float | None = 1.0
+    """Largest gradient norm; null turns clipping off."""
+    ema: float | None = None
+    """Decay of the exponential moving average that is saved and sampled instead of the last weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute precision; weights that train stay in float32."""
+    attention: Literal["auto", "sdpa", "plain"] = "auto"
+    """Attention kernel; auto is plain on CPU, where it is faster for few heads, and sdpa elsewhere."""
+    gradient_checkpointing: bool = False
+    """Computes activations twice to save memory."""
+    compile: bool = False
+    """torch.compile; pays on a GPU after some hundred steps."""
+    tf32: bool = True
+    """TensorFloat-32 matrix products on NVIDIA GPUs."""
+    seed: int = 0
+    """Order, crops, noise and timesteps are functions of this and the step."""
+    workers: int = 1
+    """Threads that prepare batches ahead; 0 prepares them in the loop."""
+    save_every: int = 250
+    """Steps between checkpoints; the last step always saves one."""
+    keep: int = 2
+    """Checkpoints kept."""
+    resume: str | None = None
+    """`latest`, or a checkpoint folder; `latest` starts anew where there is none."""
+    log_every: int = 10
+    """Steps between log lines; the loss is read from the device only then."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers as accelerate names them; one that is not installed is left out with a line."""
+    dry_run: bool = False
+    """Checks everything, prints what would train, memory and time, and stops."""
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    """Validation settings."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "save_every", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "workers"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        _require(self.learning_rate > 0, f"train.learning_rate must be > 0, got {self.learning_rate}")
+        _require(self.clip is None or self.clip > 0, f"train.clip must be > 0 or null, got {self.clip}")
+        _require(self.ema is None or 0 < self.ema < 1, f"train.ema must be between 0 and 1 or null, got {self.ema}")
+
+
+SettingsT = TypeVar("SettingsT")
+
+
+def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT:
+    """Reads an instance of the dataclass `kind` from `--config` files and dotted overrides (later ones win).
+
+    Args:
+        kind: the recipe's dataclass; its docstring heads `--help`.
+        args: command line; default: this process's.
+
+    Raises:
+        TrainingError: an unknown name or a bad value, named.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=kind.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
+    parser.add_class_arguments(kind, as_group=False)
+    arguments = _configs_first(list(sys.argv[1:] if args is None else args))
+    try:
+        read = parser.parse_args(arguments)
+        values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
+        names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        return kind(**{name: value for name, value in values.items() if name in names})
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        raise TrainingError(str(error)) from error
+
+
+def _configs_first(args: list[str]) -> list[str]:
+    """Puts `--config FILE` before the overrides, whatever order they were typed in, so that overrides always win."""
+    first, rest = [], []
+    while args:
+        word = args.pop(0)
+        if word == "--config" and args:
+            first += [word, args.pop(0)]
+        elif word.startswith("--config="):
+            first.append(word)
+        else:
+            rest.append(word)
+    return first + rest
+
+
+def resolved(settings: Any) -> dict[str, Any]:
+    """Every value of a settings dataclass as plain dictionaries, lists and numbers (for YAML and JSON)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(settings))
+
+
+def write(values: dict[str, Any], path: str | Path) -> None:
+    """Writes resolved settings as a YAML file that `--config` reads again."""
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,196 @@
+"""DreamBooth (Ruiz et al. 2023): full fine-tuning on a few images of a subject, and prior preservation for any method.
+
+Class images are generated once and kept with a manifest of what made them; another prompt, base or sampler is an error
+rather than a silent reuse.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import save_file
+
+from . import images
+from .config import DreamBoothSettings, ObjectiveSettings
+from .errors import TrainingError
+from .feed import seed_of
+from .method import Method, Weights, denoise_step
+from .models import Parts, fingerprint, pipeline
+from .objective import build
+from .views import Views
+
+__all__ = ["MANIFEST", "Prior", "class_images", "prepare", "prior"]
+
+MANIFEST = "manifest.json"
+
+
+def prepare(
+    parts: Parts,
+    settings: DreamBoothSettings | None = None,
+    objective: ObjectiveSettings | None = None,
+) -> Method:
+    """Trains the whole U-net, and if wanted the text encoders."""
+    settings = settings or DreamBoothSettings()
+    models: dict[str, Any] = {"unet": parts.unet}
+    if settings.text_encoder:
+        models |= dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
+    for module in models.values():
+        module.requires_grad_(True)
+    bound = build(parts.scheduler, objective)
+    return Method(
+        name="dreambooth",
+        parts=parts,
+        objective=bound,
+        models=models,
+        step=partial(denoise_step, parts=parts, objective=bound),
+        save=partial(_save, parts=parts, models=models),
+        trains_text=settings.text_encoder,
+        autocast=True,
+    )
+
+
+def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, parts: Parts, models: dict[str, Any]) -> None:
+    """A whole pipeline: the base's folder with the trained parts put in their places."""
+    shutil.copytree(parts.folder, folder, dirs_exist_ok=True, ignore=_not_shipped(set(models)))
+    for name, module in models.items():
+        place = folder / name
+        place.mkdir(exist_ok=True)
+        state = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        file = "diffusion_pytorch_model.safetensors" if name == "unet" else "model.safetensors"
+        dense = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        save_file(dense, place / file, metadata={**metadata, "format": "pt"})
+        (module.save_config if name == "unet" else module.config.save_pretrained)(place)
+
+
+def _not_shipped(trained: set[str]) -> Any:
+    """For copytree: leaves out weights that are replaced, pickles, hidden files and loose single-file weights."""
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        top = "model_index.json" in names
+        return {
+            name
+            for name in names
+            if name.startswith(".")
+            or name.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx"))
+            or (top and (name.endswith(".safetensors") or name in trained))
+        }
+
+    return ignore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """Class images that keep the class as the base knows it."""
+
+    views: Views
+    ratio: float
+    """Class samples per instance sample."""
+    weight: float
+    """Weight of the mean class loss beside the mean instance loss."""
+
+
+def prior(
+    parts: Parts, settings: DreamBoothSettings, *, resolution: int, folder: Path, seed: int = 0, batch_size: int = 4
+) -> Prior | None:
+    """The prior that the settings ask for, with missing class images generated; None without a class prompt."""
+    if settings.class_prompt is None:
+        return None
+    folder = Path(settings.class_folder) if settings.class_folder else folder
+    class_images(
+        parts,
+        settings.class_prompt,
+        settings.class_images,
+        folder,
+        resolution=resolution,
+        steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    source = images.folder(folder, prompt=settings.class_prompt, minimum=1)
+    views = Views(source, resolution=resolution, multiple=1)
+    return Prior(views=views, ratio=settings.prior_ratio, weight=settings.prior_weight)
+
+
+def class_images(
+    parts: Parts,
+    prompt: str,
+    count: int,
+    folder: Path,
+    *,
+    resolution: int,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    batch_size: int = 4,
+) -> None:
+    """Fills `folder` up to `count` images of the prompt, each process its share; image i has its own seed.
+
+    Raises:
+        TrainingError: the folder's manifest names another prompt, base, sampler or size, or images lack one.
+    """
+    wanted = {
+        "prompt": prompt,
+        "base": fingerprint(parts.unet, parts.vae, *parts.text_encoders),
+        "scheduler": parts.scheduler.get("_class_name", ""),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "resolution": resolution,
+        "seed": seed,
+    }
+    state = PartialState()
+    _check_manifest(folder, wanted)
+    state.wait_for_everyone()  # all have looked before the first one writes
+    folder.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        (folder / MANIFEST).write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
+    missing = [number for number in range(count) if not (folder / f"{number:05d}.png").is_file()]
+    mine = missing[state.process_index :: state.num_processes]
+    if mine:
+        _generate(parts, wanted, folder, mine, batch_size)
+    state.wait_for_everyone()
+
+
+def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
+    there = sorted(folder.glob("*.png")) if folder.is_dir() else []
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        if there:
+            raise TrainingError(f"dreambooth.class_folder {folder} has images but no {MANIFEST}; give an empty folder")
+        return
+    found = json.loads(manifest.read_text())
+    changed = [f"{key}: {found.get(key)} -> {value}" for key, value in wanted.items() if found.get(key) != value]
+    if changed and there:
+        raise TrainingError(
+            f"class images in {folder} were made with other settings ({'; '.join(changed)}); delete the folder or "
+            "set dreambooth.class_folder"
+        )
+
+
+@torch.no_grad()
+def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, numbers: list[int], batch_size: int) -> None:
+    device = PartialState().device
+    pipe: Any = pipeline(parts).to(device)
+    for start in range(0, len(numbers), batch_size):
+        chunk = numbers[start : start + batch_size]
+        seeds = [seed_of(wanted["seed"], "class", number) for number in chunk]
+        made: list[Image.Image] = pipe(
+            [wanted["prompt"]] * len(chunk),
+            num_inference_steps=wanted["steps"],
+            guidance_scale=wanted["guidance_scale"],
+            height=wanted["resolution"],
+            width=wanted["resolution"],
+            generator=[torch.Generator().manual_seed(item) for item in seeds],
+        ).images
+        for number, image in zip(chunk, made, strict=True):
+            temporary = folder / f".{number:05d}.png"
+            image.save(temporary, format="PNG")
+            temporary.rename(folder / f"{number:05d}.png")

@@ -1,0 +1,84 @@
+"""What a training method is: the modules that train, a step that gives the loss per sample, and how to save.
+
+`lora.prepare`, `dreambooth.prepare` and `controlnet.prepare` return one; `loop.train` runs any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import Parts, encode_text
+from .objective import Objective
+
+__all__ = ["Method", "conditions_of", "denoise_step", "text_of"]
+
+Batch = Mapping[str, Any]
+Weights = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Method:
+    """One way of training, bound to a base."""
+
+    name: str
+    parts: Parts
+    objective: Objective
+    models: dict[str, Any]
+    """Modules with weights that train, by name; frozen weights in them (under a LoRA) are cast to the compute dtype."""
+    step: Callable[[Any, Batch, torch.dtype], Tensor]
+    """(models, batch, compute dtype) -> weighted loss per sample (B,)."""
+    save: Callable[[Weights, Path, dict[str, str]], None]
+    """(trained weights by name, folder, metadata) writes what is shipped."""
+    trains_text: bool = False
+    """Whether text embeddings change during training, so that they cannot be cached."""
+    autocast: bool = False
+    """Whether whole float32 networks train, which reach a lower compute precision only by autocast."""
+    conditioning_dropout: float = 0.0
+    needs_conditioning: bool = False
+    controlnet: Any = None
+    """The ControlNet of validation samples."""
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that train, by `model.parameter` name."""
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self.models.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+
+def text_of(models: Mapping[str, Any], batch: Batch, family: str, frozen: list[Any]) -> dict[str, Tensor]:
+    """`embeds` and, for SDXL, `pooled`: from the batch where cached, else from the encoders in `models` or `frozen`."""
+    if "embeds" in batch:
+        return {key: batch[key] for key in ("embeds", "pooled") if key in batch}
+    names = ("text_encoder", "text_encoder_2")
+    encoders = [  # a ModuleDict has no `get`
+        models[name] if name in models else encoder  # noqa: SIM401
+        for name, encoder in zip(names, frozen, strict=False)
+    ]
+    return encode_text(encoders, [batch[f"ids_{number}"] for number in range(len(encoders))], family=family)
+
+
+def conditions_of(text: Mapping[str, Tensor], frame: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The U-net's and ControlNet's text arguments; `frame` (B, 6) is SDXL's size conditioning, used beside `pooled`."""
+    added = {"text_embeds": text["pooled"].to(dtype), "time_ids": frame} if "pooled" in text else None
+    return {"encoder_hidden_states": text["embeds"].to(dtype), "added_cond_kwargs": added}
+
+
+def denoise_step(
+    models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts: Parts, objective: Objective
+) -> Tensor:
+    """The plain step of LoRA and DreamBooth: the trained U-net's weighted loss per sample (B,)."""
+    conditions = conditions_of(text_of(models, batch, parts.family, parts.text_encoders), batch["frame"], dtype)
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
+
+    return objective.losses(predict, dict(batch))

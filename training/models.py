@@ -1,0 +1,218 @@
+"""A base pipeline's parts, loaded from safetensors, and the two encoders training needs.
+
+The family is read from the configs: two text encoders and `addition_embed_type: text_time` are SDXL; everything else
+with a U-net of the VAE's latent channels is SD (1.x, 2.x and the pocket base differ only in numbers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+
+from .errors import TrainingError
+
+__all__ = ["Parts", "encode_images", "encode_text", "fingerprint", "load", "pipeline", "tokenize"]
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What a base folder holds; encoders may be dropped once everything is cached."""
+
+    folder: Path
+    family: str
+    """`sd` or `sdxl`."""
+    unet: Any
+    vae: Any
+    text_encoders: list[Any]
+    tokenizers: list[Any]
+    scheduler: dict[str, Any]
+    """Config of the base's scheduler."""
+    index: dict[str, Any]
+    """The base's model_index.json."""
+    factor: int
+    """Pixels per latent."""
+
+    def release(self, *, vae: bool) -> None:
+        """Drops the text encoders, and with `vae` the VAE, once what they give is cached; frees their memory."""
+        self.text_encoders = []
+        if vae:
+            self.vae = None
+
+    @property
+    def multiple(self) -> int:
+        """Pixels an image side should be a multiple of, so that every U-net level has whole latents."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+
+def load(base: str | Path, *, revision: str | None = None, variant: str | None = None) -> Parts:
+    """Loads a diffusers pipeline folder or hub id, float32, on the CPU, from safetensors only.
+
+    Raises:
+        TrainingError: nothing there, no U-net, a U-net that is no text-to-latent U-net, or weights only as pickles.
+    """
+    folder = _folder(base, revision)
+    index = _json(folder / "model_index.json")
+    if "unet" not in index:
+        others = sorted(name for name in index if not name.startswith("_"))
+        raise TrainingError(
+            f"base {base} has no U-net (it holds {', '.join(others)}); use an SD-1.x, SD-2.x or SDXL base"
+        )
+    try:
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, variant=variant)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, variant=variant)
+        encoders = [
+            _transformers_part(folder, index, name, use_safetensors=True, variant=variant) for name in _encoders(index)
+        ]
+        tokenizers = [_transformers_part(folder, index, name) for name in _tokenizers(index)]
+    except (OSError, ValueError) as problem:
+        raise TrainingError(f"base {base}: {problem}") from problem
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise TrainingError(
+            f"base {base}: its U-net takes {unet.config.in_channels} channels and its VAE gives "
+            f"{vae.config.latent_channels}; inpainting, depth and upscaling bases cannot be trained here"
+        )
+    for module in (unet, vae, *encoders):
+        module.requires_grad_(False).eval()
+        module.float()
+    family = "sdxl" if unet.config.addition_embed_type == "text_time" else "sd"
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    return Parts(
+        folder=folder,
+        family=family,
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=tokenizers,
+        scheduler=scheduler,
+        index=index,
+        factor=2 ** (len(vae.config.block_out_channels) - 1),
+    )
+
+
+def _folder(base: str | Path, revision: str | None) -> Path:
+    folder = Path(base)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(base).startswith(".") or str(base).count("/") != 1:
+        raise TrainingError(
+            f"base {base} is not a folder; give a diffusers pipeline folder or a hub id like owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(base), revision=revision, allow_patterns=["*.json", "*.txt", "*.safetensors"])
+        )
+    except Exception as problem:  # the hub client raises many unrelated kinds
+        raise TrainingError(f"base {base} is neither a folder nor a reachable hub id: {problem}") from problem
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise TrainingError(f"{path} is missing; the base must be a diffusers pipeline folder")
+    return json.loads(path.read_text())
+
+
+def _encoders(index: dict[str, Any]) -> list[str]:
+    return [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None])[0]]
+
+
+def _tokenizers(index: dict[str, Any]) -> list[str]:
+    return [name for name in ("tokenizer", "tokenizer_2") if index.get(name, [None])[0]]
+
+
+def _transformers_part(folder: Path, index: dict[str, Any], name: str, **options: Any) -> Any:
+    import transformers
+
+    library, kind = index[name]
+    if library != "transformers" or not kind.startswith("CLIP"):
+        raise TrainingError(f"base {folder}: {name} is {library}.{kind}; only CLIP text encoders are known")
+    return getattr(transformers, kind).from_pretrained(folder, subfolder=name, **options)
+
+
+def tokenize(parts: Parts, captions: list[str]) -> list[Tensor]:
+    """Token ids per text encoder, each (B, T) int64, padded to the encoder's length."""
+    return [
+        tokenizer(
+            captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids
+        for tokenizer in parts.tokenizers
+    ]
+
+
+def encode_text(encoders: list[Any], ids: list[Tensor], *, family: str) -> dict[str, Tensor]:
+    """`embeds` (B, T, D), and for SDXL `pooled` (B, P) and the penultimate states of both encoders side by side."""
+    if family == "sd":
+        return {"embeds": encoders[0](ids[0].to(encoders[0].device))[0]}
+    outputs = [
+        encoder(item.to(encoder.device), output_hidden_states=True) for encoder, item in zip(encoders, ids, strict=True)
+    ]
+    embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"embeds": embeds, "pooled": outputs[-1].text_embeds}
+
+
+def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scaled latents, each (B, C, h, w), for pixels (B, 3, H, W) in [-1, 1].
+
+    Scaling *and shift* are those of the VAE's config, so that mean + std * noise is what the U-net is trained on.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scale = vae.config.scaling_factor
+    return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+def fingerprint(*modules: Any) -> str:
+    """Hash of configs and weights, which content keys and manifests use; the same weights give the same hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        digest.update(type(module).__name__.encode())
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if hasattr(module, "decoder"):  # a VAE: scaling and shift change the latents but are no weights
+            config: Any = module.config
+            digest.update(f"{config.scaling_factor} {getattr(config, 'shift_factor', None)}".encode())
+    return digest.hexdigest()
+
+
+def pipeline(parts: Parts, *, controlnet: Any = None) -> Any:
+    """An ordinary diffusers pipeline around the live parts: nothing is copied, no file but configs is read."""
+    import diffusers
+
+    kind = parts.index["scheduler"][1]
+    scheduler = getattr(diffusers, kind).from_config(parts.scheduler)
+    encoders: list[Any] = [*parts.text_encoders, None, None]
+    pieces: dict[str, Any] = {
+        "vae": parts.vae,
+        "unet": parts.unet,
+        "scheduler": scheduler,
+        "text_encoder": encoders[0],
+        "tokenizer": parts.tokenizers[0],
+    }
+    if controlnet is not None:
+        pieces["controlnet"] = controlnet
+    if parts.family == "sdxl":
+        pieces |= {"text_encoder_2": encoders[1], "tokenizer_2": parts.tokenizers[1]}
+        classes: tuple[Any, Any] = (StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline)
+    else:
+        pieces |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        classes = (StableDiffusionPipeline, StableDiffusionControlNetPipeline)
+    pipe = classes[controlnet is not None](**pieces)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

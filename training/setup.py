@@ -1,0 +1,221 @@
+"""What happens between the settings and the first step: processes, caching, precision, what will train."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+from . import validate
+from .cache import Encoded, Live, Region, Store, encode_captions, encode_views
+from .config import TrainSettings
+from .dreambooth import Prior
+from .errors import TrainingError
+from .feed import Draws, Feed, Stream
+from .method import Method
+from .models import encode_images, encode_text, tokenize
+from .views import Views
+
+__all__ = ["Prepared", "announce", "make_accelerator", "prepare"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """Everything the loop needs that is not the model or the optimizer."""
+
+    feed: Feed
+    names: list[str]
+    """Content of all data, to notice at resuming that it changed."""
+    texts: dict[str, dict[str, Tensor]] | None
+    """Cached embeddings by caption; None when the text encoders are asked in every step."""
+    fixed: list[dict[str, Any]]
+    """Batches of the fixed-noise validation loss."""
+    size: tuple[int, int]
+    dtype: torch.dtype
+    ready: Callable[[dict[str, Any]], dict[str, Any]]
+    """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
+
+
+def make_accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+    """Accelerate with the trackers that are installed; precision is ours, see `prepare`."""
+    there = [name for name in settings.trackers if _tracker_installed(name)]
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=there or None,
+        project_dir=str(out),
+        # Nothing here has buffers that change, and gradients may share memory with the buckets they travel in.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if there and not settings.dry_run:
+        accelerator.init_trackers("tracking")
+    if settings.tf32 and accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def _tracker_installed(name: str) -> bool:
+    module = {"comet_ml": "comet_ml", "aim": "aim"}.get(name, name)
+    return importlib.util.find_spec(module) is not None
+
+
+def prepare(
+    method: Method,
+    data: Views,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    *,
+    prior: Prior | None,
+    region: Region | None,
+    cache: str,
+    cache_folder: Path,
+    say: Callable[[str], None],
+) -> Prepared:
+    """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision."""
+    parts, device, chosen = method.parts, accelerator.device, method.objective.settings
+    if not parts.text_encoders or parts.vae is None:
+        raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
+    if method.needs_conditioning and data[0].conditioning is None:
+        raise TrainingError("a ControlNet needs conditioning images: set data.conditioning or data.annotator")
+    if region is not None and cache == "off":
+        raise TrainingError("a region function needs the cache: set data.cache to memory or disk")
+    if cache == "memory" and accelerator.num_processes > 1:
+        say(f"data.cache: several processes share the cache through {cache_folder}")
+        cache = "disk"
+    store = Store(cache_folder if cache == "disk" else None)
+    _casts(method, device, DTYPES[settings.precision])
+    _attention(method, settings, device)
+
+    def entries(views: Views) -> Encoded | Live:
+        if cache == "off":
+            return Live(views, parts.factor)
+        return encode_views(views, parts, store, device=device, region=region)
+
+    weighted = [(data, 1.0, 1.0)] + ([(prior.views, prior.ratio, prior.weight)] if prior else [])
+    total = sum(ratio for _, ratio, _ in weighted)
+    # With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
+    streams = [
+        Stream(entries=entries(views), share=ratio, weight=weight * total / ratio) for views, ratio, weight in weighted
+    ]
+    if cache != "off":
+        say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
+    captions = sorted({caption for stream in streams for caption in stream.entries.captions} | {""})
+    texts = None
+    if method.trains_text:
+        say("text embeddings are not cached: the text encoder trains")
+    elif cache != "off":
+        names = encode_captions([*captions, *settings.validation.prompts], parts, store, device=device)
+        texts = {caption: store[name] for caption, name in names.items()}
+    masked = chosen.background < 1
+    draws = Draws(
+        latent_shape=(parts.unet.config.in_channels, parts.factor),
+        timesteps=len(method.objective.products),
+        noise_offset=chosen.noise_offset,
+        caption_dropout=chosen.caption_dropout,
+        conditioning_dropout=method.conditioning_dropout,
+        masks=masked,
+    )
+    if masked and region is None and "mask" not in streams[0].entries[0]:
+        raise TrainingError(
+            f"objective.background = {chosen.background} weights the loss by masks, but there are none: "
+            "set data.masks, or hand in a region"
+        )
+    feed = Feed(
+        streams,
+        draws,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        text=_text_of(method, texts),
+    )
+    fixed = validate.fixed_loss_batches(
+        streams[0], draws, settings.validation.loss_samples, seed=settings.validation.seed, text=feed.text
+    )
+    if texts is not None:
+        parts.release(vae=not settings.validation.prompts)
+    content = [name for stream in streams for name in stream.entries.names] + captions
+    return Prepared(
+        feed=feed,
+        names=content,
+        texts=texts,
+        fixed=fixed,
+        size=data.sizes[0],
+        dtype=DTYPES[settings.precision],
+        ready=_ready(method, device),
+    )
+
+
+def _casts(method: Method, device: torch.device, dtype: torch.dtype) -> None:
+    """Frozen networks that run in every step get the compute precision; whatever trains stays float32."""
+    for module in {id(item): item for item in [method.parts.unet, *method.models.values()]}.values():
+        module.to(device)
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        module.train()
+
+
+def _attention(method: Method, settings: TrainSettings, device: torch.device) -> None:
+    plain = settings.attention == "plain" or (settings.attention == "auto" and device.type == "cpu")
+    networks = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
+    for network in networks:
+        if hasattr(network, "set_attn_processor"):
+            network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+        if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+        if settings.compile:
+            network.compile()
+
+
+def _text_of(method: Method, texts: dict[str, dict[str, Tensor]] | None) -> Callable[[list[str]], dict[str, Tensor]]:
+    """Captions to cached embeddings, or to token ids for encoders that train or are not cached."""
+    if texts is None:
+
+        def ids(captions: list[str]) -> dict[str, Tensor]:
+            return {f"ids_{number}": item for number, item in enumerate(tokenize(method.parts, captions))}
+
+        return ids
+
+    def embeddings(captions: list[str]) -> dict[str, Tensor]:
+        found = [texts[caption] for caption in captions]
+        return {key: torch.stack([item[key] for item in found]) for key in found[0]}
+
+    return embeddings
+
+
+def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def ready(batch: dict[str, Any]) -> dict[str, Any]:
+        parts = method.parts
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with torch.no_grad():
+            if "pixels" in batch:
+                batch["mean"], batch["std"] = encode_images(parts.vae, batch.pop("pixels"))
+            batch["latents"] = torch.addcmul(batch.pop("mean"), batch.pop("std"), batch.pop("posterior"))
+            if "ids_0" in batch and not method.trains_text:
+                ids = [batch.pop(f"ids_{number}") for number in range(len(parts.text_encoders))]
+                batch |= encode_text(parts.text_encoders, ids, family=parts.family)
+        return batch
+
+    return ready
+
+
+def announce(
+    method: Method, model: Any, settings: TrainSettings, prepared: Prepared, say: Callable[[str], None]
+) -> None:
+    """Says what trains and with how many parameters."""
+    say(f"{method.name}: {len(prepared.feed.streams[0].entries)} views, {prepared.feed.per_step} samples a step")
+    for name, module in method.models.items():
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        total = sum(parameter.numel() for parameter in module.parameters())
+        say(f"  {name:16} {trained:>13,} of {total:,} parameters train")

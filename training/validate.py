@@ -1,0 +1,129 @@
+"""Samples and a fixed-noise loss during training, after which training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .config import ValidationSettings
+from .errors import TrainingError
+from .feed import Draws, Feed, Stream
+from .images import rgb
+from .method import Method
+from .models import pipeline
+
+__all__ = ["fixed_loss", "fixed_loss_batches", "samples", "untouched"]
+
+
+@contextlib.contextmanager
+def untouched(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards, also after an error, every module's mode and all random states are
+    as they were."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in modes.items():
+                part.training = mode
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+def samples(
+    method: Method,
+    settings: ValidationSettings,
+    texts: Mapping[str, Mapping[str, Tensor]] | None,
+    folder: Path,
+    *,
+    device: torch.device,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    rank: int = 0,
+    processes: int = 1,
+) -> list[Path]:
+    """Samples this process's share of the prompts, prompt i with seed `seed + i`, into `folder/NN.png`.
+
+    Args:
+        texts: cached embeddings by caption; None when the text encoders are there to be asked.
+        size: (height, width).
+    """
+    if settings.conditioning and len(settings.conditioning) != len(settings.prompts):
+        raise TrainingError(
+            f"train.validation.conditioning needs one image per prompt: {len(settings.conditioning)} for "
+            f"{len(settings.prompts)}"
+        )
+    parts = method.parts
+    pipe: Any = pipeline(parts, controlnet=method.controlnet)
+    parts.vae.to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    modules = [parts.unet, parts.vae, *parts.text_encoders, *filter(None, [method.controlnet])]
+    with untouched(*modules), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for number in range(rank, len(settings.prompts), processes):
+            asked = _prompt_arguments(settings.prompts[number], texts, device)
+            if method.controlnet is not None:
+                asked["image"] = _conditioning(settings, number, size)
+            image = pipe(
+                **asked,
+                height=size[0],
+                width=size[1],
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                generator=torch.Generator().manual_seed(settings.seed + number),
+            ).images[0]
+            written.append(folder / f"{number:02d}.png")
+            image.save(written[-1])
+    return written
+
+
+def _prompt_arguments(
+    prompt: str, texts: Mapping[str, Mapping[str, Tensor]] | None, device: torch.device
+) -> dict[str, Any]:
+    if texts is None:
+        return {"prompt": prompt, "negative_prompt": ""}
+    arguments = {"prompt_embeds": texts[prompt]["embeds"], "negative_prompt_embeds": texts[""]["embeds"]}
+    if "pooled" in texts[prompt]:
+        arguments["pooled_prompt_embeds"] = texts[prompt]["pooled"]
+        arguments["negative_pooled_prompt_embeds"] = texts[""]["pooled"]
+    return {name: tensor[None].to(device) for name, tensor in arguments.items()}
+
+
+def _conditioning(settings: ValidationSettings, number: int, size: tuple[int, int]) -> Image.Image:
+    if not settings.conditioning:
+        raise TrainingError("train.validation.conditioning: a ControlNet's samples need an image per prompt")
+    return rgb(Image.open(settings.conditioning[number])).resize((size[1], size[0]))
+
+
+def fixed_loss_batches(
+    stream: Stream, draws: Draws, count: int, *, seed: int, text: Callable[[list[str]], dict[str, Tensor]] | None
+) -> list[dict[str, Any]]:
+    """One-sample batches over evenly spread views, timesteps and fixed noise, the same in every run with this seed."""
+    quiet = Draws(latent_shape=draws.latent_shape, timesteps=draws.timesteps, masks=draws.masks)
+    feed = Feed([stream], quiet, seed=seed, batch_size=1, text=text)
+    batches = []
+    for number in range(count):
+        item = feed.item(number, number)
+        item["timesteps"] = torch.tensor(int((number + 0.5) / count * draws.timesteps))
+        batches.append(feed.finish([item]))
+    return batches
+
+
+def fixed_loss(
+    step: Callable[[dict[str, Any]], Tensor], batches: list[dict[str, Any]], modules: list[nn.Module]
+) -> float:
+    """Mean loss of the batches without training on them."""
+    with untouched(*modules):
+        return float(torch.stack([step(batch).mean() for batch in batches]).mean())

@@ -223,17 +223,18 @@ def write_csv(rows: Iterable[Row]) -> str:
     rows = list(rows)
     metrics = sorted({name for row in rows for name in row.numbers})
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow([*_FIXED, *metrics])
     for row in rows:
-        fixed = [row.arm, row.subject, row.prompt, row.seed, row.latents, row.image, repr(float(row.seconds))]
-        writer.writerow([*fixed, *(repr(float(row.numbers[m])) if m in row.numbers else "" for m in metrics)])
+        fixed = [row.arm, row.subject, row.prompt, row.seed, row.latents, row.image, float(row.seconds)]
+        writer.writerow([*fixed, *(float(row.numbers[m]) if m in row.numbers else "" for m in metrics)])
     return text.getvalue()
 
 
 def read_csv(source: str | Path) -> list[Row]:
     """The table from CSV text or a file."""
-    text = source.read_text("utf-8") if isinstance(source, Path) else source
+    # Bytes, not read_text: a prompt's own line breaks must come back as they were.
+    text = source.read_bytes().decode("utf-8", errors="replace") if isinstance(source, Path) else source
     table = csv.reader(io.StringIO(text, newline=""))
     header = next(table, [])
     if tuple(header[: len(_FIXED)]) != _FIXED:
@@ -395,9 +396,9 @@ def _contrast(
         check=stats.bootstrap_t(means, confidence=design.confidence, draws=2000),
         p=stats.wilcoxon(means),
         p_holm=None,
-        wins=sum(up * value > 0 for value in pairs.values()),
-        ties=sum(value == 0 for value in pairs.values()),
-        losses=sum(up * value < 0 for value in pairs.values()),
+        wins=sum(bool(up * value > 0) for value in pairs.values()),
+        ties=sum(bool(value == 0) for value in pairs.values()),
+        losses=sum(bool(up * value < 0) for value in pairs.values()),
         detectable=stats.detectable(means, confidence=design.confidence),
     )
 

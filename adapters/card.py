@@ -1,0 +1,190 @@
+"""The model card: what the adapter is, how to load it, and what it measurably does.
+
+The Hub's `model-index` has no field for baselines or intervals, so each arm is one row, the rest stands in `metrics.args`
+and in `gains.json`; `verified` is never set. Text from outside (prompts, names) is escaped, so that it shows as it is
+and can neither add HTML nor break the YAML head.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from .errors import AdapterError
+from .gains import Gains
+
+__all__ = ["Card", "escape", "render", "slug"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What only the maker knows."""
+
+    title: str
+    base_model: str
+    """Hub id or name of the base."""
+    licence: str = "other"
+    """An identifier of the Hub's list, such as apache-2.0."""
+    description: str = ""
+    trigger_words: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+    """Shown in the Hub's widget."""
+    tags: Sequence[str] = ()
+    limits: Sequence[str] = ()
+    """What it does badly, one sentence each."""
+    command: str = ""
+    """The exact command that made it."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further lines for the table of facts: device, dtype, data hashes."""
+
+    def __post_init__(self) -> None:
+        if not self.title.strip() or not self.base_model.strip():
+            raise AdapterError(f"title={self.title!r}, base_model={self.base_model!r}: both are needed for a card")
+
+
+def escape(text: object) -> str:
+    """Markdown and HTML special characters as entities; line breaks as spaces."""
+    flat = re.sub(r"[\x00-\x1f\x7f\s]+", " ", str(text)).strip()
+    return re.sub(r"[&<>\"'`*_\[\](){}#|\\~!$]", lambda m: f"&#{ord(m.group())};", flat)
+
+
+def slug(text: str) -> str:
+    """A file name made of letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
+
+
+def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequence[str], notes: Sequence[str]) -> str:
+    """`README.md`.
+
+    Args:
+        kinds: lora, dora, loha, lokr, controlnet, unet, tokens.
+        has: names of the files beside it.
+        notes: further remarks on compatibility.
+    """
+    parts = [
+        f"---\n{yaml.safe_dump(_head(card, kinds, gains), sort_keys=False, allow_unicode=True, width=1000)}---",
+        f"# {escape(card.title)}",
+        escape(card.description),
+        _gains_section(gains),
+        _use_section(card, kinds, has),
+        _list("## Compatibility", notes),
+        _list("## Limits", [escape(limit) for limit in card.limits] or ["None were written down, which is not to say there are none."]),
+        _facts(card),
+        f"## Licence\n\n{escape(card.licence)}; the base model's own licence applies to what is made with it.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(card: Card, kinds: Sequence[str], gains: Gains | None) -> dict[str, Any]:
+    adapters = [kind for kind in kinds if kind in ("lora", "dora", "loha", "lokr")]
+    tags = ["text-to-image", "diffusers", *(["lora", *adapters] if adapters else kinds), *card.tags]
+    head: dict[str, Any] = {
+        "base_model": card.base_model,
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": card.licence,
+        "tags": list(dict.fromkeys(tags)),
+    }
+    if card.trigger_words:
+        head["instance_prompt"] = ", ".join(card.trigger_words)
+    if card.prompts:
+        head["widget"] = [{"text": prompt} for prompt in card.prompts]
+    if gains is not None:
+        head["model-index"] = [{"name": card.title, "results": _results(gains)}]
+    return head
+
+
+def _results(gains: Gains) -> list[dict[str, Any]]:
+    dataset = {"name": "held-out prompts and seeds", "type": "prompts", "args": dict(gains.counts)}
+    rows = []
+    for arm in gains.arms:
+        metrics = []
+        for name, value in arm["metrics"].items():
+            args = {key: value[key] for key in ("low", "high", "clusters", "method")}
+            metrics.append({"type": slug(name), "name": name, "value": value["mean"], "args": args})
+        task = {"type": "text-to-image", "name": arm["name"]}
+        rows.append({"task": task, "dataset": dataset, "metrics": metrics})
+    return rows
+
+
+def _gains_section(gains: Gains | None) -> str:
+    if gains is None:
+        return "## Measured gains\n\nNot measured."
+    design = gains.design
+    arrows = [f"{escape(m)} {'↑' if up else '↓'}" for m, up in design.higher_is_better.items()]
+    table = ["| arm | " + " | ".join(arrows) + " | s per image |", "|---" * (len(arrows) + 2) + "|"]
+    for arm in gains.arms:
+        cells = []
+        for metric in design.higher_is_better:
+            value = arm["metrics"][metric]
+            cells.append(f"{value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+        table.append(f"| {escape(arm['name'])} | " + " | ".join(cells) + f" | {arm['seconds']:.3g} |")
+    counts = gains.counts
+    words = (
+        f"{counts['pairs']} pairs: {counts['prompts']} prompts, {counts['seeds']} seeds, {counts['subjects']} subject(s); "
+        f"intervals ({design.confidence:.0%}) over {counts['clusters']} {counts['cluster']}s. Primary metric "
+        f"{escape(design.primary)}, least effect worth having {design.minimum_effect:g}, both declared before the run."
+    )
+    return "\n\n".join(
+        [
+            "## Measured gains",
+            f"**{escape(gains.verdict.sentence)}**",
+            "\n".join(table),
+            words,
+            "Every number can be recomputed from `per_image.csv` by `python -m adapters verify .`; "
+            "`report.html` shows the pairs, the curves and the worst cases.",
+        ]
+    )
+
+
+def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
+    words = ", ".join(f"`{escape(word)}`" for word in card.trigger_words)
+    lines = ["## How to use", f"Trigger words: {words}" if words else "", "```python", "from diffusers import DiffusionPipeline", ""]
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_quoted(card.base_model)})")
+    if "pytorch_lora_weights.safetensors" in has:
+        lines.append('pipe.load_lora_weights(".")  # this folder')
+    elif "controlnet" in kinds:
+        lines[3] = "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline"
+        load = f"StableDiffusionControlNetPipeline.from_pretrained({_quoted(card.base_model)}, controlnet=control)"
+        lines[5:] = ['control = ControlNetModel.from_pretrained(".")  # this folder', f"pipe = {load}"]
+    elif "unet" in kinds:
+        lines.append('pipe.unet = type(pipe.unet).from_pretrained(".")  # this folder')
+    else:
+        lines.append("import adapters  # plain diffusers does not read this kind")
+        lines.append('adapters.load(pipe, ".")')
+    if "learned_embeds.safetensors" in has:
+        lines += ["from safetensors.torch import load_file", 'tokens = load_file("learned_embeds.safetensors")']
+        lines.append("pipe.load_textual_inversion([{word: row} for word, row in tokens.items()], token=list(tokens))")
+    lines.append("```")
+    if "guider_config.json" in has:
+        lines += [
+            "",
+            "With the guidance it was measured with (scfg-toolkit):",
+            "",
+            "```python",
+            "import adapters, scfg",
+            "",
+            'with adapters.load(pipe, ".", guidance=lambda config: scfg.attach(pipe, scfg.from_config(config))):',
+            f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}).images[0]",
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """A Python literal that cannot end its code block."""
+    return ascii(re.sub(r"[`\s]+", " ", text))
+
+
+def _list(title: str, items: Sequence[str]) -> str:
+    return "\n".join([title, "", *(f"- {item}" for item in items)]) if items else ""
+
+
+def _facts(card: Card) -> str:
+    facts = {"base": card.base_model, **card.facts, **({"command": card.command} if card.command else {})}
+    rows = [f"| {escape(name)} | {escape(value)} |" for name, value in facts.items()]
+    return "\n".join(["## How it was made", "", "| | |", "|---|---|", *rows])

@@ -1,0 +1,75 @@
+"""A line plot as inline SVG: a few series with intervals, told apart by dash and mark as well as by colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+__all__ = ["plot"]
+
+Point = tuple[float, float, float, float, str]
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 36, 48
+# Okabe-Ito colours, legible to colour-blind readers on light and dark.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
+
+
+def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+    """Series name -> points (x, y, low, high, label); returns a <figure>."""
+    points = [point for line in series.values() for point in line]
+    x0, x1 = _span([p[0] for p in points])
+    y0, y1 = _span([value for p in points for value in p[1:4]])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = [_axes(x0, x1, y0, y1, place, x_label, y_label)]
+    for index, (name, line) in enumerate(series.items()):
+        parts.append(_line(name, line, _COLORS[index % 6], _DASHES[index % 6], index, place))
+    title = f"{y_label} against {x_label}"
+    return (
+        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
+        f'font-size="12" font-family="system-ui, sans-serif">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    finite = [v for v in values if math.isfinite(v)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    pad = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
+    return low - pad, high + pad
+
+
+def _axes(x0, x1, y0, y1, place, x_label, y_label) -> str:  # type: ignore[no-untyped-def]
+    left, bottom = place(x0, y0)
+    right, top = place(x1, y1)
+    parts = [f'<path d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}" fill="none" stroke="currentColor"/>']
+    for i in range(5):
+        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
+        px, py = place(x, y)
+        parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{x:.3g}</text>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<path d="M{left:.1f} {py:.1f}H{right:.1f}" stroke="currentColor" opacity=".12"/>')
+    parts.append(f'<text x="{(left + right) / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="{left}" y="14" font-weight="bold">{escape(y_label)}</text>')
+    return "".join(parts)
+
+
+def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, place) -> str:  # type: ignore[no-untyped-def]
+    spots = [place(p[0], p[1]) for p in line]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
+    parts = [f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>']
+    for (x, _, low, high, label), (px, py) in zip(line, spots, strict=True):
+        _, bottom = place(x, low)
+        _, top = place(x, high)
+        parts.append(f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{color}" stroke-width="1.5"/>')
+        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{color}"/>')
+        parts.append(f'<text x="{px + 6:.1f}" y="{py - 6:.1f}" font-size="11">{escape(label)}</text>')
+    y = 14 + 14 * index
+    parts.append(f'<path d="M{WIDTH - 190} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
+    parts.append(f'<text x="{WIDTH - 156}" y="{y}">{escape(name)}</text>')
+    return "".join(parts)

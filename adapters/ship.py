@@ -1,0 +1,184 @@
+"""The release folder: weights in every useful spelling, card, guider, gains, report, manifest; written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from . import files, report
+from .attach import EMBEDS_FILE, GUIDER_FILE, LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
+from .card import Card, render, slug
+from .errors import AdapterError, FileError
+from .gains import Gains, Row, write_csv
+from .keys import Adapter, to_diffusers, to_kohya, to_peft
+from .sample import Shot, write
+
+__all__ = ["push", "ship", "versions"]
+
+_MODELS = {"ControlNetModel": "controlnet", "UNet2DConditionModel": "unet"}
+_PACKAGES = ("scfg-toolkit", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
+SAMPLES = 8
+
+
+def ship(
+    folder: str | Path,
+    *,
+    weights: Adapter | str | Path,
+    base: Mapping[str, str],
+    card: Card,
+    gains: Gains | None = None,
+    rows: Sequence[Row] = (),
+    shots: Mapping[str, Sequence[Shot]] | None = None,
+    guider: Mapping[str, Any] | None = None,
+    embeds: Mapping[str, torch.Tensor] | None = None,
+    config: str | None = None,
+    overlay: Callable[[Shot], Mapping[str, Image.Image]] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a release folder; an older one of the same name is replaced in one step.
+
+    Args:
+        weights: an adapter, or what training wrote: a folder or file in peft, diffusers or kohya keys, or the folder of
+            a ControlNet or U-net.
+        base: `adapters.describe(pipe)` of the base it was made on.
+        gains, rows: the comparison and the table it came from; both or neither.
+        shots: images per arm, for samples and report.
+        guider: the settings that measured best; what `load` hands to its guidance callable.
+        embeds: learned tokens, token -> (vectors, width).
+        config: the resolved training settings as YAML text.
+        facts: measured things without a column in the table: peak memory, Fréchet distances, tuning.
+
+    Returns: the folder.
+    """
+    if (gains is None) != (not rows):
+        raise AdapterError("gains and rows belong together: give both, or neither")
+    target, shots = Path(folder), shots or {}
+    made = {**versions(), **(facts or {})}
+    with files.write_folder(target) as stage:
+        kinds, notes = _weights(stage, weights, slug(target.name))
+        if embeds:
+            files.write_tensors(stage / EMBEDS_FILE, embeds)
+        if guider is not None:
+            _json(stage / GUIDER_FILE, guider)
+        if config is not None:
+            (stage / "config.yaml").write_text(config, "utf-8")
+        _samples(stage / "samples", shots, made)
+        if gains is not None:
+            _gains(stage, gains, rows, shots, card, base, made, overlay)
+        names = sorted(p.name for p in stage.iterdir())
+        (stage / "README.md").write_text(render(card, kinds=kinds, gains=gains, has=names, notes=notes), "utf-8")
+        kind = kinds[0] if len(kinds) == 1 else "mixed"
+        files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions()})
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
+
+
+def _weights(stage: Path, weights: Adapter | str | Path, name: str) -> tuple[list[str], list[str]]:
+    """Write the weights; returns their kinds and notes on who can read them."""
+    if isinstance(weights, Adapter):
+        return _adapter(stage, weights, name)
+    source = open_source(weights)
+    if (config := source.file("config.json")) is not None:
+        return _model(stage, source.path, files.read_json(config))
+    return _adapter(stage, read_adapter(source), name)
+
+
+def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]]:
+    kind = _MODELS.get(str(config.get("_class_name"))) if isinstance(config, dict) else None
+    weights = folder / MODEL_FILE
+    if kind is None or not weights.is_file():
+        raise FileError(f"{folder}: config.json without a ControlNet or U-net and its {MODEL_FILE}")
+    files.read_header(weights)
+    shutil.copyfile(folder / "config.json", stage / "config.json")
+    shutil.copyfile(weights, stage / MODEL_FILE)
+    return [kind], [f"A whole {kind}: diffusers loads this folder with `from_pretrained`."]
+
+
+def _adapter(stage: Path, adapter: Adapter, name: str) -> tuple[list[str], list[str]]:
+    for component in adapter.components:
+        place = stage if component == "unet" else stage / component
+        place.mkdir(exist_ok=True)
+        tensors, config = to_peft(adapter, component)
+        files.write_tensors(place / PEFT_FILE, tensors)
+        _json(place / "adapter_config.json", config)
+    tensors, header = to_kohya(adapter, uniform_alpha=True)
+    files.write_tensors(stage / f"{name}.kohya.safetensors", tensors, header)
+    notes = [f"`{name}.kohya.safetensors` is for ComfyUI and A1111; every module has its alpha."]
+    if set(adapter.kinds) <= {"lora", "dora"}:
+        tensors, header = to_diffusers(adapter)
+        files.write_tensors(stage / LORA_FILE, tensors, header)
+        notes.insert(0, f"`{LORA_FILE}` loads through plain `pipe.load_lora_weights`.")
+    else:
+        notes.insert(
+            0,
+            f"{', '.join(k for k in adapter.kinds if k in ('loha', 'lokr'))} does not load through plain diffusers from "
+            "this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate it by a "
+            "LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`).",
+        )
+    if "dora" in adapter.kinds:
+        notes.append("diffusers drops the DoRA magnitudes of kohya files; in diffusers load the folder, not the kohya file.")
+    return adapter.kinds, notes
+
+
+def _samples(folder: Path, shots: Mapping[str, Sequence[Shot]], facts: Mapping[str, Any]) -> None:
+    for arm, images in shots.items():
+        for index, shot in enumerate(images[:SAMPLES]):
+            write(folder / f"{slug(arm)}-{index:02d}.png", shot, facts)
+
+
+def _gains(
+    stage: Path,
+    gains: Gains,
+    rows: Sequence[Row],
+    shots: Mapping[str, Sequence[Shot]],
+    card: Card,
+    base: Mapping[str, str],
+    facts: Mapping[str, Any],
+    overlay: Callable[[Shot], Mapping[str, Image.Image]] | None,
+) -> None:
+    weights = {p.name: files.sha256(p) for p in sorted(stage.glob("*.safetensors"))}
+    identity = {"weights": weights, "base": dict(base), "command": card.command, "facts": dict(facts)}
+    _json(stage / "gains.json", {"format": 1, "identity": identity, **gains.to_dict()})
+    (stage / "per_image.csv").write_bytes(write_csv(rows).encode())
+    page = report.render(gains, shots, title=card.title, command=card.command, overlay=overlay, facts={**card.facts, **facts})
+    (stage / "report.html").write_text(page, "utf-8")
+
+
+def push(folder: str | Path, repo_id: str, *, private: bool = True, dry_run: bool = False) -> list[str]:
+    """Upload a release folder to the Hub after checking its manifest; returns the names of the files.
+
+    `dry_run` checks and lists, and contacts nobody.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    path = Path(folder)
+    names = [*sorted(files.verify_folder(path)["files"]), files.MANIFEST]
+    if not dry_run:
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=path, allow_patterns=names)
+    return names

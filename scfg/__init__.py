@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .attach import Run, attach
+from .config import GuiderConfig, from_config, read_config, to_config
 from .errors import ScfgError
 from .guidance import CFG, METHODS, Dose, Interval, Placebo, Pointwise, SemanticCFG, guidance
 
@@ -10,6 +11,7 @@ __all__ = [
     "CFG",
     "METHODS",
     "Dose",
+    "GuiderConfig",
     "Interval",
     "Placebo",
     "Pointwise",
@@ -17,5 +19,8 @@ __all__ = [
     "ScfgError",
     "SemanticCFG",
     "attach",
+    "from_config",
     "guidance",
+    "read_config",
+    "to_config",
 ]

@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -24,12 +23,12 @@ from .guidance import SemanticCFG
 from .guidance import guidance as guidance_by_name
 from .pipelines import PipelineView
 from .regions import Regions
-from .scale import ScaleMap
+from .scale import ScaleMap, rewrite
 from .segment import Segmenter, background_positions, grouping
 from .trace import RECORDABLE, Step
 from .words import Word, prompt_words
 
-__all__ = ["Run", "attach", "rewrite"]
+__all__ = ["Run", "attach"]
 
 
 def attach(
@@ -76,6 +75,7 @@ class Run:
         guidance: SemanticCFG,
         *,
         guidance_scale: float | None,
+        guidance_rescale: float | None = None,
         record: Collection[str] | None,
     ) -> None:
         unknown = sorted(set(record or ()) - set(RECORDABLE))
@@ -84,10 +84,11 @@ class Run:
         self.guidance = guidance
         self.trace: list[Step] = []
         self.call_kwargs: dict[str, float] = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        if guidance_rescale is not None:
+            self.call_kwargs["guidance_rescale"] = guidance_rescale
         self.prompts: list[str] | None = None
         self._pipe = pipe
         self._record = frozenset(record or ())
-        self._stated_scale = guidance_scale
         self._view = PipelineView(pipe, guidance_scale)
         self._segmenter = Segmenter(self._view.unet, guidance) if guidance.needs_regions else None
         self._handles: list[RemovableHandle] = []
@@ -146,7 +147,7 @@ class Run:
         if not self._view.guided:
             return
         self._call = call = self._read_call(args, kwargs)
-        self._check_scale(call.guidance_scale)
+        self._check_scale()
         if not self.guidance.active(call.fraction):
             return
         if self.guidance.needs_seeds and self._seeds is None:
@@ -317,13 +318,15 @@ class Run:
             return guided
         return (sample - sigma * guided) / alpha
 
-    def _check_scale(self, scale: float) -> None:
-        if self._stated_scale is not None and abs(scale - self._stated_scale) > 1e-6:
-            self._say_once(
-                "scale",
-                f"the pipeline runs with guidance_scale={scale}, but this guidance was made for {self._stated_scale}; "
-                f"call it as pipe(prompt, **run.call_kwargs)",
-            )
+    def _check_scale(self) -> None:
+        for name, stated in self.call_kwargs.items():
+            used = getattr(self._view, name)
+            if used is not None and abs(used - stated) > 1e-6:
+                self._say_once(
+                    name,
+                    f"the pipeline runs with {name}={used}, but this guidance was made for {stated}; call it as "
+                    f"pipe(prompt, **run.call_kwargs)",
+                )
 
     def _say_once(self, topic: str, message: str) -> None:
         if topic not in self._said:
@@ -343,22 +346,6 @@ class _Call:
     guidance_scale: float
     uncond: slice
     cond: slice
-
-
-def rewrite(
-    uncond: Float[Tensor, "B C H W"],
-    cond: Float[Tensor, "B C H W"],
-    gamma: Float[Tensor, "B 1 H W"],
-    scale: float,
-    *,
-    keep_cond: bool,
-) -> Float[Tensor, "B C H W"]:
-    """The half that makes a pipeline's u + s * (c - u) equal u + s * gamma * delta: c', or u' with `keep_cond`."""
-    wide = uncond.float()
-    delta = cond.float() - wide
-    if keep_cond:
-        return (wide + scale / (scale - 1.0) * (1.0 - gamma) * delta).to(uncond.dtype)
-    return (wide + gamma * delta).to(cond.dtype)
 
 
 def _fingerprint(image: Tensor) -> int:

@@ -46,6 +46,8 @@ _CHOICES = {
     "tokens": Tokens,
     "reference": Reference,
 }
+_OPTIONAL = ("gamma_min", "gamma_max", "scale_cap")
+_NUMBERS = (*_OPTIONAL, "smoothing_sigma", "start", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,12 @@ class SemanticCFG:
     """Only the last so many blocks of each resolution count (IF: 3); None: all."""
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:  # 3 and 3.0 are one setting, also in a file
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            _require(isinstance(value, (int, float)), name, value, "a number")
+            object.__setattr__(self, name, float(value))
         for name, choices in _CHOICES.items():
             _require(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}")
         ratio = self.latent_ratio

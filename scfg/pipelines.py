@@ -118,6 +118,16 @@ class PipelineView:
         return float(self._stated_scale or 0.0)  # _check saw to it that it was stated
 
     @property
+    def guidance_rescale(self) -> float | None:
+        """The pipeline's rescaling factor; None where it has none or keeps it in a local."""
+        return float(self.pipe.guidance_rescale) if hasattr(type(self.pipe), "guidance_rescale") else None
+
+    @property
+    def takes_rescale(self) -> bool:
+        """Whether the pipeline's call has a `guidance_rescale`."""
+        return "guidance_rescale" in self._parameters
+
+    @property
     def ways(self) -> int:
         """Predictions per image in one batch: [uncond | cond], and a perturbed third with PAG."""
         return 3 if getattr(self.pipe, "do_perturbed_attention_guidance", False) else 2
@@ -127,9 +137,8 @@ class PipelineView:
         """Whether c is needed unchanged after guidance: for rescaling to std(c), or as PAG's reference."""
         if self.ways == 3:
             return True
-        if hasattr(type(self.pipe), "guidance_rescale"):
-            return self.pipe.guidance_rescale > 0
-        return "guidance_rescale" in self._parameters  # kept in a local: assume that it is used
+        rescale = self.guidance_rescale
+        return self.takes_rescale if rescale is None else rescale > 0  # kept in a local: assume that it is used
 
     @property
     def channels(self) -> int:

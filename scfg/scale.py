@@ -24,6 +24,7 @@ __all__ = [
     "masked_mean",
     "permute_regions",
     "region_norms",
+    "rewrite",
     "spread",
     "to_prediction_size",
 ]
@@ -150,3 +151,19 @@ def permute_regions(
         cycle = order[present[image, order]]
         permuted[image, cycle] = gamma[image, cycle.roll(1)]
     return permuted
+
+
+def rewrite(
+    uncond: Float[Tensor, "B C H W"],
+    cond: Float[Tensor, "B C H W"],
+    gamma: Float[Tensor, "B 1 H W"],
+    scale: float,
+    *,
+    keep_cond: bool,
+) -> Float[Tensor, "B C H W"]:
+    """The half that makes a pipeline's u + s * (c - u) equal u + s * gamma * delta: c', or u' with `keep_cond`."""
+    wide = uncond.float()
+    delta = cond.float() - wide
+    if keep_cond:
+        return (wide + scale / (scale - 1.0) * (1.0 - gamma) * delta).to(uncond.dtype)
+    return (wide + gamma * delta).to(cond.dtype)

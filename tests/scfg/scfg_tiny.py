@@ -1,0 +1,137 @@
+"""Random pipelines of a few thousand parameters, built from config: no files, no network."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+LATENT, TEXT, WIDTH = 8, 12, 16
+STEPS = 3
+
+
+def unet(seed=0, *, xl=False, **changes):
+    """Attention at ratios 1 and 2 and in the mid block (SD), or at 2 only (SDXL: none at full size, depth 2)."""
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": LATENT,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    if xl:
+        config |= {
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": WIDTH + 6 * 4,
+        }
+    return UNet2DConditionModel(**(config | changes)).eval()
+
+
+def vae():
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=2 * LATENT,
+    ).eval()
+
+
+def scheduler(kind=DDIMScheduler, **changes):
+    return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **changes)
+
+
+def controlnet(model, seed=2):
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(model, conditioning_channels=3)
+    for parameter in net.parameters():  # the zero convolutions of a new ControlNet would hide it
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net.eval()
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SD_PARTS = {
+    "text_encoder": None,
+    "tokenizer": None,
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
+XL_PARTS = {"text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+
+
+def sd(kind=StableDiffusionPipeline, *, model=None, **parts):
+    return quiet(kind(vae=vae(), unet=model or unet(), scheduler=scheduler(), **(SD_PARTS | parts)))
+
+
+def xl(kind=StableDiffusionXLPipeline, *, model=None, **parts):
+    parts = {"add_watermarker": False} | XL_PARTS | parts
+    return quiet(kind(vae=vae(), unet=model or unet(xl=True), scheduler=scheduler(), **parts))
+
+
+def embeddings(images=1, *, seed=5, length=TEXT, xl=False):
+    """Prompt and negative prompt embeddings, as a pipeline's keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    cond, uncond = (torch.randn(images, length, WIDTH, generator=generator) * 2 for _ in range(2))
+    given = {"prompt_embeds": cond, "negative_prompt_embeds": uncond}
+    if xl:
+        given |= {
+            "pooled_prompt_embeds": torch.randn(images, WIDTH, generator=generator),
+            "negative_pooled_prompt_embeds": torch.randn(images, WIDTH, generator=generator),
+        }
+    return given
+
+
+def noise(images=1, *, seed=7, size=(LATENT, LATENT)):
+    return torch.randn(images, 4, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(pipe, *, xl=False, images=1, **call):
+    """A short run, as latents."""
+    settings = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+        "height": 2 * LATENT,
+        "width": 2 * LATENT,
+        "latents": noise(images),
+    } | embeddings(images, xl=xl)
+    return pipe(**{name: value for name, value in (settings | call).items() if value is not ...}).images
+
+
+def two_calls(pipe, guidance_map, *, embeds, start, steps=STEPS, scale=5.0):
+    """S-CFG written out: a denoising loop of our own, given gamma(u, c, t) for every step. DDIM only."""
+    schedule = scheduler()
+    schedule.set_timesteps(steps)
+    sample = start
+    for t in schedule.timesteps:
+        with torch.no_grad():
+            context = torch.cat([embeds["negative_prompt_embeds"], embeds["prompt_embeds"]])
+            uncond, cond = pipe.unet(torch.cat([sample] * 2), t, encoder_hidden_states=context).sample.chunk(2)
+        gamma = guidance_map(uncond, cond, t)
+        sample = schedule.step(uncond + scale * gamma * (cond - uncond), t, sample).prev_sample
+    return sample

@@ -98,12 +98,18 @@ class Prior:
 
 
 def prior(
-    parts: Parts, settings: DreamBoothSettings, *, resolution: int, folder: Path, seed: int = 0, batch_size: int = 4
+    parts: Parts,
+    settings: DreamBoothSettings,
+    *,
+    resolution: int,
+    folder: str | Path,
+    seed: int = 0,
+    batch_size: int = 4,
 ) -> Prior | None:
     """The prior that the settings ask for, with missing class images generated; None without a class prompt."""
     if settings.class_prompt is None:
         return None
-    folder = Path(settings.class_folder) if settings.class_folder else folder
+    folder = Path(settings.class_folder or folder)
     class_images(
         parts,
         settings.class_prompt,

@@ -64,6 +64,8 @@ class Draws:
     noise_offset: float = 0.0
     caption_dropout: float = 0.0
     conditioning_dropout: float = 0.0
+    conditioning: bool = False
+    """Whether the method reads conditioning images; otherwise they are left out of the batches."""
     masks: bool = False
     """Whether the loss uses masks; samples without one get a mask of ones."""
 
@@ -135,7 +137,9 @@ class Feed:
             item.pop("mask", None)
         elif "mask" not in item:
             item["mask"] = torch.ones(1, *shape[1:])
-        if "conditioning" in item and drop_conditioning < draws.conditioning_dropout:
+        if not draws.conditioning:
+            item.pop("conditioning", None)
+        elif drop_conditioning < draws.conditioning_dropout:
             item["conditioning"] = torch.zeros_like(item["conditioning"])
         return item
 

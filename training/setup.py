@@ -86,6 +86,10 @@ def prepare(
         raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
     if method.needs_conditioning and data[0].conditioning is None:
         raise TrainingError("a ControlNet needs conditioning images: set data.conditioning or data.annotator")
+    if method.needs_conditioning and prior is not None:
+        raise TrainingError(
+            "dreambooth.class_prompt: class images have no conditioning, so a ControlNet cannot use them"
+        )
     if region is not None and cache == "off":
         raise TrainingError("a region function needs the cache: set data.cache to memory or disk")
     if cache == "memory" and accelerator.num_processes > 1:
@@ -122,6 +126,7 @@ def prepare(
         noise_offset=chosen.noise_offset,
         caption_dropout=chosen.caption_dropout,
         conditioning_dropout=method.conditioning_dropout,
+        conditioning=method.needs_conditioning,
         masks=masked,
     )
     if masked and region is None and "mask" not in streams[0].entries[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -111,7 +112,7 @@ def fixed_loss_batches(
     stream: Stream, draws: Draws, count: int, *, seed: int, text: Callable[[list[str]], dict[str, Tensor]] | None
 ) -> list[dict[str, Any]]:
     """One-sample batches over evenly spread views, timesteps and fixed noise, the same in every run with this seed."""
-    quiet = Draws(latent_shape=draws.latent_shape, timesteps=draws.timesteps, masks=draws.masks)
+    quiet = dataclasses.replace(draws, noise_offset=0.0, caption_dropout=0.0, conditioning_dropout=0.0)
     feed = Feed([stream], quiet, seed=seed, batch_size=1, text=text)
     batches = []
     for number in range(count):

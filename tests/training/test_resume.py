@@ -3,95 +3,185 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import training_driver
 from safetensors.torch import load_file
 
-# Reads what to train from its arguments; kills itself (-9) or signals itself at a step, as an outside event would.
-DRIVER = """
-import json, os, signal, sys
-from training import config, controlnet, dreambooth, images, loop, lora, models, views
-from training.errors import exit_on_error
+from training import checkpoint
+from training.errors import Stopped, TrainingError
 
-asked = json.loads(sys.argv[1])
-with exit_on_error():
-    parts = models.load(asked["base"])
-    method = {
-        "lora": lambda: lora.prepare(parts, config.LoraSettings(rank=2, dropout=0.3)),
-        "full": lambda: dreambooth.prepare(parts),
-        "controlnet": lambda: controlnet.prepare(parts, config.ControlNetSettings(dropout=0.2)),
-        "text": lambda: lora.prepare(parts, config.LoraSettings(rank=2, text_encoder=True)),
-    }[asked["method"]]()
-    source = images.folder(asked["pictures"], conditioning=asked["pictures"], minimum=8)
-    data = views.Views(source, resolution=32, multiple=parts.multiple, flip=True)
-    prior = None
-    if asked.get("prior"):
-        chosen = config.DreamBoothSettings(class_prompt="dog", class_images=3, steps=2)
-        prior = dreambooth.prior(parts, chosen, resolution=32, folder=asked["class_folder"])
-
-    def say(line):
-        if asked.get("kill") and line.startswith(f"step {asked['kill']}/"):
-            os.kill(os.getpid(), asked["signal"])
-
-    settings = config.TrainSettings(**{**asked["train"], "trackers": [], "log_every": 1})
-    loop.train(method, data, settings, out=asked["out"], prior=prior, say=say)
-"""
-
-
-def run(asked: dict) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(asked)], capture_output=True, text=True, check=False
-    )
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = (load_file(path / "checkpoints" / "step-000007" / "weights.safetensors") for path in (one, other))
-    return ours.keys() == theirs.keys() and all(bool((ours[key] == theirs[key]).all()) for key in ours)
-
-
-CASES = {
-    "lora": ("lora", {}, False),
-    "text-encoder": ("text", {}, False),
+STEPS = 7
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "lora with dropout": ("dropout", {}, False),
+    "text encoder": ("text", {}, False),
     "full": ("full", {}, False),
     "controlnet": ("controlnet", {}, False),
-    "ema": ("lora", {"ema": 0.9, "schedule": "cosine", "warmup": 2}, False),
+    "ema and schedule": ("lora", {"ema": 0.9, "schedule": "cosine", "warmup": 2}, False),
     "accumulation": ("lora", {"accumulation": 2}, False),
     "prior": ("lora", {}, True),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_and_resumed_is_uninterrupted(
-    name: str, number: signal.Signals, base: Path, pictures: Path, tmp_path: Path
-) -> None:
+class Crash(Exception):
+    """An interruption that leaves training no time to do anything."""
+
+
+def asked_for(name: str, base: Path, pictures: Path, tmp_path: Path) -> dict[str, Any]:
     method, options, prior = CASES[name]
-    train = {"steps": 7, "batch_size": 2, "learning_rate": 1e-2, "save_every": 2, **options}
-    asked = {"base": str(base), "pictures": str(pictures), "method": method, "prior": prior}
-    asked["class_folder"] = str(tmp_path / "class")
-    whole = run({**asked, "train": train, "out": str(tmp_path / "whole")})
-    assert whole.returncode == 0, whole.stderr
-    cut = {**asked, "out": str(tmp_path / "cut")}
-    first = run({**cut, "train": train, "kill": 3 + len(name) % 3, "signal": int(number)})
-    if number == signal.SIGKILL:
-        assert first.returncode == -signal.SIGKILL
-    else:
-        assert first.returncode == 130
-        assert "--train.resume latest" in first.stderr
-    assert not (tmp_path / "cut" / "checkpoints" / "step-000007").exists()
-    second = run({**cut, "train": {**train, "resume": "latest"}})
-    assert second.returncode == 0, second.stderr
-    assert same_weights(tmp_path / "whole", tmp_path / "cut")
-    logs = [(tmp_path / way / "log.jsonl").read_text().splitlines() for way in ("whole", "cut")]
+    train = {"steps": STEPS, "batch_size": 2, "save_every": 2, **options}
+    asked: dict[str, Any] = {"base": str(base), "pictures": str(pictures), "method": method, "train": train}
+    return asked | ({"class_folder": str(tmp_path / "class")} if prior else {})
+
+
+def same_end(one: Path, other: Path) -> None:
+    """Same weights, optimizer state and average at the last step, and the same losses on the way."""
+    last = f"checkpoints/step-{STEPS:06d}"
+    files = sorted(path.name for path in (one / last).glob("*.safetensors"))
+    assert {"weights.safetensors", "optimizer.safetensors"} <= set(files)
+    for file in files:
+        ours, theirs = load_file(one / last / file), load_file(other / last / file)
+        assert ours.keys() == theirs.keys()
+        assert all(bool((ours[key] == theirs[key]).all()) for key in ours), file
+    logs = [(way / "log.jsonl").read_text().splitlines() for way in (one, other)]
     losses = [[(json.loads(line)["step"], json.loads(line)["loss"]) for line in log] for log in logs]
     assert losses[0] == losses[1]
-    if options.get("ema"):
-        ours, theirs = (
-            load_file(tmp_path / way / "lora" / "pytorch_lora_weights.safetensors") for way in ("whole", "cut")
-        )
-        assert all(bool((ours[key] == theirs[key]).all()) for key in ours)
+    assert len(losses[0]) == STEPS
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interrupted_and_resumed_is_uninterrupted(name: str, base: Path, pictures: Path, tmp_path: Path) -> None:
+    asked = asked_for(name, base, pictures, tmp_path)
+    training_driver.train({**asked, "out": tmp_path / "whole"}, say=lambda line: None)
+
+    def crash(line: str) -> None:
+        if line.startswith(f"step {3 + len(name) % 4}/"):
+            raise Crash
+
+    cut = {**asked, "out": tmp_path / "cut"}
+    with pytest.raises(Crash):
+        training_driver.train(cut, say=crash)
+    training_driver.train({**cut, "train": {**asked["train"], "resume": "latest"}}, say=lambda line: None)
+    same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(base: Path, pictures: Path, tmp_path: Path) -> None:
+    asked = asked_for("lora with dropout", base, pictures, tmp_path)
+    training_driver.train({**asked, "out": tmp_path / "whole"}, say=lambda line: None)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(line: str) -> None:
+        if line.startswith("step 3/"):
+            signal.raise_signal(signal.SIGTERM)
+
+    cut = {**asked, "out": tmp_path / "cut", "train": {**asked["train"], "save_every": 100}}
+    with pytest.raises(Stopped, match=r"stopped after step 4.*--train.resume latest"):
+        training_driver.train(cut, say=stop)
+    assert signal.getsignal(signal.SIGTERM) is before
+    training_driver.train({**cut, "train": {**cut["train"], "resume": "latest"}}, say=lambda line: None)
+    same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "number"), [("prior", signal.SIGKILL), ("full", signal.SIGTERM)])
+def test_a_killed_process_can_be_resumed(
+    name: str, number: signal.Signals, base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    def run(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, training_driver.__file__, json.dumps(asked)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    asked = asked_for(name, base, pictures, tmp_path)
+    training_driver.train({**asked, "out": tmp_path / "whole"}, say=lambda line: None)
+    cut = {**asked, "out": str(tmp_path / "cut")}
+    first = run({**cut, "at": 5, "signal": int(number)})
+    assert first.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), first.stderr
+    if number == signal.SIGTERM:
+        assert "stopped after step 6, saved" in first.stderr
+    second = run({**cut, "train": {**asked["train"], "resume": "latest"}})
+    assert second.returncode == 0, second.stderr
+    same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resuming_with_other_settings_or_data_is_refused(base: Path, pictures: Path, tmp_path: Path) -> None:
+    asked = {**asked_for("accumulation", base, pictures, tmp_path), "out": tmp_path / "out"}
+    training_driver.train({**asked, "train": {**asked["train"], "steps": 2}}, say=lambda line: None)
+
+    def resumed(**changes: object) -> None:
+        train = {**asked["train"], "steps": 3, "resume": "latest", **changes}
+        training_driver.train({**asked, "train": train}, say=lambda line: None)
+
+    with pytest.raises(TrainingError, match=r"train.learning_rate: 0.01 -> 0.5; train.seed: 0 -> 4"):
+        resumed(learning_rate=0.5, seed=4)
+    with pytest.raises(TrainingError, match=r"samples_per_step: 4 -> 2"):
+        resumed(accumulation=1)
+    (pictures / "0.txt").write_text("another caption")
+    with pytest.raises(TrainingError, match="data: "):
+        resumed()
+    (pictures / "0.txt").write_text("picture a")
+    resumed(accumulation=1, batch_size=4, log_every=2, keep=1)  # none of which changes the weights
+
+
+def state(step: int, size: int = 3) -> checkpoint.State:
+    facts = {"settings": {"train": {"steps": 5}}}
+    return checkpoint.State(
+        step=step,
+        weights={"a": torch.arange(float(size))},
+        optimizer={
+            "state": {0: {"step": torch.tensor(2.0), "exp_avg": torch.ones(3), "note": 4}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}],
+        },
+        facts=facts,
+    )
+
+
+def test_a_checkpoint_comes_back_as_it_was_and_the_last_ones_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        path = checkpoint.save(tmp_path, state(step), keep=2)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["step-000002", "step-000010"]
+    assert checkpoint.find("latest", tmp_path) == path
+    loaded = checkpoint.load(path)
+    assert loaded.step == 10
+    assert loaded.weights["a"].tolist() == [0, 1, 2]
+    assert loaded.optimizer["state"][0]["note"] == 4
+    assert loaded.optimizer["state"][0]["exp_avg"].tolist() == [1, 1, 1]
+    assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.bin"))
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, state(1), keep=2)
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"cannot save .*step-000002.*No space left.*before is intact"):
+        checkpoint.save(tmp_path, state(2), keep=2)
+    assert [item.name for item in tmp_path.iterdir()] == ["step-000001"]
+    assert checkpoint.load(tmp_path / "step-000001").step == 1
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    """/dev/full gives the error of a full disk on writing."""
+    checkpoint.save(tmp_path, state(1), keep=2)
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    target = tmp_path / "step-000002"
+    with pytest.raises(TrainingError, match=r"No space left"), checkpoint.atomic_folder(target) as place:
+        os.symlink("/dev/full", place / "w") or (place / "w").write_bytes(b"x" * 100_000)
+    assert [item.name for item in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(3), keep=2)
+    with pytest.raises(TrainingError, match=r"train.resume nowhere is no checkpoint.*step-000003"):
+        checkpoint.find("nowhere", tmp_path)

@@ -1,0 +1,51 @@
+"""One small training described by a dictionary: called in a test's process, or run as a script by launcher tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from training import config, controlnet, dreambooth, images, loop, lora, models, views
+from training.errors import exit_on_error
+
+METHODS = {
+    "lora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2)),
+    "dropout": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dropout=0.3)),
+    "text": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, text_encoder=True)),
+    "full": lambda parts: dreambooth.prepare(parts),
+    "controlnet": lambda parts: controlnet.prepare(parts, config.ControlNetSettings(dropout=0.2)),
+}
+
+
+def train(asked: dict[str, Any], say: Callable[[str], None] = print) -> loop.Result | None:
+    """Trains what `asked` says: `base`, `pictures`, `out`, `method`, `train`, and `class_folder` for a prior."""
+    parts = models.load(asked["base"])
+    method = METHODS[asked["method"]](parts)
+    source = images.folder(asked["pictures"], conditioning=asked["pictures"], minimum=8)
+    data = views.Views(source, resolution=32, multiple=parts.multiple, flip=True)
+    prior = None
+    if asked.get("class_folder"):
+        chosen = config.DreamBoothSettings(class_prompt="dog", class_images=3, steps=2)
+        prior = dreambooth.prior(parts, chosen, resolution=32, folder=asked["class_folder"])
+    settings = config.TrainSettings(**{"trackers": [], "log_every": 1, "learning_rate": 1e-2, **asked["train"]})
+    return loop.train(method, data, settings, out=asked["out"], prior=prior, say=say)
+
+
+def main() -> None:
+    """Also signals itself at a step, as an event from outside would."""
+    asked = json.loads(sys.argv[1])
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        if asked.get("signal") and line.startswith(f"step {asked['at']}/"):
+            os.kill(os.getpid(), asked["signal"])
+
+    with exit_on_error():
+        train(asked, say)
+
+
+if __name__ == "__main__":
+    main()

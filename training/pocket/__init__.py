@@ -1,0 +1,90 @@
+"""The embedded base model: a real, small Stable-Diffusion-class pipeline folder, its ControlNets and its judge.
+
+    StableDiffusionPipeline.from_pretrained(training.pocket.base_path())
+
+Importing this loads neither torch nor diffusers. Every weight file is checked against ``data/manifest.json`` before its
+path is handed out: once a process, by size and sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import PocketError
+
+if TYPE_CHECKING:
+    from .judge import Judge
+
+__all__ = ["VERSION", "PocketError", "base_hash", "base_path", "controlnet_path", "judge", "manifest"]
+
+VERSION = "pocket-1"
+DATA = Path(__file__).parent / "data"
+CONTROLS = ("canny", "segmentation")
+_REMEDY = "restore it with `git checkout training/pocket/data` or reinstall, or rebuild it with `python recipes/pocket.py`"
+
+
+@lru_cache(maxsize=1)
+def manifest() -> dict[str, Any]:
+    """``{"version", "files": {path: {"bytes", "sha256"}}}`` of what ships, paths relative to the data folder.
+
+    Raises:
+        PocketError: no manifest, or one that is not JSON.
+    """
+    path = DATA / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise PocketError(f"the pocket base has no readable manifest at {path} ({error}); {_REMEDY}") from error
+
+
+def base_path() -> Path:
+    """Folder of the base model, for ``StableDiffusionPipeline.from_pretrained``.
+
+    Raises:
+        PocketError: a file is missing or differs from the manifest; the message names it.
+    """
+    return _checked(VERSION)
+
+
+def controlnet_path(control: str) -> Path:
+    """Folder of the ControlNet for ``control`` ("canny" or "segmentation"), for ``ControlNetModel.from_pretrained``."""
+    if control not in CONTROLS:
+        raise PocketError(f"unknown pocket ControlNet {control!r}; there are {', '.join(CONTROLS)}")
+    return _checked(f"controlnet-{control}")
+
+
+@lru_cache(maxsize=1)
+def judge() -> Judge:
+    """The judge, ready to look (on the CPU, eval mode). See ``training.pocket.judge``."""
+    from safetensors.torch import load_file
+
+    from .judge import Judge
+
+    network = Judge()
+    network.load_state_dict(load_file(_checked("judge") / "judge.safetensors"))
+    return network.float().eval().requires_grad_(False)
+
+
+def base_hash() -> str:
+    """One hash over every file of the base; it goes into whatever is made on it."""
+    files = {name: entry["sha256"] for name, entry in manifest()["files"].items() if name.startswith(f"{VERSION}/")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache
+def _checked(folder: str) -> Path:
+    """The data folder ``folder``, its files compared with the manifest."""
+    entries = {name: entry for name, entry in manifest()["files"].items() if name.startswith(f"{folder}/")}
+    if not entries:
+        raise PocketError(f"the manifest of {manifest()['version']} lists no files under {folder!r}; {_REMEDY}")
+    for name, entry in entries.items():
+        path = DATA / name
+        if not path.is_file():
+            raise PocketError(f"{path} is missing; {_REMEDY}")
+        if path.stat().st_size != entry["bytes"] or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            raise PocketError(f"{path} is damaged (size or sha256 differs from the manifest); {_REMEDY}")
+    return DATA / folder

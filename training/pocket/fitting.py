@@ -1,0 +1,166 @@
+"""What every fit of a pocket part shares: batches of scenes, a learning rate, an average of weights, an atomic state."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["Ema", "MuonAdamW", "learning_rate", "load_state", "pixels", "save_state", "seeded"]
+
+
+def pixels(images: Iterable[np.ndarray]) -> Tensor:
+    """Pictures (S, S, 3) uint8 as one tensor (B, 3, S, S) float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def seeded(seed: int, step: int) -> torch.Generator:
+    """All randomness of a step is a function of (seed, step), so that a resumed run needs no stored random state."""
+    return torch.Generator().manual_seed((seed << 40) + step)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, tail: float = 0.35) -> float:
+    """Linear warm-up, flat, then a cosine over the last ``tail`` of ``steps``: the flat part can be continued by any later run."""
+    start = (1 - tail) * steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if step < start:
+        return peak
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - start) / (steps - start), 1))))
+
+
+class Ema:
+    """Exponential average of a module's parameters, its decay growing with the steps so that the start is forgotten."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - decay)
+            else:
+                self.average[name].copy_(value)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) on hidden matrices and convolutions, AdamW on everything else, in one optimizer.
+
+    Muon replaces the momentum of a weight, as a matrix (out, in * kernel), by the nearest orthogonal matrix, found by
+    five Newton-Schulz steps. torch's own ``Muon`` refuses convolutions, which are most of the weights here.
+
+    Args:
+        modules: what to fit; embeddings, norms, biases and the widest convolutions go to AdamW.
+        peak: rate of the Muon part at the top of the schedule; AdamW's is ``peak * adam_ratio``.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], peak: float, adam_ratio: float = 0.05, weight_decay: float = 0.01) -> None:
+        matrices, others = [], []
+        for module in modules:
+            tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+            for parameter in module.parameters():
+                hidden = parameter.ndim >= 2 and id(parameter) not in tables
+                # Newton-Schulz costs 20 min(R, C) operations a weight. The 256-channel convolutions work on 4 x 4
+                # latents, where that is more than the whole forward and backward pass through them.
+                wide = parameter.ndim == 4 and min(parameter.shape[:2]) > 128
+                (matrices if hidden and not wide else others).append(parameter)
+        groups = [{"params": matrices, "muon": True, "ratio": 1.0}, {"params": others, "muon": False, "ratio": adam_ratio}]
+        super().__init__(groups, {"lr": peak, "weight_decay": weight_decay})
+
+    def set_rate(self, rate: float) -> None:
+        """Set the Muon part's rate and, by the ratio, AdamW's."""
+        for group in self.param_groups:
+            group["lr"] = rate * group["ratio"]
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = self._muon if group["muon"] else self._adam
+                    update(parameter, self.state[parameter], group["lr"], group["weight_decay"])
+
+    def _muon(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
+        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        momentum.mul_(0.95).add_(parameter.grad)  # type: ignore[arg-type]
+        ahead = (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)  # Nesterov
+        change = _orthogonal(ahead).reshape(parameter.shape)
+        rows, columns = ahead.shape
+        parameter.mul_(1 - rate * decay).add_(change, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+
+    def _adam(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
+        if not state:
+            state |= {"first": torch.zeros_like(parameter), "second": torch.zeros_like(parameter), "count": torch.zeros(())}
+        state["count"] += 1
+        count = state["count"].item()
+        state["first"].lerp_(parameter.grad, 0.1)  # type: ignore[arg-type]
+        state["second"].lerp_(parameter.grad.square(), 0.01)  # type: ignore[union-attr]
+        spread = (state["second"] / (1 - 0.99**count)).sqrt_().add_(1e-8)
+        parameter.addcdiv_(state["first"], spread, value=-rate / (1 - 0.9**count))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """Nearly the orthogonal factor of ``matrix`` (R, C): singular values go to about 1 (quintic Newton-Schulz, Muon's coefficients)."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def save_state(
+    path: Path, modules: dict[str, nn.Module], emas: dict[str, Ema], optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Everything a resumed fit needs, in one safetensors file that is there whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for part, module in modules.items():
+        tensors |= {f"{part}/{name}": value for name, value in module.state_dict().items()}
+    for part, ema in emas.items():
+        tensors |= {f"ema.{part}/{name}": value for name, value in ema.average.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()},
+        fresh,
+        metadata={"state": json.dumps({"step": step})},
+    )
+    with fresh.open("rb+") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def load_state(
+    path: Path, modules: dict[str, nn.Module], emas: dict[str, Ema], optimizer: torch.optim.Optimizer
+) -> int:
+    """Restore what ``save_state`` wrote and return its step."""
+    with safe_open(path, "pt") as file:
+        step = json.loads(file.metadata()["state"])["step"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for part, module in modules.items():
+        module.load_state_dict(
+            {name.removeprefix(f"{part}/"): v for name, v in tensors.items() if name.startswith(f"{part}/")}
+        )
+    for part, ema in emas.items():
+        for name in ema.average:
+            ema.average[name].copy_(tensors[f"ema.{part}/{name}"])
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return step

@@ -2,7 +2,7 @@
 
     {"_class_name": "SemanticGuider", "method": "semantic", "guidance_scale": 7.5, "guidance_rescale": 0.0, ...}
 
-The rest are the fields of `SemanticCFG`, except that its window is called `semantic_start`, `semantic_stop` there: `start`
+The rest are the fields of `SemanticCFG`, except that its window is called `semantic_start`, `semantic_stop`: `start`
 and `stop` are diffusers' own words for "no guidance outside".
 """
 
@@ -64,9 +64,7 @@ def read_config(config: Mapping[str, Any]) -> GuiderConfig:
         raise ScfgError(f"_class_name={name!r}: this is not a file of {CLASS_NAME}; load it with the class it names")
     unknown = sorted(set(config) - _OWN_FIELDS - set(_DIFFUSERS_FIELDS) - _OTHER_FIELDS)
     if unknown:
-        raise ScfgError(
-            f"unknown fields {', '.join(unknown)} in the guider's file; it may come from a newer version of this package"
-        )
+        raise ScfgError(f"unknown fields {', '.join(unknown)} in the guider's file; is it from a newer version?")
     back = {theirs: ours for ours, theirs in _WINDOW.items()}
     own = {back.get(field, field): config[field] for field in _OWN_FIELDS if field in config}
     scale, rescale = config.get("guidance_scale"), config.get("guidance_rescale", 0.0)

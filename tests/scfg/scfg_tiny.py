@@ -56,13 +56,17 @@ def vae():
     ).eval()
 
 
+def seeded():
+    return torch.Generator().manual_seed(3)
+
+
 def scheduler(kind=DDIMScheduler, **changes):
     return kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **changes)
 
 
 def controlnet(model, seed=2):
     torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(model, conditioning_channels=3)
+    net = ControlNetModel.from_unet(model, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16))
     for parameter in net.parameters():  # the zero convolutions of a new ControlNet would hide it
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -89,8 +93,7 @@ def sd(kind=StableDiffusionPipeline, *, model=None, **parts):
 
 
 def xl(kind=StableDiffusionXLPipeline, *, model=None, **parts):
-    parts = {"add_watermarker": False} | XL_PARTS | parts
-    return quiet(kind(vae=vae(), unet=model or unet(xl=True), scheduler=scheduler(), **parts))
+    return quiet(kind(vae=vae(), unet=model or unet(xl=True), scheduler=scheduler(), **(XL_PARTS | parts)))
 
 
 def embeddings(images=1, *, seed=5, length=TEXT, xl=False):
@@ -110,28 +113,44 @@ def noise(images=1, *, seed=7, size=(LATENT, LATENT)):
     return torch.randn(images, 4, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def latents(pipe, *, xl=False, images=1, **call):
-    """A short run, as latents."""
-    settings = {
-        "num_inference_steps": STEPS,
-        "guidance_scale": 5.0,
-        "output_type": "latent",
-        "height": 2 * LATENT,
-        "width": 2 * LATENT,
-        "latents": noise(images),
-    } | embeddings(images, xl=xl)
-    return pipe(**{name: value for name, value in (settings | call).items() if value is not ...}).images
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "latent"}
+SIZE = {"height": 2 * LATENT, "width": 2 * LATENT}
 
 
-def two_calls(pipe, guidance_map, *, embeds, start, steps=STEPS, scale=5.0):
-    """S-CFG written out: a denoising loop of our own, given gamma(u, c, t) for every step. DDIM only."""
-    schedule = scheduler()
-    schedule.set_timesteps(steps)
-    sample = start
-    for t in schedule.timesteps:
-        with torch.no_grad():
-            context = torch.cat([embeds["negative_prompt_embeds"], embeds["prompt_embeds"]])
-            uncond, cond = pipe.unet(torch.cat([sample] * 2), t, encoder_hidden_states=context).sample.chunk(2)
-        gamma = guidance_map(uncond, cond, t)
-        sample = schedule.step(uncond + scale * gamma * (cond - uncond), t, sample).prev_sample
-    return sample
+def run_latents(pipe, **call):
+    """A short run, as latents. Values of ... drop an argument."""
+    return pipe(**{name: value for name, value in (CALL | call).items() if value is not ...}).images
+
+
+def image(images=1, seed=11):
+    return torch.rand(images, 3, 2 * LATENT, 2 * LATENT, generator=torch.Generator().manual_seed(seed))
+
+
+def mask():
+    """1 where an inpainting repaints: the right half."""
+    half = torch.zeros(1, 1, 2 * LATENT, 2 * LATENT)
+    half[..., LATENT:] = 1.0
+    return half
+
+
+class Spy:
+    """Sees what the U-net put out before any guidance, and what the scheduler was given."""
+
+    def __init__(self, pipe):
+        self.raw, self.used = [], []
+        self._pipe = pipe
+
+    def __enter__(self):
+        self._hook = self._pipe.unet.register_forward_hook(lambda m, a, out: self.raw.append(out[0].clone()))
+        step = self._pipe.scheduler.step
+
+        def seen(model_output, *args, **kwargs):
+            self.used.append(model_output.clone())
+            return step(model_output, *args, **kwargs)
+
+        self._pipe.scheduler.step = seen
+        return self
+
+    def __exit__(self, *error):
+        self._hook.remove()
+        del self._pipe.scheduler.step

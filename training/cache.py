@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from .errors import TrainingError
 from .models import Parts, encode_images, encode_text, fingerprint, tokenize
+from .ranks import state
 from .views import View, Views
 
-__all__ = ["Encoded", "Live", "Region", "Store", "encode_captions", "encode_views", "view_tensors"]
+__all__ = ["Encoded", "Live", "Region", "Store", "caching_seconds", "encode_captions", "encode_views", "view_tensors"]
 
 RMS_ALLOWED = (0.05, 20.0)  # of scaled latents, which a fitting VAE scale brings near 1
 Entry = dict[str, Tensor]
@@ -108,10 +109,10 @@ def _name(*pieces: str) -> str:
 
 def _mine(names: Iterable[tuple[str, Any]], store: Store) -> Iterator[tuple[str, Any]]:
     """This process's share of the names that are missing, each once."""
-    state = PartialState()
+    ranks = state()
     missing = {name: work for name, work in names if name not in store}
     for number, item in enumerate(missing.items()):
-        if number % state.num_processes == state.process_index:
+        if number % ranks.num_processes == ranks.process_index:
             yield item
 
 
@@ -133,27 +134,24 @@ def encode_views(
     *,
     device: torch.device,
     region: Region | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Encoded:
     """Encodes the views that the store lacks, each process its share, and returns all of them.
 
     Args:
         region: gives the mask (1, h, w) in [0, 1] of an entry (`mean`, `std`, ...) and its caption, such as the
             attention region of the class word; its `__name__` is part of the content key.
-        progress: called with the number of entries made so far.
+        progress: called with the number of entries this process has made and is to make.
 
     Raises:
         TrainingError: latents that are not finite, or far from unit scale (a VAE with a wrong scaling factor).
     """
-    vae_name = fingerprint(parts.vae) + ("" if region is None else f"-{region.__name__}")
     captions = [views.caption(index) for index in range(len(views))]
-    # A region may depend on the caption, so its entry is named by it too; without one the caption stays out.
-    names = [
-        _name("view", vae_name, views.key(index), captions[index] if region else "") for index in range(len(views))
-    ]
+    names = _view_names(views, parts, captions, region)
     sizes = [views.size(index) for index in range(len(views))]
     parts.vae.to(device)
-    for done, (name, index) in enumerate(_mine(zip(names, range(len(names)), strict=True), store), 1):
+    work = list(_mine(zip(names, range(len(names)), strict=True), store))
+    for done, (name, index) in enumerate(work, 1):
         view = views[index]
         mean, std = encode_images(parts.vae, view.pixels[None])
         rms = float((mean.square() + std.square()).mean().sqrt())
@@ -167,9 +165,29 @@ def encode_views(
             entry["mask"] = region(parts, entry, view.caption).detach().float().cpu()
         store.put(name, {key: tensor.contiguous() for key, tensor in entry.items()})
         if progress:
-            progress(done)
-    PartialState().wait_for_everyone()
+            progress(done, len(work))
+    state().wait_for_everyone()
     return Encoded(store, names, sizes, captions)
+
+
+def _view_names(views: Views, parts: Parts, captions: list[str], region: Region | None) -> list[str]:
+    """A region may depend on the caption, so its entry is named by it too; without one the caption stays out."""
+    vae_name = fingerprint(parts.vae) + ("" if region is None else f"-{region.__name__}")
+    return [_name("view", vae_name, views.key(index), captions[index] if region else "") for index in range(len(views))]
+
+
+@torch.no_grad()
+def caching_seconds(views: Views, parts: Parts, store: Store, *, device: torch.device) -> float:
+    """How long encoding the views that the store lacks would take this process, from trying one of them."""
+    names = _view_names(views, parts, [""] * len(views), None)
+    missing = [index for index, name in enumerate(names) if name not in store]
+    if not missing:
+        return 0.0
+    parts.vae.to(device)
+    began = time.perf_counter()
+    mean, _ = encode_images(parts.vae, views[missing[0]].pixels[None])
+    mean.cpu()
+    return (time.perf_counter() - began) * len(missing) / state().num_processes
 
 
 @torch.no_grad()
@@ -185,5 +203,5 @@ def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, devi
     for name, caption in _mine(((name, caption) for caption, name in names.items()), store):
         text = encode_text(parts.text_encoders, tokenize(parts, [caption]), family=parts.family)
         store.put(name, {key: tensor[0].float().cpu().contiguous() for key, tensor in text.items()})
-    PartialState().wait_for_everyone()
+    state().wait_for_everyone()
     return names

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -25,6 +24,7 @@ from .feed import seed_of
 from .method import Method, Weights, denoise_step
 from .models import Parts, fingerprint, pipeline
 from .objective import build
+from .ranks import state
 from .views import Views
 
 __all__ = ["MANIFEST", "Prior", "class_images", "prepare", "prior"]
@@ -152,17 +152,17 @@ def class_images(
         "resolution": resolution,
         "seed": seed,
     }
-    state = PartialState()
+    ranks = state()
     _check_manifest(folder, wanted)
-    state.wait_for_everyone()  # all have looked before the first one writes
+    ranks.wait_for_everyone()  # all have looked before the first one writes
     folder.mkdir(parents=True, exist_ok=True)
-    if state.is_main_process:
+    if ranks.is_main_process:
         (folder / MANIFEST).write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
     missing = [number for number in range(count) if not (folder / f"{number:05d}.png").is_file()]
-    mine = missing[state.process_index :: state.num_processes]
+    mine = missing[ranks.process_index :: ranks.num_processes]
     if mine:
         _generate(parts, wanted, folder, mine, batch_size)
-    state.wait_for_everyone()
+    ranks.wait_for_everyone()
 
 
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
@@ -183,7 +183,7 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, numbers: list[int], batch_size: int) -> None:
-    device = PartialState().device
+    device = state().device
     pipe: Any = pipeline(parts).to(device)
     for start in range(0, len(numbers), batch_size):
         chunk = numbers[start : start + batch_size]

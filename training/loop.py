@@ -134,7 +134,7 @@ def train(
         "settings": record if record is not None else {"train": config.resolved(settings)},
     }
     run = _start(method, settings, accelerator, prepared, out, facts, tell)
-    announce(method, run.model, settings, prepared, tell)
+    announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
     if settings.dry_run:
         return None
     _resume(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from . import validate
-from .cache import Encoded, Live, Region, Store, encode_captions, encode_views
+from .cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .config import TrainSettings
 from .dreambooth import Prior
 from .errors import TrainingError
+from .estimate import Estimate, estimate, table
 from .feed import Draws, Feed, Stream
 from .method import Method
 from .models import encode_images, encode_text, tokenize
@@ -42,6 +44,8 @@ class Prepared:
     """Batches of the fixed-noise validation loss."""
     size: tuple[int, int]
     dtype: torch.dtype
+    caching_seconds: float
+    """Of a dry run, which does not cache."""
     ready: Callable[[dict[str, Any]], dict[str, Any]]
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
 
@@ -82,6 +86,7 @@ def prepare(
 ) -> Prepared:
     """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision."""
     parts, device, chosen = method.parts, accelerator.device, method.objective.settings
+    seconds = 0.0
     if not parts.text_encoders or parts.vae is None:
         raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
     if method.needs_conditioning and data[0].conditioning is None:
@@ -92,9 +97,13 @@ def prepare(
         )
     if region is not None and cache == "off":
         raise TrainingError("a region function needs the cache: set data.cache to memory or disk")
+    if settings.dry_run:
+        seconds = caching_seconds(data, parts, Store(cache_folder if cache == "disk" else None), device=device)
+        cache, seconds = "off", 0.0 if cache == "off" else seconds
     if cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
+    said = _Progress(say)
     store = Store(cache_folder if cache == "disk" else None)
     _casts(method, device, DTYPES[settings.precision])
     _attention(method, settings, device)
@@ -102,7 +111,7 @@ def prepare(
     def entries(views: Views) -> Encoded | Live:
         if cache == "off":
             return Live(views, parts.factor)
-        return encode_views(views, parts, store, device=device, region=region)
+        return encode_views(views, parts, store, device=device, region=region, progress=said)
 
     weighted = [(data, 1.0, 1.0)] + ([(prior.views, prior.ratio, prior.weight)] if prior else [])
     total = sum(ratio for _, ratio, _ in weighted)
@@ -157,6 +166,7 @@ def prepare(
         fixed=fixed,
         size=data.sizes[0],
         dtype=DTYPES[settings.precision],
+        caching_seconds=seconds,
         ready=_ready(method, device),
     )
 
@@ -217,10 +227,27 @@ def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], d
 
 def announce(
     method: Method, model: Any, settings: TrainSettings, prepared: Prepared, say: Callable[[str], None]
-) -> None:
-    """Says what trains and with how many parameters."""
-    say(f"{method.name}: {len(prepared.feed.streams[0].entries)} views, {prepared.feed.per_step} samples a step")
-    for name, module in method.models.items():
-        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-        total = sum(parameter.numel() for parameter in module.parameters())
-        say(f"  {name:16} {trained:>13,} of {total:,} parameters train")
+) -> Estimate:
+    """Says what trains, and what memory and time it will take; returns the estimate."""
+    feed = prepared.feed
+    say(f"{method.name}: {len(feed.streams[0].entries)} views, {feed.per_step} samples a step, {settings.steps} steps")
+    found = estimate(
+        method, model, prepared.ready(feed.batch(0, 0)), settings, caching_seconds=prepared.caching_seconds
+    )
+    for line in [*table(method), *found.lines(settings)]:
+        say(line)
+    return found
+
+
+class _Progress:
+    """Says how far caching is, every ten seconds."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.began = say, time.perf_counter()
+        self.last = self.began
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self.last >= 10:
+            self.last = now
+            self.say(f"caching {done}/{total}, {(now - self.began) / done * (total - done) / 60:.1f} min left")

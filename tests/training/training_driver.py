@@ -10,6 +10,7 @@ from typing import Any
 
 from training import config, controlnet, dreambooth, images, loop, lora, models, views
 from training.errors import exit_on_error
+from training.ranks import state
 
 METHODS = {
     "lora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2)),
@@ -44,6 +45,10 @@ def main() -> None:
             os.kill(os.getpid(), asked["signal"])
 
     with exit_on_error():
+        if asked.get("processes"):
+            count = state().num_processes
+            assert count == asked["processes"], f"the launcher started {count} process(es)"
+            say(f"processes: {count}")
         train(asked, say)
 
 

@@ -1,0 +1,121 @@
+"""Order and noise are functions of (seed, position), however a step is split."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from training.errors import TrainingError
+from training.feed import Draws, Feed, Stream, interleave, pick
+
+
+class Entries:
+    """Named entries whose content shows which one it is."""
+
+    def __init__(self, count: int, sizes: list[tuple[int, int]] | None = None, extra: str | None = None):
+        self.names = [str(number) for number in range(count)]
+        self.captions = [f"caption {number}" for number in range(count)]
+        self.sizes = sizes or [(16, 16)] * count
+        self.extra = extra
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        entry = {"mean": torch.tensor(float(index))}
+        return entry | ({self.extra: torch.zeros(1, 4, 4)} if self.extra else {})
+
+
+DRAWS = Draws(latent_shape=(4, 4))
+
+
+def make(streams: list[Stream] | None = None, **changes: object) -> Feed:
+    options = {"seed": 0, "batch_size": 4, **changes}
+    return Feed(streams or [Stream(entries=Entries(5))], DRAWS, **options)  # type: ignore[arg-type]
+
+
+def test_every_split_of_a_step_has_the_same_samples_and_noise() -> None:
+    whole = make(batch_size=4)
+    splits = [
+        [make(batch_size=1, accumulation=4).batch(3, micro) for micro in range(4)],
+        [make(batch_size=2, processes=2, rank=rank).batch(3, 0) for rank in range(2)],
+        [make(batch_size=1, processes=2, accumulation=2, rank=r).batch(3, m) for m in range(2) for r in range(2)],
+    ]
+    expected = whole.batch(3, 0)
+    for parts in splits:
+        for key in ("mean", "noise", "posterior", "timesteps", "weight"):
+            assert torch.equal(torch.cat([part[key] for part in parts]), expected[key]), key
+        assert [caption for part in parts for caption in part["captions"]] == expected["captions"]
+
+
+def test_captions_stay_with_their_images_under_shuffling() -> None:
+    feed = make(batch_size=7)
+    for step in range(6):
+        batch = feed.batch(step, 0)
+        assert batch["captions"] == [f"caption {int(number)}" for number in batch["mean"]]
+
+
+def test_an_epoch_visits_every_sample_once_in_a_new_order() -> None:
+    epochs = [[pick(0, 0, 6, 6 * epoch + place) for place in range(6)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_the_posterior_is_drawn_anew_at_every_visit() -> None:
+    feed = make([Stream(entries=Entries(1))], batch_size=2)
+    first, second = feed.batch(0, 0), feed.batch(1, 0)
+    seen = [*first["posterior"], *second["posterior"], *first["noise"], *second["noise"]]
+    assert all(not torch.equal(seen[i], seen[j]) for i in range(8) for j in range(i))
+
+
+def test_threads_ahead_give_the_same_batches() -> None:
+    plain = list(make().ahead(2, 6, 0))
+    ahead = list(make().ahead(2, 6, 3))
+    assert len(plain) == len(ahead) == 4
+    for one, two in zip(plain, ahead, strict=True):
+        assert torch.equal(one[0]["noise"], two[0]["noise"])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 3.0])
+def test_class_samples_take_their_share_evenly(ratio: float) -> None:
+    share = ratio / (1 + ratio)
+    chosen = [interleave(position, share) for position in range(120)]
+    counts = Counter(stream for stream, _ in chosen)
+    assert counts[1] == pytest.approx(120 * share, abs=1)
+    for stream in (0, 1):
+        assert [turn for number, turn in chosen if number == stream] == list(range(counts[stream]))
+
+
+def test_masks_and_conditioning_are_there_when_asked_for() -> None:
+    streams = [Stream(entries=Entries(3, extra="mask")), Stream(entries=Entries(3))]
+    assert "mask" not in make(streams).batch(0, 0)
+    masked = Feed(streams, Draws(latent_shape=(4, 4), masks=True), seed=0, batch_size=4)
+    assert sorted(masked.batch(0, 0)["mask"].mean((1, 2, 3)).tolist()) == [0, 0, 1, 1]  # class images have none: ones
+
+
+def test_dropout_shares() -> None:
+    draws = Draws(latent_shape=(4, 4), caption_dropout=0.3, noise_offset=1.0)
+    feed = Feed([Stream(entries=Entries(5))], draws, seed=0, batch_size=400)
+    batch = feed.batch(0, 0)
+    assert sum(caption == "" for caption in batch["captions"]) / 400 == pytest.approx(0.3, abs=0.07)
+    assert float(batch["noise"].mean((2, 3)).std()) == pytest.approx((1 + 1 / 16) ** 0.5, abs=0.06)
+
+
+def test_a_step_stays_within_one_bucket_and_all_are_visited() -> None:
+    sizes = [(16, 16)] * 3 + [(8, 32)] * 2
+    feed = make([Stream(entries=Entries(5, sizes=sizes))], batch_size=2)
+    batches = [feed.batch(step, 0) for step in range(40)]
+    assert all(
+        len(set(map(int, batch["mean"])) & {3, 4}) in (0, len(set(map(int, batch["mean"])))) for batch in batches
+    )
+    visits = Counter(int(number) for batch in batches for number in batch["mean"])
+    assert set(visits) == set(range(5))
+    assert make([Stream(entries=Entries(5, sizes=sizes))], batch_size=2).batch(1500, 0)["noise"].ndim == 4
+
+
+def test_buckets_and_class_images_exclude_each_other() -> None:
+    sizes = [(16, 16)] * 3 + [(8, 32)] * 2
+    with pytest.raises(TrainingError, match=r"prior preservation needs one image size: set data.buckets to 1"):
+        make([Stream(entries=Entries(5, sizes=sizes)), Stream(entries=Entries(2))])

@@ -1,0 +1,107 @@
+"""What a run will need, found by one trial micro-step: memory by kind, and time including caching."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainSettings
+from .method import Method
+
+__all__ = ["Estimate", "activation_bytes", "estimate", "table"]
+
+# Bytes of optimizer state per trained parameter; what is not listed is taken to keep two float32 numbers, as Adam does.
+STATE_BYTES = {"adamw8bit": 2, "prodigy": 16, "torch.optim:SGD": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes and seconds."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    step_seconds: float
+    caching_seconds: float = 0.0
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def lines(self, settings: TrainSettings) -> list[str]:
+        """The estimate in words."""
+        parts = ", ".join(
+            f"{name} {_size(getattr(self, name))}"
+            for name in ("weights", "gradients", "optimizer", "average", "activations")
+            if getattr(self, name)
+        )
+        minutes = (self.caching_seconds + settings.steps * self.step_seconds) / 60
+        caching = f" ({self.caching_seconds / 60:.1f} of it caching)" if self.caching_seconds else ""
+        return [
+            f"memory: about {_size(self.memory)} per process ({parts})",
+            f"time: about {minutes:.1f} min{caching}, {self.step_seconds:.3g} s per step",
+        ]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
+def table(method: Method) -> list[str]:
+    """One line per model: how many parameters train."""
+    lines = []
+    for name, module in method.models.items():
+        trained = sum(item.numel() for item in module.parameters() if item.requires_grad)
+        total = sum(item.numel() for item in module.parameters())
+        lines.append(f"  {name:16} {trained:>13,} of {total:>13,} parameters train")
+    return lines
+
+
+def activation_bytes(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
+    """Runs the forward pass; returns its losses and the bytes it keeps for the backward pass, weights left out."""
+    known = {item.untyped_storage().data_ptr() for item in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model(batch)
+    return losses, sum(kept.values())
+
+
+def estimate(
+    method: Method, model: nn.Module, batch: dict[str, Any], settings: TrainSettings, *, caching_seconds: float = 0.0
+) -> Estimate:
+    """Tries one micro-batch forward and backward, twice (the first warms up), and leaves no gradient behind."""
+    losses, activations = activation_bytes(model, batch)
+    losses.mean().backward()
+    began = time.perf_counter()
+    model(batch).mean().backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    trained = method.trainable().values()
+    for parameter in trained:
+        parameter.grad = None
+    numbers = sum(item.numel() for item in trained)
+    modules = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
+    held = {id(item): item for module in modules for item in module.parameters()}.values()
+    return Estimate(
+        weights=sum(item.numel() * item.element_size() for item in held),
+        gradients=4 * numbers,
+        optimizer=STATE_BYTES.get(settings.optimizer, 8) * numbers,
+        average=4 * numbers if settings.ema else 0,
+        activations=activations,
+        step_seconds=seconds * settings.accumulation,
+        caching_seconds=caching_seconds,
+    )

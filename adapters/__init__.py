@@ -1,16 +1,19 @@
-"""The shipped thing: weights, card, guider and measured gains, in and out. Imports nothing else of this project."""
+"""The shipped thing: weights, card, guider and measured gains, in and out. Imports nothing else of this project.
+
+`sample.images` makes pictures, `gains.compare` compares arms, `ship.ship` writes the release folder, `load` puts it on a
+pipeline, `verify.verify` recomputes its numbers.
+"""
 
 from __future__ import annotations
 
+from . import attach, compose, files, gains, keys, metrics, report, sample, ship, tune, verify
 from .attach import Attached, load
 from .base import describe
 from .card import Card
 from .errors import AdapterError, BaseMismatchError, FileError, FormatError, GainsError
-from .gains import Design, Gains, Row, compare, measure, tabulate
+from .gains import Design, Gains, Row
 from .keys import Adapter
-from .sample import Shot, images
-from .ship import push, ship
-from .verify import verify
+from .sample import Shot
 
 __all__ = [
     "Adapter",
@@ -25,13 +28,17 @@ __all__ = [
     "GainsError",
     "Row",
     "Shot",
-    "compare",
+    "attach",
+    "compose",
     "describe",
-    "images",
+    "files",
+    "gains",
+    "keys",
     "load",
-    "measure",
-    "push",
+    "metrics",
+    "report",
+    "sample",
     "ship",
-    "tabulate",
+    "tune",
     "verify",
 ]

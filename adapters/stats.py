@@ -49,9 +49,10 @@ def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, 
     n, mean = len(means), float(means.mean())
     if np.ptp(means) == 0:
         return Interval(mean, mean, mean, n, "constant")
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * means.std(ddof=1) / math.sqrt(n))
+    student = Interval(mean, mean - half, mean + half, n, "student-t")
     if n < BCA_FROM:
-        half = stats.t.ppf((1 + confidence) / 2, n - 1) * means.std(ddof=1) / math.sqrt(n)
-        return Interval(mean, mean - half, mean + half, n, "student-t")
+        return student
     generator = np.random.default_rng(seed)
     expanded = 1 - 2 * stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
     with warnings.catch_warnings():
@@ -61,9 +62,7 @@ def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, 
         )
     low, high = map(float, result.confidence_interval)
     if not math.isfinite(low) or not math.isfinite(high):
-        # All but a few clusters equal: the acceleration is undefined, Student's t is not.
-        half = stats.t.ppf((1 + confidence) / 2, n - 1) * means.std(ddof=1) / math.sqrt(n)
-        return Interval(mean, mean - half, mean + half, n, "student-t")
+        return student  # all but a few clusters equal: the acceleration is undefined
     return Interval(mean, low, high, n, "BCa expanded")
 
 

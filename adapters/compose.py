@@ -1,0 +1,255 @@
+"""Arithmetic on adapters: the change they make, merging it in, sums, re-ranking, extraction, and the error of each.
+
+The error of an approximation is always relative: the Frobenius norm of what is missing over that of what was wanted,
+taken over all modules together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import AdapterError, FormatError
+from .keys import Adapter, Module
+
+__all__ = ["Merged", "delta", "deltas", "extract", "merge", "rerank", "to_lora", "weighted_sum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Approximation:
+    """A LoRA and how much of the wanted change it misses."""
+
+    adapter: Adapter
+    error: float
+    """Relative Frobenius error over all modules, in [0, 1]."""
+    errors: Mapping[str, float]
+    """Per module."""
+
+
+def delta(module: Module, weight: torch.Tensor) -> torch.Tensor:
+    """What a module adds to `weight` (out, in[, kh, kw]) at adapter weight 1, in float32 (float64 for float64)."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    parts = {name: tensor.to(weight.device, dtype) for name, tensor in module.tensors.items()}
+    change = {"lora": _lora, "loha": _loha, "lokr": _lokr}[module.kind](parts, weight.shape) * module.scale
+    if not module.dora:
+        return change
+    # DoRA (arXiv:2402.09353, eq. 5): the changed weight, rescaled to a learned norm per output.
+    base = weight.to(dtype)
+    changed = base + change
+    norm = changed.flatten(1).norm(dim=1)
+    gain = (parts["lora_magnitude_vector"].reshape(-1) / norm).reshape(-1, *[1] * (weight.ndim - 1))
+    return changed * gain - base
+
+
+def _lora(p: Mapping[str, torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    return (p["lora_B.weight"].flatten(1) @ p["lora_A.weight"].flatten(1)).reshape(shape)
+
+
+def _cp(core: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A convolution from its CP/Tucker factors: core (r, r, kh, kw), a (r, out), b (r, in)."""
+    return torch.einsum("ijhw,io,jc->ochw", core, a, b)
+
+
+def _loha(p: Mapping[str, torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    if "hada_t1" in p:
+        one = _cp(p["hada_t1"], p["hada_w1_a"], p["hada_w1_b"])
+        two = _cp(p["hada_t2"], p["hada_w2_a"], p["hada_w2_b"])
+    else:
+        one, two = p["hada_w1_a"] @ p["hada_w1_b"], p["hada_w2_a"] @ p["hada_w2_b"]
+    return (one * two).reshape(shape)
+
+
+def _lokr(p: Mapping[str, torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    one = p["lokr_w1"] if "lokr_w1" in p else p["lokr_w1_a"] @ p["lokr_w1_b"]
+    if "lokr_w2" in p:
+        two = p["lokr_w2"]
+    elif "lokr_t2" in p:
+        two = _cp(p["lokr_t2"], p["lokr_w2_a"], p["lokr_w2_b"])
+    else:
+        two = p["lokr_w2_a"] @ p["lokr_w2_b"]
+    if two.ndim == 4:
+        one = one[..., None, None]
+    return torch.kron(one, two.contiguous()).reshape(shape)
+
+
+def _weight(model: torch.nn.Module, path: str, name: str) -> torch.Tensor:
+    layers = dict(model.named_modules())
+    layer = layers.get(path, layers.get("text_model." + path))
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise AdapterError(f"{name}: the model has no such layer, or an adapter is attached to it; detach first")
+    return weight
+
+
+def deltas(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: float = 1.0) -> dict[str, torch.Tensor]:
+    """Every module's change, `weight` times."""
+    result = {}
+    for name, module in adapter.modules.items():
+        component, _, path = name.partition(".")
+        if component not in models:
+            raise AdapterError(f"{name}: no model for {component}; given are {sorted(models)}")
+        base = _weight(models[component], path, name)
+        try:
+            result[name] = delta(module, base.detach()) * weight
+        except RuntimeError as error:
+            raise FormatError(f"{name}: its factors do not make a weight of shape {tuple(base.shape)}") from error
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- merging
+
+
+class Merged:
+    """An adapter added into the weights; `unmerge()` puts the original bits back."""
+
+    def __init__(self, adapter: Adapter, models: Mapping[str, torch.nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
+        self._adapter, self._models, self._saved = adapter, models, dict(saved)
+
+    def unmerge(self) -> None:
+        """Restore the weights to the bit; calling it twice is harmless. The last merge is undone first."""
+        for name, value in self._saved.items():
+            component, _, path = name.partition(".")
+            stack = _stack(self._models[component])
+            if stack and stack[-1] is not self:
+                raise AdapterError("another adapter was merged on top of this one; unmerge that first")
+            _weight(self._models[component], path, name).data.copy_(value)
+        self._saved.clear()
+        for model in self._models.values():
+            if self in _stack(model):
+                _stack(model).remove(self)
+
+
+def _stack(model: torch.nn.Module) -> list[Merged]:
+    return vars(model).setdefault("_merged_adapters", [])
+
+
+def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: float = 1.0) -> Merged:
+    """Add an adapter into the weights of `models` (component -> model), in place.
+
+    The same adapter merged a second time is refused, never doubled. Originals are kept for an exact `unmerge`.
+    """
+    models = {name: models[name] for name in adapter.components if name in models}
+    for model in models.values():
+        if any(_same(adapter, other._adapter) for other in _stack(model)):
+            raise AdapterError("this adapter is already merged here; unmerge it before merging it again")
+    changes = deltas(adapter, models, weight=weight)
+    saved = {}
+    for name, change in changes.items():
+        component, _, path = name.partition(".")
+        target = _weight(models[component], path, name)
+        saved[name] = target.detach().clone()
+        target.data.copy_(target.detach().to(change.dtype) + change)
+    merged = Merged(adapter, models, saved)
+    for model in models.values():
+        _stack(model).append(merged)
+    return merged
+
+
+def _same(a: Adapter, b: Adapter) -> bool:
+    if a is b:
+        return True
+    return a.modules.keys() == b.modules.keys() and all(
+        m.scale == b.modules[n].scale
+        and m.tensors.keys() == b.modules[n].tensors.keys()
+        and all(torch.equal(t, b.modules[n].tensors[s]) for s, t in m.tensors.items())
+        for n, m in a.modules.items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------- new LoRAs
+
+
+def weighted_sum(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """The exact sum of plain LoRAs: ranks add up. DoRA, LoHa and LoKr are not sums of factors: use `to_lora` first."""
+    if not adapters:
+        raise AdapterError("weighted_sum needs at least one adapter")
+    names = list(dict.fromkeys(name for adapter, _ in adapters for name in adapter.modules))
+    modules = {}
+    for name in names:
+        downs, ups = [], []
+        for adapter, weight in adapters:
+            if (module := adapter.modules.get(name)) is None:
+                continue
+            if module.kind != "lora" or module.dora:
+                raise FormatError(f"{name} is {'dora' if module.dora else module.kind}; turn it into a LoRA first (to_lora)")
+            downs.append(module.tensors["lora_A.weight"].float())
+            ups.append(module.tensors["lora_B.weight"].float() * (weight * module.scale))
+        down, up = torch.cat(downs), torch.cat(ups, dim=1)
+        tensors = {"lora_A.weight": down, "lora_B.weight": up}
+        modules[name] = Module(kind="lora", tensors=tensors, rank=len(down), alpha=float(len(down)))
+    return Adapter(modules=modules)
+
+
+def _truncated(wanted: torch.Tensor, rank: int) -> tuple[Module, float, float]:
+    """(best LoRA of that rank, squared norm missed, squared norm wanted): Eckart-Young."""
+    u, s, vt = torch.linalg.svd(wanted.flatten(1).double(), full_matrices=False)
+    kept = max(1, min(rank, int((s > s[0] * 1e-12).sum()) if s[0] > 0 else 1))
+    root = s[:kept].sqrt()
+    down, up = (root[:, None] * vt[:kept]).float(), (u[:, :kept] * root).float()
+    if wanted.ndim == 4:
+        down, up = down.reshape(kept, *wanted.shape[1:]), up[..., None, None]
+    tensors = {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}
+    module = Module(kind="lora", tensors=tensors, rank=kept, alpha=float(kept))
+    return module, float((s[kept:] ** 2).sum()), float((s**2).sum())
+
+
+def _approximate(wanted: Mapping[str, torch.Tensor], rank: int) -> Approximation:
+    if rank < 1:
+        raise AdapterError(f"rank={rank}: expected a whole number >= 1")
+    modules, errors, missed, total = {}, {}, 0.0, 0.0
+    for name, change in wanted.items():
+        modules[name], lost, whole = _truncated(change, rank)
+        errors[name] = math.sqrt(lost / whole) if whole else 0.0
+        missed, total = missed + lost, total + whole
+    return Approximation(adapter=Adapter(modules=modules), error=math.sqrt(missed / total) if total else 0.0, errors=errors)
+
+
+def rerank(adapter: Adapter, rank: int) -> Approximation:
+    """A plain LoRA at another rank, at most `rank` per module; needs no base model."""
+    wanted = {}
+    for name, module in adapter.modules.items():
+        if module.kind != "lora" or module.dora:
+            raise FormatError(f"{name} is not plain LoRA; use to_lora with the base model")
+        down, up = module.tensors["lora_A.weight"].float(), module.tensors["lora_B.weight"].float()
+        wanted[name] = _lora({"lora_A.weight": down, "lora_B.weight": up}, (len(up), *down.shape[1:])) * module.scale
+    return _approximate(wanted, rank)
+
+
+def to_lora(adapter: Adapter, models: Mapping[str, torch.nn.Module], rank: int) -> Approximation:
+    """Any kind as the nearest LoRA of that rank, with the error stated."""
+    return _approximate(deltas(adapter, models), rank)
+
+
+def extract(base: Mapping[str, torch.nn.Module], tuned: Mapping[str, torch.nn.Module], rank: int) -> Approximation:
+    """The LoRA nearest to the difference of two models of one architecture (component -> model).
+
+    Linear and convolution weights are covered; where other parameters (norms, biases, embeddings) differ, their share
+    counts into the error, because a LoRA cannot carry it.
+    """
+    wanted: dict[str, torch.Tensor] = {}
+    lost = 0.0
+    for component, model in base.items():
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+        other = dict(tuned[component].named_parameters())
+        if other.keys() != dict(model.named_parameters()).keys():
+            raise AdapterError(f"{component}: the two models have different parameters; extraction needs one architecture")
+        for name, value in model.named_parameters():
+            if other[name].shape != value.shape:
+                raise AdapterError(f"{component}.{name}: shapes {tuple(value.shape)} and {tuple(other[name].shape)} differ")
+            change = other[name].detach().float() - value.detach().float()
+            path = name.removesuffix(".weight")
+            if not change.any():
+                continue
+            if name.endswith(".weight") and path in layers and getattr(layers[path], "groups", 1) == 1:
+                wanted[f"{component}.{path.removeprefix('text_model.')}"] = change
+            else:
+                lost += float((change.double() ** 2).sum())
+    if not wanted:
+        raise AdapterError("the two models have the same linear and convolution weights; there is nothing to extract")
+    found = _approximate(wanted, rank)
+    total = sum(float((change.double() ** 2).sum()) for change in wanted.values())
+    error = math.sqrt((found.error**2 * total + lost) / (total + lost))
+    return Approximation(adapter=found.adapter, error=error, errors=found.errors)

@@ -1,0 +1,78 @@
+"""Search for the guidance settings that measure best, on prompts and seeds the report will never see.
+
+Successive halving (Jamieson & Talwalkar, arXiv:1502.07943): every candidate is tried on a few seeds, the better part on
+more, until one is left. Arms to be compared get the same budget: `Tuned.images` counts what was spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import GainsError
+from .metrics import Metric, score
+from .sample import Shot
+
+__all__ = ["Tuned", "search"]
+
+Try = Callable[[Mapping[str, Any], Sequence[str], Sequence[int]], Sequence[Shot]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The winner, and how everyone else did."""
+
+    best: dict[str, Any]
+    """The winning settings, for `guider_config.json`."""
+    rounds: list[dict[str, Any]]
+    """Per round: seeds per prompt and every candidate's settings and mean; what goes beside the winner as its curve."""
+    images: int
+
+
+def search(
+    candidates: Sequence[Mapping[str, Any]],
+    sample: Try,
+    objective: Metric,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    held_out_prompts: Sequence[str],
+    held_out_seeds: Sequence[int],
+    keep: float = 1 / 3,
+    first: int = 1,
+) -> Tuned:
+    """Find the candidate with the best mean objective.
+
+    Args:
+        candidates: settings, each a plain mapping (method, scale, reference, clamps, start, stop, adapter weight, …).
+        sample: (settings, prompts, seeds) -> images.
+        prompts, seeds: of the tuning; must share nothing with the held-out ones, which are named only to be checked.
+        keep: share of candidates that go on to the next round, in which each gets 1/keep times the seeds.
+        first: seeds per prompt in the first round.
+    """
+    if not candidates:
+        raise GainsError("tuning needs at least one candidate")
+    if not 0 < keep < 1 or first < 1 or not prompts or not seeds:
+        raise GainsError(f"keep={keep}, first={first}: need 0 < keep < 1, first >= 1, and prompts and seeds to tune on")
+    if shared := sorted(set(prompts) & set(held_out_prompts)):
+        raise GainsError(f"prompt {shared[0]!r} is held out for the report and cannot be tuned on")
+    if shared_seeds := sorted(set(seeds) & set(held_out_seeds)):
+        raise GainsError(f"seed {shared_seeds[0]} is held out for the report and cannot be tuned on")
+    left, n, rounds, images = [dict(c) for c in candidates], min(first, len(seeds)), [], 0
+    while True:
+        means = []
+        for candidate in left:
+            shots = sample(candidate, prompts, seeds[:n])
+            images += len(shots)
+            means.append(float(np.nanmean(score(objective, shots))))
+        rounds.append({"seeds": n, "results": [{"settings": c, "mean": m} for c, m in zip(left, means, strict=True)]})
+        up = 1 if objective.higher_is_better else -1
+        order = sorted(range(len(left)), key=lambda i: -up * means[i])  # stable: ties go to the earlier candidate
+        left = [left[i] for i in order[: math.ceil(len(left) * keep)]]
+        if len(left) == 1 or n == len(seeds):
+            return Tuned(best=left[0], rounds=rounds, images=images)
+        n = min(len(seeds), math.ceil(n / keep))

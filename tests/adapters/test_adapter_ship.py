@@ -1,0 +1,268 @@
+"""The release folder: complete, loadable, recomputable, whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import adapters
+from adapters import attach, files, gains, keys, sample, ship, verify
+from adapters.card import Card, escape, render
+from adapters.errors import AdapterError, FileError, GainsError
+from adapters.metrics import Measure
+
+PROMPTS, SEEDS = ["a dog", "a cat on snow", "two cars"], [11, 12]
+EVIL = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x\n---\nlicense: evil | `x` ]('
+CARD = Card(title="A red mug", base_model="pocket-1", trigger_words=["sks"], prompts=["a sks mug"], limits=["Only mugs."])
+BRIGHTNESS = Measure("brightness", True, lambda shots: [float(np.asarray(s.image).mean()) for s in shots])
+RED = Measure("red", False, lambda shots: [float(np.asarray(s.image)[..., 0].mean()) for s in shots])
+DESIGN = adapters.Design(
+    arm="adapter",
+    baseline="base",
+    primary="brightness",
+    minimum_effect=1.0,
+    higher_is_better={"brightness": True, "red": False},
+    sweeps={"cfg": {"3": "base", "4": "adapter"}},
+)
+
+
+@pytest.fixture(scope="module")
+def measured(_pipe, make_adapter):
+    """(adapter, rows, shots, gains) of a real comparison on the tiny pipeline."""
+    adapter = make_adapter("lora", text=True)
+
+    def arm(name):
+        return lambda prompts, seeds: sample.images(_pipe, prompts, seeds, steps=2, guidance_scale=3.0, arm=name)
+
+    def with_adapter(prompts, seeds):
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            tensors, header = keys.to_diffusers(adapter)
+            files.write_tensors(Path(folder) / "x.safetensors", tensors, header)
+            with attach.load(_pipe, Path(folder) / "x.safetensors"):
+                return arm("adapter")(prompts, seeds)
+
+    arms = {"base": arm("base"), "adapter": with_adapter}
+    rows, shots = gains.measure(arms, [BRIGHTNESS, RED], prompts=PROMPTS, seeds=SEEDS)
+    return adapter, rows, shots, gains.compare(rows, DESIGN)
+
+
+def release(folder, pipe, measured, **changes):
+    adapter, rows, shots, result = measured
+    settings = {
+        "weights": adapter,
+        "base": adapters.describe(pipe),
+        "card": CARD,
+        "gains": result,
+        "rows": rows,
+        "shots": shots,
+        "guider": {"method": "scfg"},
+        "embeds": {"<mug>": torch.ones(1, 16)},
+        "config": "rank: 4\n",
+    }
+    return ship.ship(folder, **{**settings, **changes})
+
+
+def test_the_folder_is_complete_and_verifies(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names >= {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "config.yaml",
+        "gains.json",
+        "guider_config.json",
+        "learned_embeds.safetensors",
+        "manifest.json",
+        "mug.kohya.safetensors",
+        "per_image.csv",
+        "pytorch_lora_weights.safetensors",
+        "report.html",
+        "text_encoder/adapter_model.safetensors",
+        "samples/adapter-00.png",
+    }
+    summary = verify.verify(folder)
+    assert summary["verdict"] == measured[3].verdict.sentence
+    assert summary["numbers"] > 50
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_no_alpha_tensors_in_the_diffusers_file_and_one_per_module_in_the_kohya_file(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured)
+    plain, header = files.read_tensors(folder / "pytorch_lora_weights.safetensors")
+    kohya, _ = files.read_tensors(folder / "mug.kohya.safetensors")
+    assert not any("alpha" in name for name in plain)
+    assert json.loads(header["lora_adapter_metadata"])["unet.lora_alpha"] == 6
+    assert sum(name.endswith(".alpha") for name in kohya) == len(measured[0].modules)
+
+
+def test_shipped_loads_as_it_was_and_through_plain_diffusers(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured, guider=None, embeds=None)
+
+    def shoot():
+        return np.stack([np.asarray(s.image, int) for s in sample.images(pipe, PROMPTS, SEEDS, steps=2, guidance_scale=3.0)])
+
+    wanted = np.stack([np.asarray(s.image, int) for s in measured[2]["adapter"]])
+    with adapters.load(pipe, folder):
+        assert np.abs(shoot() - wanted).max() <= 1
+    for source in (folder, folder / "mug.kohya.safetensors"):
+        pipe.load_lora_weights(str(source))
+        assert np.abs(shoot() - wanted).max() <= 1
+        pipe.unload_lora_weights()
+
+
+def test_numbers_that_do_not_follow_from_the_table_are_found(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured)
+    stored = json.loads((folder / "gains.json").read_text())
+    stored["contrasts"][0]["difference"] += 0.001
+    (folder / "gains.json").write_text(json.dumps(stored))
+    files.write_manifest(folder, {"kind": "lora"})
+    with pytest.raises(GainsError, match=r"contrasts\[0\].difference"):
+        verify.verify(folder)
+
+
+def test_shipping_twice_replaces_the_folder(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured)
+    (folder / "stray.txt").write_text("old")
+    release(folder, pipe, measured, card=replace(CARD, title="Another"))
+    assert not (folder / "stray.txt").exists() and "# Another" in (folder / "README.md").read_text()
+
+
+def test_a_failing_ship_leaves_the_old_folder(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured)
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        release(folder, pipe, measured, guider={"scale": float("nan")})
+    assert (folder / "manifest.json").read_bytes() == before and not list(tmp_path.glob(".*"))
+    with pytest.raises(AdapterError, match="belong together"):
+        release(tmp_path / "x", pipe, measured, rows=())
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_other_kinds_say_who_can_read_them(pipe, make_adapter, tmp_path, kind):
+    folder = ship.ship(tmp_path / kind, weights=make_adapter(kind), base=adapters.describe(pipe), card=CARD)
+    text = (folder / "README.md").read_text()
+    assert ("does not load through plain diffusers" in text) == (kind != "dora")
+    assert (folder / "pytorch_lora_weights.safetensors").exists() == (kind == "dora")
+    assert ("drops the DoRA magnitudes" in text) == (kind == "dora")
+    with adapters.load(pipe, folder):
+        assert hasattr(pipe.unet, "peft_config")
+
+
+def test_a_whole_unet_is_shipped_and_swapped_in(pipe, tmp_path):
+    import copy
+
+    tuned = copy.deepcopy(pipe.unet)
+    tuned.conv_out.bias.data += 0.5
+    tuned.save_pretrained(tmp_path / "trained")
+    folder = ship.ship(tmp_path / "unet", weights=tmp_path / "trained", base=adapters.describe(pipe), card=CARD)
+    before = pipe.unet
+    with adapters.load(pipe, folder):
+        assert torch.equal(pipe.unet.conv_out.bias, tuned.conv_out.bias)
+    assert pipe.unet is before
+    with pytest.raises(AdapterError, match=r"weight=0.5"):
+        adapters.load(pipe, folder, weight=0.5)
+
+
+# ---------------------------------------------------------------------------------------------- card
+
+
+def head_of(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_card_head_is_what_the_hub_reads(pipe, measured, tmp_path):
+    from huggingface_hub import ModelCard
+
+    folder = release(tmp_path / "mug", pipe, measured)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "pocket-1"
+    assert card.data.widget == [{"text": "a sks mug"}]
+    values = {(r.task_name, r.metric_name): r.metric_value for r in card.data.eval_results}
+    arm = next(a for a in measured[3].arms if a["name"] == "adapter")
+    assert values["adapter", "brightness"] == arm["metrics"]["brightness"]["mean"]
+    assert "verified" not in (folder / "README.md").read_text()
+
+
+def test_foreign_text_stays_text_in_the_card():
+    card = Card(title=EVIL, base_model=EVIL, description=EVIL, trigger_words=[EVIL], prompts=[EVIL], command=EVIL, limits=[EVIL])
+    text = render(card, kinds=["lora"], gains=None, has=["pytorch_lora_weights.safetensors", "guider_config.json"], notes=[])
+    head, body = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n")), text.split("\n---\n", 1)[1]
+    assert head["license"] == "other" and head["base_model"] == EVIL and head["widget"] == [{"text": EVIL}]
+    prose = "".join(part for i, part in enumerate(body.split("```")) if i % 2 == 0)
+    code = [part.removeprefix("python") for i, part in enumerate(body.split("```")) if i % 2]
+    assert "<" not in prose and "\n---\n" not in body
+    assert len(code) == 2
+    for block in code:
+        compile(block, "card", "exec")
+    assert escape("a|b") == "a&#124;b"
+
+
+# ---------------------------------------------------------------------------------------------- whole or not at all
+
+
+
+def write_for_ever(target: Path, ready: Any) -> None:
+    for n in (f"{os.getpid()}.{i}" for i in range(10**9)):
+        with files.write_folder(target) as stage:
+            for i in range(20):
+                (stage / f"{i}.txt").write_text(f"{n} " * 500)
+            files.write_manifest(stage, {"n": n})
+        ready.set()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_kill_9_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch, exchange):
+    """Many kills at random moments of back-to-back writes; every time one whole folder is there."""
+    target, generator, seen = tmp_path / "out", random.Random(5), set()
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    forks = multiprocessing.get_context("fork")
+    for _ in range(40):
+        ready = forks.Event()
+        process = forks.Process(target=write_for_ever, args=(target, ready), daemon=True)
+        process.start()
+        ready.wait(30)
+        time.sleep(generator.random() * 0.02)
+        process.kill()
+        process.join()
+        if not exchange:
+            files.recover(target)
+        manifest = files.verify_folder(target)
+        assert {(target / f"{i}.txt").read_text() for i in range(20)} == {f"{manifest['n']} " * 500}
+        seen.add(hashlib.sha256((target / "manifest.json").read_bytes()).hexdigest())
+    assert len(seen) > 30  # nearly every kill came after a new folder
+    with files.write_folder(target) as stage:
+        (stage / "a").write_text("b")
+    assert sorted(os.listdir(tmp_path)) == ["out"]  # nothing unfinished stays behind
+
+
+def test_an_error_inside_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), files.write_folder(tmp_path / "a") as stage:
+        (stage / "x").write_text("x")
+        raise RuntimeError
+    assert not os.listdir(tmp_path)
+
+
+def test_push_checks_first_and_a_dry_run_contacts_nobody(pipe, measured, tmp_path):
+    folder = release(tmp_path / "mug", pipe, measured)
+    assert {"manifest.json", "README.md", "gains.json"} <= set(ship.push(folder, "me/mug", dry_run=True))
+    with pytest.raises(ValueError, match="me/mug/x"):
+        ship.push(folder, "me/mug/x", dry_run=True)
+    (folder / "README.md").write_text("changed")
+    with pytest.raises(FileError, match="README"):
+        ship.push(folder, "me/mug", dry_run=True)

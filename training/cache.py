@@ -108,12 +108,14 @@ def _name(*pieces: str) -> str:
 
 
 def _mine(names: Iterable[tuple[str, Any]], store: Store) -> Iterator[tuple[str, Any]]:
-    """This process's share of the names that are missing, each once."""
+    """This process's share of the names, each once, as far as they are missing.
+
+    Shares are dealt from all names: processes that look at different moments would deal the missing ones differently.
+    """
     ranks = state()
-    missing = {name: work for name, work in names if name not in store}
-    for number, item in enumerate(missing.items()):
-        if number % ranks.num_processes == ranks.process_index:
-            yield item
+    for number, (name, work) in enumerate(dict(names).items()):
+        if number % ranks.num_processes == ranks.process_index and name not in store:
+            yield name, work
 
 
 def view_tensors(view: View, factor: int) -> Entry:

@@ -158,8 +158,8 @@ def class_images(
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_main_process:
         (folder / MANIFEST).write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
-    missing = [number for number in range(count) if not (folder / f"{number:05d}.png").is_file()]
-    mine = missing[ranks.process_index :: ranks.num_processes]
+    share = range(ranks.process_index, count, ranks.num_processes)
+    mine = [number for number in share if not (folder / f"{number:05d}.png").is_file()]
     if mine:
         _generate(parts, wanted, folder, mine, batch_size)
     ranks.wait_for_everyone()

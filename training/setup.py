@@ -26,7 +26,7 @@ from .method import Method
 from .models import encode_images, encode_text, tokenize
 from .views import Views
 
-__all__ = ["Prepared", "announce", "make_accelerator", "prepare"]
+__all__ = ["DTYPES", "Prepared", "announce", "cast", "make_accelerator", "prepare", "tune"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -105,8 +105,8 @@ def prepare(
         cache = "disk"
     said = _Progress(say)
     store = Store(cache_folder if cache == "disk" else None)
-    _casts(method, device, DTYPES[settings.precision])
-    _attention(method, settings, device)
+    cast(method, device, DTYPES[settings.precision])
+    tune(method, settings, device)
 
     def entries(views: Views) -> Encoded | Live:
         if cache == "off":
@@ -171,7 +171,7 @@ def prepare(
     )
 
 
-def _casts(method: Method, device: torch.device, dtype: torch.dtype) -> None:
+def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
     """Frozen networks that run in every step get the compute precision; whatever trains stays float32."""
     for module in {id(item): item for item in [method.parts.unet, *method.models.values()]}.values():
         module.to(device)
@@ -181,7 +181,8 @@ def _casts(method: Method, device: torch.device, dtype: torch.dtype) -> None:
         module.train()
 
 
-def _attention(method: Method, settings: TrainSettings, device: torch.device) -> None:
+def tune(method: Method, settings: TrainSettings, device: torch.device) -> None:
+    """Attention kernel, gradient checkpointing and compilation of the networks that run in every step."""
     plain = settings.attention == "plain" or (settings.attention == "auto" and device.type == "cpu")
     networks = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
     for network in networks:

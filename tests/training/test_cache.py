@@ -149,3 +149,27 @@ def test_disk_entries_are_plain_safetensors(base: Path, pictures: Path, tmp_path
     files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert len(files) == 5
     assert load_file(files[0]).keys() == {"mean", "std", "frame"}
+
+
+class Rank:
+    """One of two processes, without starting them."""
+
+    num_processes = 2
+
+    def __init__(self, process_index: int):
+        self.process_index = process_index
+
+    def wait_for_everyone(self) -> None: ...
+
+
+def test_processes_that_look_at_different_times_share_all_entries(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process looks when the first has finished its share: still every entry is made, and none twice."""
+    made = []
+    for index in (0, 1):
+        monkeypatch.setattr(cache, "state", lambda index=index: Rank(index))
+        count, entries = encode(base, pictures, cache.Store(tmp_path / "cache"))
+        made.append(count)
+    assert made == [3, 2]
+    assert all(entries[index]["mean"].isfinite().all() for index in range(5))

@@ -1,0 +1,477 @@
+"""Training speed on this machine: the bare network, this project's loop, and a plain loop like the common scripts'.
+
+    python benchmarks/training.py --model pocket --batch 1 4        # minutes on two CPU cores
+    python benchmarks/training.py --model sd15 --resolution 256     # SD-1.5's architecture with random weights
+    python benchmarks/training.py --smoke                           # seconds; checks that everything here runs
+
+All arms train the same LoRA on the same images at the same precision, in turns of some steps (rounds), so that what
+else the machine does meets all alike. `trainer` is `training.loop.train` itself: its turns are what passes between two
+of its log lines. The plain loop encodes image and caption in every step, decodes in the main process, autocasts, uses
+foreach AdamW with zeroed gradients and reads the loss in every step. With `--peer-script` a user's own script is timed
+too, by the difference of two runs. Prints Markdown.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Run as a script this file would itself be `training`, so its folder may not be where modules are looked for.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
+from torch import Tensor
+
+from training import images, loop, lora, models, setup, validate, views
+from training.config import LoraSettings, TrainSettings
+from training.models import Parts
+
+ARMS = ("floor", "trainer", "plain")
+RATE = 1e-4
+IMAGES = 8
+LORA = LoraSettings(rank=8)
+
+
+# --- bases ------------------------------------------------------------------------------------------------------------
+
+
+def base(name: str) -> Parts:
+    """The pocket base (with random weights where it is not there), SD-1.5's architecture, or a tiny one."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from training.pocket import PocketError, base_path, model, tokenizer
+
+    if name == "pocket":
+        try:
+            return models.load(base_path())
+        except PocketError:
+            print("the pocket base is not here: random weights of its architecture", file=sys.stderr)
+    torch.manual_seed(0)
+    words = tokenizer.build()
+    if name == "sd15":
+        words.model_max_length = 77
+        config = CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
+        )
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # diffusers' defaults are SD-1's
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            scaling_factor=1.0,  # fits random weights
+        )
+        encoder, scheduler = CLIPTextModel(config), DDIMScheduler(beta_schedule="scaled_linear")
+    elif name == "pocket":
+        unet, vae, encoder, scheduler = model.unet(), model.vae(), model.text_encoder(words), model.scheduler()
+        vae.register_to_config(scaling_factor=1.0)
+    else:
+        unet = UNet2DConditionModel(
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=128,
+            in_channels=8,
+            out_channels=8,
+        )
+        vae, encoder, scheduler = model.vae(), model.text_encoder(words), model.scheduler()
+        vae.register_to_config(scaling_factor=1.0)
+    for module in (unet, vae, encoder):
+        module.requires_grad_(False).eval()
+    kind = type(scheduler).__name__
+    return Parts(
+        folder=Path(),
+        family="sd",
+        unet=unet,
+        vae=vae,
+        text_encoders=[encoder],
+        tokenizers=[words],
+        scheduler=dict(scheduler.config),
+        index={"scheduler": ["diffusers", kind]},
+        factor=2 ** (len(vae.config.block_out_channels) - 1),
+    )
+
+
+def pictures(folder: Path, resolution: int) -> list[Path]:
+    """JPEGs larger than what is trained on, as photographs are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    paths = []
+    for number in range(IMAGES):
+        small = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        paths.append(folder / f"{number}.jpg")
+        small.resize((2 * resolution, 2 * resolution), Image.Resampling.BICUBIC).save(paths[-1], quality=95)
+        paths[-1].with_suffix(".txt").write_text("a photo of a dog")
+    return paths
+
+
+# --- arms: each a function that trains one step -----------------------------------------------------------------------
+
+
+def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str = "auto") -> Callable[[], None]:
+    """Forward, backward and optimizer step of the U-net with LoRA on tensors that are ready."""
+    method = lora.prepare(parts, LORA)
+    device = args.device
+    dtype = setup.DTYPES[args.precision]
+    settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
+    setup.cast(method, device, dtype)
+    setup.tune(method, settings, device)
+    trainable = list(method.trainable().values())
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, fused=True)
+    size = args.resolution // parts.factor
+    tokens, width = parts.tokenizers[0].model_max_length, parts.unet.config.cross_attention_dim
+    noisy = torch.randn(batch, parts.unet.config.in_channels, size, size, device=device, dtype=dtype)
+    wanted = torch.randn_like(noisy, dtype=torch.float32)
+    text = torch.randn(batch, tokens, width, device=device, dtype=dtype)
+    timesteps = torch.randint(1000, (batch,), device=device)
+
+    def step() -> None:
+        predicted = parts.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        torch.nn.functional.mse_loss(predicted.float(), wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def plain(parts: Parts, args: argparse.Namespace, batch: int, paths: list[Path]) -> Callable[[], None]:
+    """A loop of the kind that example scripts have."""
+    method = lora.prepare(parts, LORA)
+    device, dtype = args.device, setup.DTYPES[args.precision]
+    parts.unet.set_attn_processor(AttnProcessor2_0())
+    for module in (parts.unet, parts.vae, parts.text_encoders[0]):
+        module.to(device)
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    parts.unet.train()
+    trainable = list(method.trainable().values())
+    optimizer = torch.optim.AdamW(trainable, lr=RATE, foreach=True)
+    noising = DDPMScheduler.from_config(parts.scheduler)
+    random = np.random.default_rng(0)
+
+    def read(path: Path) -> tuple[Tensor, Tensor]:
+        image = Image.open(path).convert("RGB")
+        image = image.resize((args.resolution, args.resolution), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        caption = path.with_suffix(".txt").read_text()
+        ids = parts.tokenizers[0](
+            caption,
+            padding="max_length",
+            truncation=True,
+            max_length=parts.tokenizers[0].model_max_length,
+            return_tensors="pt",
+        ).input_ids[0]
+        return pixels, ids
+
+    def step() -> None:
+        chosen = [read(paths[index]) for index in random.integers(0, len(paths), batch)]
+        pixels = torch.stack([item[0] for item in chosen]).to(device, dtype)
+        ids = torch.stack([item[1] for item in chosen]).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            latents = parts.vae.encode(pixels).latent_dist.sample() * parts.vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, noising.config.num_train_timesteps, (batch,), device=device)
+            noisy = noising.add_noise(latents, noise, timesteps)
+            text = parts.text_encoders[0](ids)[0]
+            predicted = parts.unet(noisy, timesteps, text, return_dict=False)[0]
+            velocity = noising.config.prediction_type == "v_prediction"
+            wanted = noising.get_velocity(latents, noise, timesteps) if velocity else noise
+            loss = torch.nn.functional.mse_loss(predicted.float(), wanted.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        loss.item()
+
+    return step
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Seconds per step."""
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait(device)
+    return (time.perf_counter() - began) / steps
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def rounds(args: argparse.Namespace, batch: int, folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds per step of every arm and round, and each trained arm's fixed-noise loss after equal steps."""
+    paths = pictures(folder / "pictures", args.resolution)
+    start = base(args.model)
+    arms = {name: copy.deepcopy(start) for name in ARMS}
+    del start
+    others = {
+        "floor": floor(arms["floor"], args, batch),
+        "plain": plain(arms["plain"], args, batch, paths),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    method = lora.prepare(arms["trainer"], LORA)
+    source = images.folder(folder / "pictures", minimum=1)
+    data = views.Views(source, resolution=args.resolution, multiple=arms["trainer"].multiple)
+    settings = TrainSettings(
+        steps=args.steps * (args.rounds + 1),
+        batch_size=batch,
+        learning_rate=RATE,
+        precision=args.precision,
+        compile=args.compile,
+        trackers=[],
+        log_every=args.steps,
+        save_every=10**9,
+    )
+    clock = [time.perf_counter()]
+    deadline = time.perf_counter() + 60 * args.minutes
+
+    def between(line: str) -> None:
+        """Called at every log line of the trainer: notes its turn, then lets the others have theirs."""
+        if not line.startswith("step "):
+            clock[0] = time.perf_counter()
+            return
+        wait(args.device)
+        took = (time.perf_counter() - clock[0]) / args.steps
+        turn = {name: timed(step, args.steps, args.device) for name, step in others.items()}
+        first = line.startswith(f"step {args.steps}/")  # warms everything up
+        if not first and time.perf_counter() < deadline:
+            for name, value in (("trainer", took), *turn.items()):
+                seconds[name].append(value)
+        clock[0] = time.perf_counter()
+
+    result = loop.train(method, data, settings, out=folder / "out", say=between)
+    assert result is not None
+    return seconds, fixed_losses(args, arms, data)
+
+
+def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: views.Views) -> dict[str, float]:
+    """The loss at fixed timesteps and noise of what both loops trained, over the same batches."""
+    from training import feed, method, objective
+    from training.cache import Live
+
+    encoders = arms["plain"]
+    bound = objective.build(encoders.scheduler)
+    stream = feed.Stream(entries=Live(data, encoders.factor))
+    shape = (encoders.unet.config.in_channels, encoders.factor)
+    ids = lambda captions: {"ids_0": models.tokenize(encoders, captions)[0]}  # noqa: E731
+    batches = validate.fixed_loss_batches(stream, feed.Draws(latent_shape=shape), 16, seed=5, text=ids)
+    found = {}
+    for name in ("trainer", "plain"):
+        unet = arms[name].unet
+
+        def step(batch: dict[str, Any], unet: Any = unet) -> Tensor:
+            moved = {key: value.to(args.device) for key, value in batch.items()}
+            mean, std = models.encode_images(encoders.vae, moved.pop("pixels"))
+            moved["latents"] = mean.float() + std.float() * moved["posterior"]
+            moved |= models.encode_text(encoders.text_encoders, [moved.pop("ids_0")], family="sd")
+            dtype = setup.DTYPES[args.precision]
+            return method.denoise_step({"unet": unet}, moved, dtype, parts=encoders, objective=bound)
+
+        found[name] = validate.fixed_loss(step, batches, [unet])
+    return found
+
+
+def peak(args: argparse.Namespace, arm: str, batch: int) -> float:
+    """GiB of a process that runs only this arm: resident set on a CPU, allocated memory on a GPU."""
+    command = [sys.executable, __file__, "--only", arm, "--model", args.model, "--batch", str(batch)]
+    command += ["--resolution", str(args.resolution), "--precision", args.precision, "--threads", str(args.threads)]
+    command += ["--steps", "3"] + (["--compile"] if args.compile else [])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["gib"])
+
+
+def only(args: argparse.Namespace) -> None:
+    """Runs one arm alone and prints its peak memory, and for the trainer what was estimated beforehand."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, batch = Path(name), args.batch[0]
+        paths = pictures(folder / "pictures", args.resolution)
+        parts = base(args.model)
+        if args.only == "trainer":
+            data = views.Views(images.folder(folder / "pictures", minimum=1), resolution=args.resolution)
+            settings = TrainSettings(steps=args.steps, batch_size=batch, precision=args.precision, trackers=[])
+            loop.train(lora.prepare(parts, LORA), data, settings, out=folder / "out")
+        else:
+            step = floor(parts, args, batch) if args.only == "floor" else plain(parts, args, batch, paths)
+            timed(step, args.steps, args.device)
+    cuda = args.device.type == "cuda"
+    used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"gib": used / 2**30}))
+
+
+# --- lower floors, profile, peer --------------------------------------------------------------------------------------
+
+
+def lower_floors(args: argparse.Namespace, batch: int) -> list[str]:
+    """How much precision, attention kernel, threads and compilation move the floor itself."""
+    lines = ["| floor | s/step | against the first |", "|---|---|---|"]
+    plans: list[tuple[str, dict[str, Any]]] = [
+        ("float32, sdpa attention", {"attention": "sdpa"}),
+        ("float32, plain attention", {"attention": "plain"}),
+        ("bfloat16, sdpa attention", {"attention": "sdpa", "precision": "bf16"}),
+        ("float32, compiled", {"attention": "sdpa", "compile": True}),
+        ("float32, plain attention, one thread", {"attention": "plain", "threads": 1}),
+    ]
+    first = None
+    for name, plan in plans:
+        changed = argparse.Namespace(**{**vars(args), "precision": "fp32", "compile": False, **plan})
+        torch.set_num_threads(changed.threads)
+        try:
+            step = floor(base(args.model), changed, batch, attention=plan["attention"])
+            timed(step, 2, args.device)
+            value = statistics.median(timed(step, max(1, args.steps // 2), args.device) for _ in range(5))
+        except RuntimeError as error:  # a compiler that is not there, a type the device does not do
+            lines.append(f"| {name} | not possible: {str(error).splitlines()[0][:80]} | |")
+            continue
+        finally:
+            torch.set_num_threads(args.threads)
+        first = first or value
+        lines.append(f"| {name} | {value:.4f} | {first / value:.2f}x |")
+    return lines
+
+
+def profile(args: argparse.Namespace, batch: int) -> list[str]:
+    """Where the floor's time goes, by operator."""
+    step = floor(base(args.model), args, batch)
+    timed(step, 2, args.device)
+    with torch.profiler.profile() as seen:
+        timed(step, 3, args.device)
+    cuda = args.device.type == "cuda"
+    weight = lambda item: item.self_device_time_total if cuda else item.self_cpu_time_total  # noqa: E731
+    events = sorted(seen.key_averages(), key=weight, reverse=True)
+    total = sum(map(weight, events))
+    lines = ["| operator | share of the floor |", "|---|---|"]
+    return lines + [f"| {event.key} | {100 * weight(event) / total:.1f} % |" for event in events[:8]]
+
+
+def peer(args: argparse.Namespace, batch: int, folder: Path) -> float:
+    """Seconds per step of a user's DreamBooth-LoRA script with the usual flags, from two runs of different length."""
+    from training.pocket import base_path
+
+    pictures(folder / "peer", args.resolution)
+    for path in (folder / "peer").glob("*.txt"):
+        path.unlink()
+
+    def run(steps: int) -> float:
+        command = [sys.executable, args.peer_script, "--pretrained_model_name_or_path", str(base_path())]
+        command += ["--instance_data_dir", str(folder / "peer"), "--instance_prompt", "a photo of a dog"]
+        command += ["--output_dir", str(folder / f"peer-{steps}"), "--resolution", str(args.resolution)]
+        command += ["--train_batch_size", str(batch), "--max_train_steps", str(steps), "--rank", str(LORA.rank)]
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    short, long = 4 * args.steps, 16 * args.steps
+    return (run(long) - run(short)) / (long - short)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Median with its 95 % bootstrap interval."""
+    random = np.random.default_rng(0)
+    drawn = np.median(random.choice(values, (2000, len(values))), axis=1)
+    return statistics.median(values), float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+
+
+def report(args: argparse.Namespace, batch: int, folder: Path) -> list[str]:
+    seconds, losses = rounds(args, batch, folder)
+    if not seconds["trainer"]:
+        return [f"batch {batch}: not one round fitted into --minutes {args.minutes}"]
+    count = len(seconds["trainer"])
+    lines = [
+        f"\n## {args.model}, {args.resolution} px, batch {batch}, {args.precision}: "
+        f"{count} rounds of {args.steps} steps",
+        "",
+        "| arm | s/step (95 % interval) | images/s | time against the floor | peak GiB | fixed-noise loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ARMS:
+        middle, low, high = interval(seconds[name])
+        over, low_over, high_over = interval(
+            [mine / bare for mine, bare in zip(seconds[name], seconds["floor"], strict=True)]
+        )
+        memory = f"{peak(args, name, batch):.2f}" if args.memory else "not measured"
+        loss = f"{losses[name]:.4f}" if name in losses else ""
+        lines.append(
+            f"| {name} | {middle:.4f} ({low:.4f} to {high:.4f}) | {batch / middle:.1f} | "
+            f"{over:.3f} ({low_over:.3f} to {high_over:.3f}) | {memory} | {loss} |"
+        )
+    faster, low, high = interval([p / t for p, t in zip(seconds["plain"], seconds["trainer"], strict=True)])
+    lines.append(f"\nThe trainer is {faster:.2f}x ({low:.2f} to {high:.2f}) as fast as the plain loop.")
+    if args.peer_script:
+        took = peer(args, batch, folder)
+        trainer = statistics.median(seconds["trainer"])
+        lines.append(f"The peer script takes {took:.4f} s/step: the trainer is {took / trainer:.2f}x as fast.")
+    if args.floors:
+        lines += ["", *lower_floors(args, batch), "", *profile(args, batch)]
+    return lines
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("pocket", "sd15", "tiny"), default="pocket")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--resolution", type=int, help="default: 64 for pocket, 512 for sd15")
+    parser.add_argument("--rounds", type=int, default=9, help="counted rounds; one more warms up")
+    parser.add_argument("--steps", type=int, help="steps per round; default: 20 for pocket, 1 for sd15")
+    parser.add_argument("--minutes", type=float, default=10, help="per batch size; later rounds are not counted")
+    parser.add_argument("--precision", choices=tuple(setup.DTYPES), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="compile the floor's and the trainer's U-net")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, per process"
+    )
+    parser.add_argument("--floors", action="store_true", help="also lower floors and a profile")
+    parser.add_argument("--peer-script", help="a DreamBooth-LoRA training script to time on the pocket base")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, two rounds, seconds")
+    parser.add_argument("--only", choices=ARMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.smoke:
+        args.model, args.batch, args.rounds, args.steps, args.memory = "tiny", [2], 2, 2, False
+    args.resolution = args.resolution or (512 if args.model == "sd15" else 64)
+    args.steps = args.steps or (1 if args.model == "sd15" else 20)
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.only:
+        only(args)
+        return
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else f"CPU, {args.threads} thread(s)"
+    print(f"# Training speed\n\n{name}, torch {torch.__version__}, {platform.platform()}")
+    for batch in args.batch:
+        with tempfile.TemporaryDirectory() as folder:
+            print("\n".join(report(args, batch, Path(folder))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

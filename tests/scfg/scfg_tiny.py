@@ -154,3 +154,45 @@ class Spy:
     def __exit__(self, *error):
         self._hook.remove()
         del self._pipe.scheduler.step
+
+
+def text_parts():
+    """A tokenizer that knows "red" and "dog" as words and spells the rest, and a text encoder for it."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz,."
+    words = [*letters, *(letter + "</w>" for letter in letters), "re", "red</w>", "do", "dog</w>"]
+    vocabulary = {token: index for index, token in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    merges = [("r", "e"), ("re", "d</w>"), ("d", "o"), ("do", "g</w>")]
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TEXT)
+    torch.manual_seed(6)
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    return {"tokenizer": tokenizer, "text_encoder": CLIPTextModel(config).eval()}
+
+
+def ip_adapter_weights(model):
+    """Random image-prompt weights for every cross-attention of `model`, in the layout diffusers loads."""
+    torch.manual_seed(8)
+    attention = {}
+    crossing = [name for name in model.attn_processors if name.endswith("attn2.processor")]
+    for index, name in enumerate(crossing):
+        width = model.get_submodule(name.removesuffix(".processor")).inner_dim
+        for part in ("to_k_ip", "to_v_ip"):
+            attention[f"{2 * index + 1}.{part}.weight"] = torch.randn(width, WIDTH)
+    projection = {
+        "proj.weight": torch.randn(4 * WIDTH, 6),
+        "proj.bias": torch.randn(4 * WIDTH),
+        "norm.weight": torch.ones(WIDTH),
+        "norm.bias": torch.zeros(WIDTH),
+    }
+    return {"image_proj": projection, "ip_adapter": attention}

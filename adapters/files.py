@@ -184,7 +184,7 @@ def check_name(name: object) -> str:
     ok = isinstance(name, str) and 0 < len(name) <= 512 and not re.search(r"[\\\x00-\x1f]", name)
     if ok:
         path = PurePosixPath(str(name))
-        ok = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name and ":" not in path.parts[0]
+        ok = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "." and ":" not in str(name)
     if not ok:
         raise FileError(f"manifest entry {str(name)[:120]!r} is not a plain relative path inside the folder")
     return str(name)

@@ -1,0 +1,165 @@
+"""`python -m adapters inspect | verify | convert | merge | extract`: release folders and weights from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import compose, files, keys
+from .attach import LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
+from .errors import AdapterError, FileError
+from .verify import verify
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 on an error that was explained on stderr."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(json.dumps(options.run(options), indent=2))
+    except AdapterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m adapters", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="what a folder or file holds")
+    inspect.add_argument("path")
+    inspect.set_defaults(run=_inspect)
+    check = commands.add_parser("verify", help="check hashes and recompute every number from per_image.csv")
+    check.add_argument("path")
+    check.set_defaults(run=lambda options: verify(options.path))
+    convert = commands.add_parser("convert", help="rewrite in other keys")
+    convert.add_argument("path")
+    convert.add_argument("out", type=Path, help="file to write; for peft a folder")
+    convert.add_argument("--to", choices=("peft", "diffusers", "kohya"), required=True)
+    convert.add_argument("--rank", type=int, help="approximate by a plain LoRA of this rank first")
+    convert.add_argument("--base", type=Path, help="pipeline folder; needed with --rank for DoRA, LoHa and LoKr")
+    convert.set_defaults(run=_convert)
+    merge = commands.add_parser("merge", help="into a U-net (--base) or, without it, several LoRAs into one")
+    merge.add_argument("paths", nargs="+", metavar="PATH[=WEIGHT]")
+    merge.add_argument("--out", type=Path, required=True, help="folder of the merged U-net, or a .safetensors file")
+    merge.add_argument("--base", type=Path, help="pipeline folder whose U-net takes the adapters")
+    merge.add_argument("--rank", type=int, help="without --base: cut the sum to this rank")
+    merge.set_defaults(run=_merge)
+    extract = commands.add_parser("extract", help="the LoRA nearest to the difference of two U-nets")
+    extract.add_argument("base", type=Path, help="U-net or pipeline folder")
+    extract.add_argument("tuned", type=Path, help="U-net or pipeline folder")
+    extract.add_argument("--out", type=Path, required=True)
+    extract.add_argument("--rank", type=int, required=True)
+    extract.set_defaults(run=_extract)
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
+    source = open_source(options.path)
+    summary: dict[str, Any] = {"path": str(source.path)}
+    if source.manifest is not None:
+        summary |= {name: source.manifest.get(name) for name in ("kind", "base", "versions")}
+        summary["files"] = {name: entry["size"] for name, entry in source.manifest["files"].items()}
+    if source.file("config.json") is not None:
+        return summary | {"model": files.read_json(source.path / "config.json").get("_class_name")}
+    adapter = read_adapter(source)
+    summary["kinds"] = adapter.kinds
+    for component in adapter.components:
+        modules = adapter.part(component)
+        summary[component] = {
+            "modules": len(modules),
+            "parameters": sum(t.numel() for m in modules.values() for t in m.tensors.values()),
+            "ranks": sorted({m.rank for m in modules.values()}),
+            "scales": sorted({round(m.scale, 6) for m in modules.values()}),
+            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors.values()}),
+        }
+    return summary
+
+
+def _convert(options: argparse.Namespace) -> dict[str, Any]:
+    adapter, summary = read_adapter(open_source(options.path)), {"written": str(options.out)}
+    if options.rank is not None:
+        models = _models(options.base, adapter) if options.base is not None else None
+        found = compose.rerank(adapter, options.rank) if models is None else compose.to_lora(adapter, models, options.rank)
+        adapter, summary["relative_error"] = found.adapter, f"{found.error:.4g}"
+    _write(adapter, options.out, options.to)
+    return summary
+
+
+def _write(adapter: keys.Adapter, out: Path, spelling: str) -> None:
+    if spelling == "peft":
+        with files.write_folder(out) as stage:
+            for component in adapter.components:
+                place = stage if component == "unet" else stage / component
+                place.mkdir(exist_ok=True)
+                tensors, config = keys.to_peft(adapter, component)
+                files.write_tensors(place / PEFT_FILE, tensors)
+                (place / "adapter_config.json").write_text(json.dumps(config, indent=2))
+        return
+    if out.suffix != ".safetensors":
+        raise FileError(f"{out}: give a file name that ends in .safetensors, such as {out / LORA_FILE}")
+    tensors, header = keys.to_kohya(adapter) if spelling == "kohya" else keys.to_diffusers(adapter)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_tensors(out, tensors, header)
+
+
+def _merge(options: argparse.Namespace) -> dict[str, Any]:
+    weighted = [(read_adapter(open_source(path)), weight) for path, weight in map(_weighted, options.paths)]
+    summary: dict[str, Any] = {"written": str(options.out), "weights": [weight for _, weight in weighted]}
+    if options.base is None:
+        total = compose.weighted_sum(weighted)
+        if options.rank is not None:
+            found = compose.rerank(total, options.rank)
+            total, summary["relative_error"] = found.adapter, f"{found.error:.4g}"
+        _write(total, options.out, "diffusers")
+        return summary
+    models = {"unet": _unet(options.base)}
+    for adapter, weight in weighted:
+        if adapter.components != ["unet"]:
+            raise AdapterError(f"the adapter also changes {adapter.components}; only U-nets are merged from the command line")
+        compose.merge(adapter, models, weight=weight)
+    with files.write_folder(options.out) as stage:
+        models["unet"].save_pretrained(stage, safe_serialization=True)  # type: ignore[operator]
+    return summary
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, _, weight = text.rpartition("=")
+    if not path:
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError as error:
+        raise AdapterError(f"{text!r}: expected PATH or PATH=WEIGHT with a number") from error
+
+
+def _extract(options: argparse.Namespace) -> dict[str, Any]:
+    found = compose.extract({"unet": _unet(options.base)}, {"unet": _unet(options.tuned)}, options.rank)
+    _write(found.adapter, options.out, "diffusers")
+    return {"written": str(options.out), "modules": len(found.adapter.modules), "relative_error": f"{found.error:.4g}"}
+
+
+def _unet(folder: Path) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    files.read_header(place / MODEL_FILE)
+    return UNet2DConditionModel.from_pretrained(place, use_safetensors=True)
+
+
+def _models(folder: Path, adapter: keys.Adapter) -> dict[str, torch.nn.Module]:
+    if adapter.components == ["unet"]:
+        return {"unet": _unet(folder)}
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    return {component: getattr(pipe, component) for component in adapter.components}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

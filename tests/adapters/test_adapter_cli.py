@@ -1,0 +1,75 @@
+"""The command line, in process."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from adapters import compose, files, keys
+from adapters.__main__ import main
+
+
+def run(capsys, *arguments) -> dict:
+    assert main([str(a) for a in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def lora_file(make_adapter, tmp_path):
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(path, *keys.to_diffusers(make_adapter("rslora", text=True)))
+    return path
+
+
+def test_inspect_and_convert_there_and_back(capsys, lora_file, tmp_path):
+    seen = run(capsys, "inspect", lora_file)
+    assert seen["kinds"] == ["lora"] and seen["unet"]["ranks"] == [4] and seen["unet"]["scales"] == [1.5]
+    run(capsys, "convert", lora_file, tmp_path / "k.safetensors", "--to", "kohya")
+    run(capsys, "convert", tmp_path / "k.safetensors", tmp_path / "peft", "--to", "peft")
+    run(capsys, "convert", tmp_path / "peft", tmp_path / "again.safetensors", "--to", "diffusers")
+    assert (tmp_path / "again.safetensors").read_bytes() == lora_file.read_bytes()
+
+
+def test_convert_with_rank_states_its_error(capsys, lora_file, tmp_path):
+    result = run(capsys, "convert", lora_file, tmp_path / "r.safetensors", "--to", "diffusers", "--rank", 1)
+    assert 0 < float(result["relative_error"]) < 1
+    assert run(capsys, "inspect", tmp_path / "r.safetensors")["unet"]["ranks"] == [1]
+
+
+def test_merge_into_a_unet_and_extract_again(capsys, pipe, make_adapter, tmp_path):
+    pipe.unet.save_pretrained(tmp_path / "base" / "unet")
+    adapter = make_adapter("loha")
+    files.write_tensors(tmp_path / "loha.safetensors", *keys.to_kohya(adapter))
+    run(capsys, "merge", f"{tmp_path / 'loha.safetensors'}=0.5", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    tuned = type(pipe.unet).from_pretrained(tmp_path / "merged")
+    twin = copy.deepcopy(pipe.unet)
+    vars(twin).pop("_merged_adapters", None)
+    compose.merge(adapter, {"unet": twin}, weight=0.5)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tuned.parameters(), twin.parameters(), strict=True))
+    out = tmp_path / "found.safetensors"
+    found = run(capsys, "extract", tmp_path / "base", tmp_path / "merged", "--out", out, "--rank", 16)
+    assert float(found["relative_error"]) < 1e-3 and found["modules"] == len(adapter.modules)
+
+
+def test_merge_loras_into_one(capsys, lora_file, tmp_path):
+    out = tmp_path / "sum.safetensors"
+    run(capsys, "merge", lora_file, f"{lora_file}=-1", "--out", out)
+    assert run(capsys, "inspect", out)["unet"]["ranks"] == [8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "missing.safetensors"], "no such file"),
+        (["verify", "."], "manifest.json"),
+        (["merge", "x=y", "--out", "z"], "PATH=WEIGHT"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1

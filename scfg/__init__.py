@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .attach import Run, attach
 from .config import GuiderConfig, from_config, read_config, to_config
 from .errors import ScfgError
 from .guidance import CFG, METHODS, Dose, Interval, Placebo, Pointwise, SemanticCFG, guidance
+from .trace import Step
+from .words import Word, prompt_words
+
+if TYPE_CHECKING:
+    from .guider import SemanticGuider
 
 __all__ = [
     "CFG",
@@ -18,9 +25,22 @@ __all__ = [
     "Run",
     "ScfgError",
     "SemanticCFG",
+    "SemanticGuider",
+    "Step",
+    "Word",
     "attach",
     "from_config",
     "guidance",
+    "prompt_words",
     "read_config",
     "to_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`SemanticGuider` comes when it is asked for: its base class is in diffusers, which takes seconds to import."""
+    if name == "SemanticGuider":
+        from .guider import SemanticGuider
+
+        return SemanticGuider
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,6 @@ u' = u + s / (s - 1) * (1 - gamma) * delta, which gives the same u + s * gamma *
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,8 +22,8 @@ from .guidance import SemanticCFG
 from .guidance import guidance as guidance_by_name
 from .pipelines import PipelineView
 from .regions import Regions
-from .scale import ScaleMap, rewrite
-from .segment import Segmenter, background_positions, grouping
+from .scale import ScaleMap, image_seed, rewrite
+from .segment import NO_TEXT, Segmenter, background_positions, foreground_half, grouping
 from .trace import RECORDABLE, Step
 from .words import Word, prompt_words
 
@@ -151,7 +150,7 @@ class Run:
         if not self.guidance.active(call.fraction):
             return
         if self.guidance.needs_seeds and self._seeds is None:
-            self._seeds = [_fingerprint(image) for image in call.sample[call.cond, : self._view.channels]]
+            self._seeds = [image_seed(image) for image in call.sample[call.cond, : self._view.channels]]
         if self._segmenter is not None and (call.index % self.guidance.refresh_every == 0 or self._regions is None):
             self._watch(self._segmenter, call)
 
@@ -229,7 +228,9 @@ class Run:
         foreground = None
         if self.guidance.reference == "foreground":
             if self._foreground_half is None:
-                self._foreground_half = self._choose_foreground_half(call)
+                self._foreground_half = foreground_half(self.guidance.foreground, call.context[call.uncond])
+                if self.guidance.foreground == "auto" and self._foreground_half == "conditional":
+                    self._say_once("foreground", NO_TEXT)
             foreground = call.uncond if self._foreground_half == "unconditional" else call.cond
         length = call.context.shape[1]
         groups = None
@@ -242,21 +243,6 @@ class Run:
             background=background_positions(length, self._view.text_chunk),
             groups=groups,
         )
-
-    def _choose_foreground_half(self, call: _Call) -> str:
-        wanted = self.guidance.foreground
-        if wanted == "conditional" or bool(call.context[call.uncond].any()):
-            return "unconditional" if wanted == "auto" else wanted
-        if wanted == "unconditional":
-            raise ScfgError(
-                "foreground='unconditional', but the unconditional half carries no text (negative prompt embeddings "
-                "are all zero, as SDXL does without a negative prompt): its attention is rounding noise. "
-                "Use foreground='auto' or 'conditional', or give a negative prompt"
-            )
-        self._say_once(
-            "foreground", "the unconditional half carries no text: foreground is taken from the conditional half"
-        )
-        return "conditional"
 
     @property
     def words(self) -> list[list[Word]] | None:
@@ -346,11 +332,6 @@ class _Call:
     guidance_scale: float
     uncond: slice
     cond: slice
-
-
-def _fingerprint(image: Tensor) -> int:
-    """A number for an image from its initial noise: the same in any batch, another for every seed."""
-    return zlib.crc32(image.float().cpu().contiguous().numpy().tobytes())
 
 
 def _forget_compiled(pipe: Any) -> None:

@@ -101,15 +101,17 @@ class RegionAverage:
         lifted = lifted / lifted.mean(dim=(2, 3), keepdim=True)
         self._pair_sum = lifted if self._pair_sum is None else self._pair_sum + lifted
 
-    def regions(self) -> Regions:
-        """Argmax over tokens (ties go to the first); foreground is where the background token does not win."""
-        if self._token_sum is None:
-            raise RuntimeError("no block was added")
+    def foreground(self) -> Bool[Tensor, "B h w"] | None:
+        """Where the background token does not win; None if no pair was added."""
         pair = self._pair_sum
+        return None if pair is None else pair[:, 1] > pair[:, 0]
+
+    def regions(self) -> Regions:
+        """Argmax over tokens; ties go to the first."""
+        if self._token_sum is None:
+            raise RuntimeError("no block's token maps were added")
         return Regions(
-            index=self._token_sum.argmax(dim=1),
-            count=self._token_sum.shape[1],
-            foreground=None if pair is None else pair[:, 1] > pair[:, 0],
+            index=self._token_sum.argmax(dim=1), count=self._token_sum.shape[1], foreground=self.foreground()
         )
 
 

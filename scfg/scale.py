@@ -6,6 +6,7 @@ gamma_i = n_ref / n_i, so that every region is guided with the reference's stren
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "ScaleMap",
     "classifier_score_norm",
     "dose",
+    "image_seed",
     "limit",
     "masked_mean",
     "permute_regions",
@@ -135,6 +137,11 @@ def dose(
     counted = delta_norm if weight is None else delta_norm * weight
     total = counted.sum(dim=(1, 2))
     return torch.where(total > 0, (gamma[:, 0].abs() * counted).sum(dim=(1, 2)) / total.clamp_min(1e-30), 1.0)
+
+
+def image_seed(sample: Float[Tensor, "C H W"]) -> int:
+    """A number for an image from its initial noise: the same in any batch, another for every seed."""
+    return zlib.crc32(sample.float().cpu().contiguous().numpy().tobytes())
 
 
 def permute_regions(

@@ -19,13 +19,15 @@ from .attention import (
     mean_attention,
     select_blocks,
 )
+from .errors import ScfgError
 from .guidance import SemanticCFG
 from .regions import RegionAverage, complete
 
-__all__ = ["Segmenter", "background_positions", "grouping"]
+__all__ = ["NO_TEXT", "Segmenter", "background_positions", "foreground_half", "grouping"]
 
 # The published IF code adds this to its joint probabilities.
 JOINT_EPS = 1e-20
+NO_TEXT = "the unconditional half carries no text: the foreground is taken from the conditional half"
 
 
 class Segmenter:
@@ -150,6 +152,25 @@ def token_maps(
     if explicit:
         return mean_attention(query, key, heads=own.heads, scale=own.scale).matmul, cross
     return lambda x: apply_mean_attention(query, key, x, heads=own.heads, scale=own.scale), cross
+
+
+def foreground_half(wanted: str, uncond_context: Float[Tensor, "B T C"]) -> str:
+    """The half that tells the foreground: what the setting wants, where its attention means something.
+
+    Raises:
+        ScfgError: the unconditional half is wanted and its embeddings are all zero.
+    """
+    if wanted == "conditional":
+        return wanted
+    if bool(uncond_context.any()):
+        return "unconditional"
+    if wanted == "unconditional":
+        raise ScfgError(
+            "foreground='unconditional', but the unconditional half carries no text (negative prompt embeddings are "
+            "all zero, as SDXL makes them without a negative prompt): its attention is rounding noise. "
+            "Use foreground='auto' or 'conditional', or give a negative prompt"
+        )
+    return "conditional"
 
 
 def background_positions(length: int, chunk: int | None) -> list[int]:

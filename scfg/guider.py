@@ -1,0 +1,288 @@
+"""S-CFG as a guider for Modular Diffusers: `pipe.update_components(guider=SemanticGuider())`.
+
+Modular pipelines run one forward per condition. The conditional one gives the regions, the unconditional one the
+foreground, and `forward` puts the predictions together: u + s * gamma * (c - u), the same as `scfg.attach` does on an
+ordinary pipeline. A modular pipeline's own `save_pretrained` leaves the guider out: save it beside it with
+`guider.save_pretrained(folder)` (`guider_config.json`) and load it with `SemanticGuider.from_pretrained(folder)`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .config import CLASS_NAME, read_config, to_config
+from .errors import ScfgError
+from .guidance import SemanticCFG
+from .regions import Regions
+from .scale import image_seed
+from .segment import NO_TEXT, Segmenter, background_positions, foreground_half, grouping
+from .trace import Step
+from .words import Word
+
+__all__ = ["SemanticGuider"]
+
+# The names under which modular pipelines hand (conditional, unconditional) text embeddings to their guider.
+_TEXT_FIELDS = ("prompt_embeds", "encoder_hidden_states")
+
+
+class SemanticGuider(BaseGuidance):
+    """Semantic-aware classifier-free guidance and its control arms for modular U-net pipelines (SDXL).
+
+    Args:
+        method: "semantic", "cfg", "dose", "placebo", "pointwise" or "interval".
+        guidance_scale: s.
+        guidance_rescale: rescaling to the conditional prediction's spread (0: none).
+        start, stop: diffusers' own window: outside it there is no guidance at all.
+        enabled: diffusers' own switch.
+        semantic_start, semantic_stop: `SemanticCFG.start` and `.stop`: outside, plain CFG (with method "interval":
+            guidance inside only). None: the method's default.
+
+    The rest are the fields of `SemanticCFG`. For `tokens="prompt"` set `guider.words` before the call, e.g. to
+    `[scfg.prompt_words(pipe.tokenizer, prompt, 77)]`. Inpainting masks are seen with 9-channel U-nets only.
+    `guider.trace` has one `scfg.Step` per step of the latest call.
+
+    Raises:
+        ScfgError: a value out of range, or a denoiser that is not a `UNet2DConditionModel`.
+    """
+
+    _input_predictions: Any = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers' protocol: a list on the class)
+
+    @register_to_config
+    def __init__(
+        self,
+        method: str = "semantic",
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        enabled: bool = True,
+        latent_ratio: int | Literal["auto"] = "auto",
+        completion: str = "published",
+        completion_steps: int = 4,
+        foreground: str = "auto",
+        empty_foreground: str = "one",
+        tokens: str = "all",
+        reference: str = "foreground",
+        gamma_min: float | None = 0.8,
+        gamma_max: float | None = 3.0,
+        scale_cap: float | None = 15.0,
+        smoothing_sigma: float = 0.5,
+        semantic_start: float | None = None,
+        semantic_stop: float | None = None,
+        refresh_every: int = 1,
+        last_blocks: int | None = None,
+    ) -> None:
+        super().__init__(start, stop, enabled)
+        given = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        window = {name: given.pop(name) for name in ("semantic_start", "semantic_stop")}
+        given |= {name: value for name, value in window.items() if value is not None}
+        read = read_config({"_class_name": CLASS_NAME, **given})
+        self.guidance = read.guidance
+        # The file names the window in numbers, not "the default of the method".
+        self.register_to_config(semantic_start=self.guidance.start, semantic_stop=self.guidance.stop)
+        self.guidance_scale = read.guidance_scale
+        self.guidance_rescale = read.guidance_rescale
+        self.words: list[list[Word]] | None = None
+        self.trace: list[Step] = []
+        self._unet: Any = None
+        self._segmenter: Segmenter | None = None
+        self._handles: list[RemovableHandle] = []
+        self._regions: Regions | None = None
+        self._seeds: list[int] | None = None
+        self._weight: Tensor | None = None
+        self._half: str | None = None
+
+    @classmethod
+    def from_guidance(
+        cls, settings: SemanticCFG, *, guidance_scale: float, guidance_rescale: float = 0.0
+    ) -> SemanticGuider:
+        """The guider of a `SemanticCFG` or a sibling of it."""
+        config = to_config(settings, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
+        return cls(**{name: value for name, value in config.items() if name != "_class_name"})
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As in diffusers, but another class's file and unknown fields are refused instead of ignored."""
+        public = {name: value for name, value in config.items() if not name.startswith("_")}
+        read_config({"_class_name": config.get("_class_name", CLASS_NAME), "guidance_scale": 7.5} | public | kwargs)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    # -- diffusers' protocol
+
+    @property
+    def is_conditional(self) -> bool:
+        return self._count_prepared == 1
+
+    @property
+    def num_conditions(self) -> int:
+        return 2 if self._guided else 1
+
+    @property
+    def _guided(self) -> bool:
+        if not self._enabled or math.isclose(self.guidance_scale, 1.0):
+            return False
+        if self._num_inference_steps is None:
+            return True
+        first, last = int(self._start * self._num_inference_steps), int(self._stop * self._num_inference_steps)
+        return first <= self._step < last
+
+    @property
+    def _fraction(self) -> float:
+        return self._step / self._num_inference_steps
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        super().set_state(step, num_inference_steps, timestep)
+        if step == 0:
+            self.trace = []
+            self._regions = self._seeds = self._half = None
+
+    def prepare_inputs(self, data: Any) -> list[Any]:
+        self._choose_half(next((data[name] for name in _TEXT_FIELDS if name in data), None))
+        identifiers = self._input_predictions[: self.num_conditions]
+        return [self._prepare_batch(data, index, name) for index, name in enumerate(identifiers)]
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        field = next((input_fields[name] for name in _TEXT_FIELDS if name in input_fields), None)
+        self._choose_half(tuple(getattr(data, name) for name in field) if isinstance(field, tuple) else None)
+        identifiers = self._input_predictions[: self.num_conditions]
+        return [
+            self._prepare_batch_from_block_state(input_fields, data, index, name)
+            for index, name in enumerate(identifiers)
+        ]
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        super().prepare_models(denoiser)
+        self._release()
+        if not self._guided or not self.guidance.active(self._fraction):
+            return
+        unet: Any = getattr(denoiser, "_orig_mod", denoiser)
+        supported = isinstance(unet, UNet2DConditionModel)
+        if not supported:
+            raise ScfgError(
+                f"{CLASS_NAME} needs a UNet2DConditionModel as denoiser, not {type(unet).__name__}; use it with SDXL "
+                f"modular pipelines"
+            )
+        if self.guidance.needs_regions and self._unet is not unet:
+            self._unet, self._segmenter = unet, Segmenter(unet, self.guidance)
+        self._handles = [
+            unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            unet.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        self._release()
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        if pred_uncond is None:
+            pred = pred_cond
+        else:
+            pred = pred_uncond + self.guidance_scale * self._scaled(pred_uncond, pred_cond)
+        if self.guidance_rescale > 0.0:
+            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    # -- the method
+
+    def _scaled(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """gamma * (c - u), and a line in the trace."""
+        ready = self._regions is not None or not self.guidance.needs_regions
+        result = None
+        if self.guidance.active(self._fraction) and ready:
+            result = self.guidance(
+                uncond,
+                cond,
+                guidance_scale=self.guidance_scale,
+                regions=self._regions,
+                weight=self._weight,
+                seeds=self._seeds,
+            )
+        ones = torch.ones(cond.shape[0], device=cond.device)
+        self.trace.append(
+            Step(
+                index=self._step,
+                fraction=self._fraction,
+                timestep=torch.as_tensor(self._timestep),
+                guidance_scale=self.guidance_scale,
+                effective_scale=ones if result is None else result.effective,
+                norms=None if result is None else result.norms,
+                regions=None if self._regions is None else self._regions.index,
+                foreground=None if self._regions is None else self._regions.foreground,
+                gamma=None if result is None else result.gamma,
+            )
+        )
+        delta = cond - uncond
+        return delta if result is None else (result.gamma * delta.float()).to(delta.dtype)
+
+    def _choose_half(self, texts: tuple[Tensor, Tensor] | None) -> None:
+        if self._half is not None or not self.guidance.needs_regions or self.guidance.reference != "foreground":
+            return
+        if not self._guided or texts is None or texts[1] is None:
+            return
+        self._half = foreground_half(self.guidance.foreground, texts[1])
+        if self.guidance.foreground == "auto" and self._half == "conditional":
+            warnings.warn(f"semantic guidance: {NO_TEXT}", stacklevel=2)
+
+    @torch.compiler.disable
+    def _before(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        if self.is_conditional:
+            nine = unet.config.in_channels == 9  # [latents 4 | mask 1 | masked image 4]
+            self._weight = sample[:, 4].float() if nine else None
+            if self.guidance.needs_seeds and self._seeds is None:
+                self._seeds = [image_seed(image[: unet.config.out_channels]) for image in sample]
+        due = self._regions is None or self._step % self.guidance.refresh_every == 0
+        foreground = self._half == ("conditional" if self.is_conditional else "unconditional")
+        if self._segmenter is None or not due or not (self.is_conditional or foreground):
+            return
+        context = kwargs["encoder_hidden_states"]
+        rows = slice(0, sample.shape[0])
+        self._segmenter.start(
+            (sample.shape[2], sample.shape[3]),
+            tokens=rows if self.is_conditional else None,
+            foreground=rows if foreground else None,
+            background=background_positions(context.shape[1], None),
+            groups=self._groups(context, sample.shape[0]) if self.is_conditional else None,
+        )
+
+    @torch.compiler.disable
+    def _after(self, unet: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        watched = self._segmenter is not None and self._segmenter.watching
+        average = self._segmenter.finish() if self._segmenter is not None else None
+        if output is None:  # the U-net raised: nobody will clean up
+            self._release()
+        elif average is not None and self.is_conditional:
+            self._regions = average.regions()
+        elif average is not None and self._regions is not None:
+            self._regions = replace(self._regions, foreground=average.foreground())
+        elif watched:
+            warnings.warn("semantic guidance: no complete attention maps in a step; last regions kept", stacklevel=2)
+
+    def _groups(self, context: Tensor, images: int) -> Tensor | None:
+        if self.guidance.tokens != "prompt":
+            return None
+        if not self.words or images % len(self.words):
+            raise ScfgError(
+                "tokens='prompt' needs the words of every prompt: set guider.words = [scfg.prompt_words(...)], or use "
+                "tokens='all'"
+            )
+        positions = [[w.positions for w in self.words[i * len(self.words) // images]] for i in range(images)]
+        return grouping(positions, context.shape[1], context.device)
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._segmenter is not None:
+            self._segmenter.stop()

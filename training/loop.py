@@ -290,7 +290,7 @@ def _all_reached(run: _Run) -> None:
     """Every model that is to train gets a gradient in the first step, or training would silently leave it out."""
     for name in run.method.models:
         gradients = [value.grad for key, value in run.trainable.items() if key.startswith(f"{name}.")]
-        if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+        if all(gradient is None for gradient in gradients):
             raise TrainingError(
                 f"no gradient reaches {name}, it would not train; check what method {run.method.name} trains"
             )

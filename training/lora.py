@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -74,6 +73,7 @@ def prepare(
         step=partial(denoise_step, parts=parts, objective=bound),
         save=partial(_save, parts=parts, configs=configs, settings=settings),
         trains_text=settings.text_encoder or bool(settings.tokens),
+        tokens=tuple(settings.tokens),
     )
 
 
@@ -154,7 +154,7 @@ def _save(
     tensors: Weights = {}
     described: dict[str, Any] = {}
     for name, state in states.items():
-        tensors |= {f"{name}.{key}": value for key, value in convert_state_dict_to_diffusers(state).items()}
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
         described |= {f"{name}.{key}": value for key, value in _plain(configs[name].to_dict()).items()}
     header = {**metadata, "format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
     save_file(_dense(tensors), folder / WEIGHTS_NAME, metadata=header)

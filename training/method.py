@@ -39,6 +39,8 @@ class Method:
     """Whether text embeddings change during training, so that they cannot be cached."""
     autocast: bool = False
     """Whether whole float32 networks train, which reach a lower compute precision only by autocast."""
+    tokens: tuple[str, ...] = ()
+    """New tokens, of which the captions must make use."""
     conditioning_dropout: float = 0.0
     needs_conditioning: bool = False
     controlnet: Any = None

@@ -122,6 +122,11 @@ def prepare(
     if cache != "off":
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
     captions = sorted({caption for stream in streams for caption in stream.entries.captions} | {""})
+    unused = [token for token in method.tokens if not any(token in caption for caption in captions)]
+    if unused:
+        raise TrainingError(
+            f"lora.tokens: {', '.join(unused)} is in no caption, so it would not train; use it in captions"
+        )
     texts = None
     if method.trains_text:
         say("text embeddings are not cached: the text encoder trains")

@@ -1,19 +1,19 @@
 """Make the embedded base model: each part is one command, resumable, a function of fixed seeds.
 
-    python recipes/pocket.py vae && python recipes/pocket.py judge
-    python recipes/pocket.py latents --shards 0:60 &      # optional: encode ahead of the fit, in another process
-    python recipes/pocket.py base                         # interrupted: the same command again
-    python recipes/pocket.py ship base                    # then the ControlNets, which need it
-    python recipes/pocket.py controlnet canny && python recipes/pocket.py controlnet segmentation
-    python recipes/pocket.py sheet                        # a shuffled sheet to be scored blind, and its key
-    python recipes/pocket.py figures                      # every figure of the card
+python recipes/pocket.py vae && python recipes/pocket.py judge
+python recipes/pocket.py decoder                      # a sharper decoder for the same latents, any time before ship
+python recipes/pocket.py latents --shards 0:60 &      # optional: encode ahead of the fit, in another process
+python recipes/pocket.py base                         # interrupted: the same command again
+python recipes/pocket.py ship base                    # then the ControlNets, which need it
+python recipes/pocket.py controlnet canny && python recipes/pocket.py controlnet segmentation
+python recipes/pocket.py sheet                        # a shuffled sheet to be scored blind, and its key
+python recipes/pocket.py figures                      # every figure of the card
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 RUNS = Path("runs/pocket")
@@ -21,7 +21,9 @@ RUNS = Path("runs/pocket")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("vae", "judge", "latents", "base", "controlnet", "ship", "sheet", "figures"))
+    parser.add_argument(
+        "part", choices=("vae", "decoder", "judge", "latents", "base", "controlnet", "ship", "sheet", "figures")
+    )
     parser.add_argument("name", nargs="?", help="canny or segmentation for controlnet; base or judge for ship")
     parser.add_argument("--steps", type=int, help="optimizer steps in all; more than last time continues the run")
     parser.add_argument("--stop-at", type=int, help="end early at this step, leaving the state to be continued")
@@ -36,6 +38,8 @@ def main() -> None:
     steps = {} if options.steps is None else {"steps": options.steps}
     if options.part == "vae":
         vae(steps, options.device)
+    elif options.part == "decoder":
+        decoder(steps, options.device)
     elif options.part == "judge":
         judge(steps, options.device)
     elif options.part == "latents":
@@ -61,6 +65,14 @@ def vae(steps: dict, device: str) -> None:
     print(f"round trip on 256 held-out scenes: {fit_vae.psnr(fitted):.2f} dB")
 
 
+def decoder(steps: dict, device: str) -> None:
+    from training.pocket import fit_vae
+
+    fitted = fit_vae.refine(_vae(device), RUNS / "vae", **steps, device=device)
+    fitted.save_pretrained(RUNS / "vae" / "refined")
+    print(f"round trip on 256 held-out scenes: {fit_vae.psnr(fitted):.2f} dB")
+
+
 def judge(steps: dict, device: str) -> None:
     from training.pocket import fit_judge
     from training.pocket import ship as shipping
@@ -82,8 +94,8 @@ def base(steps: dict, stop_at: int | None, device: str) -> None:
     from training.pocket import fit_base
 
     fitted = fit_base.fit(_vae(device), RUNS / "base", **steps, stop_at=stop_at, device=device)
-    for name, part in fitted.parts().items():
-        part.save_pretrained(RUNS / "base" / name)
+    fitted.unet.save_pretrained(RUNS / "base" / "unet")
+    fitted.text_encoder.save_pretrained(RUNS / "base" / "text_encoder")
 
 
 def _vae(device: str):
@@ -104,8 +116,87 @@ def ship(name: str) -> None:
         text_encoder = CLIPTextModel.from_pretrained(RUNS / "base" / "text_encoder")
         shipping.base(_vae("cpu"), fit_base.Base(unet=unet, text_encoder=text_encoder))
     listed = shipping.write_manifest()
-    print(f"{listed['version']}: {sum(entry['bytes'] for entry in listed['files'].values()):,} bytes in {len(listed['files'])} files")
+    size = sum(entry["bytes"] for entry in listed["files"].values())
+    print(f"{listed['version']}: {size:,} bytes in {len(listed['files'])} files")
+
+
+def controlnet(name: str, steps: dict) -> None:
+    from diffusers import ControlNetModel
+
+    from training import controlnet as method
+    from training import loop, models
+    from training.config import ControlNetSettings, TrainSettings
+    from training.pocket import base_path
+    from training.pocket import ship as shipping
+    from training.pocket.control import Scenes
+    from training.views import Views
+
+    parts = models.load(base_path())
+    settings = TrainSettings(
+        steps=steps.get("steps", 800),
+        batch_size=16,
+        learning_rate=5e-4,
+        schedule="cosine",
+        warmup=50,
+        save_every=100,
+        resume="latest",
+        trackers=[],
+    )
+    result = loop.train(
+        method.prepare(parts, ControlNetSettings()),
+        Views(Scenes(control=name, count=6000), resolution=64, multiple=parts.multiple),
+        settings,
+        out=RUNS / f"controlnet-{name}",
+    )
+    assert result is not None
+    shipping.controlnet(name, ControlNetModel.from_pretrained(result.folder))
+    shipping.write_manifest()
+
+
+def sheet(seed: int = 11) -> None:
+    """Every class once and as many pairs, one seed each, in an order that gives nothing away; the key stands apart."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from training.pocket import evaluate
+
+    prompts = evaluate.single_prompts(seed) + evaluate.pair_prompts(seed)
+    images = evaluate.generate(evaluate.load(), prompts, [seed + i for i in range(len(prompts))])
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    columns, side = 8, 128
+    picture = Image.new("RGB", (columns * side, -(-len(order) // columns) * (side + 14)), "white")
+    draw = ImageDraw.Draw(picture)
+    for place, index in enumerate(order):
+        row, column = divmod(place, columns)
+        picture.paste(
+            images[index].resize((side, side), Image.Resampling.NEAREST), (column * side, row * (side + 14) + 14)
+        )
+        draw.text((column * side + 2, row * (side + 14) + 1), str(place), fill="black")
+    picture.save(RUNS / "sheet.png")
+    (RUNS / "sheet_key.json").write_text(json.dumps({place: prompts[i] for place, i in enumerate(order)}, indent=1))
+    seen = evaluate.judge().look(images)
+    said = {
+        place: {"objects": sorted(seen[i].objects), "background": seen[i].background} for place, i in enumerate(order)
+    }
+    (RUNS / "sheet_judge.json").write_text(json.dumps(said, indent=1))
+
+
+def figures() -> None:
+    from training.pocket import evaluate
+    from training.pocket.world import CONTROLS
+
+    pipe = evaluate.load()
+    found = {
+        "reconstruction": evaluate.reconstruction(pipe),
+        "one object": evaluate.prompt_scores(pipe, [p for s in range(4) for p in evaluate.single_prompts(s)], 1000),
+        "two objects": evaluate.prompt_scores(pipe, [p for s in range(4) for p in evaluate.pair_prompts(s)], 2000),
+        "seconds for four pictures": evaluate.latency(pipe),
+        **{control: evaluate.controlled(pipe, control) for control in CONTROLS},
+    }
+    text = json.dumps(found, indent=1)
+    (RUNS / "figures.json").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

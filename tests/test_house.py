@@ -1,4 +1,4 @@
-"""The rooms' import directions: scfg and adapters import nothing of ours, training only adapters, recipes everything."""
+"""Import directions: scfg and adapters import nothing of ours, training only adapters, recipes everything."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import PocketError
+from .world import CONTROLS
 
 if TYPE_CHECKING:
     from .judge import Judge
@@ -23,8 +24,9 @@ __all__ = ["VERSION", "PocketError", "base_hash", "base_path", "controlnet_path"
 
 VERSION = "pocket-1"
 DATA = Path(__file__).parent / "data"
-CONTROLS = ("canny", "segmentation")
-_REMEDY = "restore it with `git checkout training/pocket/data` or reinstall, or rebuild it with `python recipes/pocket.py`"
+_REMEDY = (
+    "restore it with `git checkout training/pocket/data` or reinstall, or rebuild it with `python recipes/pocket.py`"
+)
 
 
 @lru_cache(maxsize=1)

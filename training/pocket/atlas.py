@@ -1,4 +1,4 @@
-"""Rebuild the sprite atlas from the published vector drawings (needs resvg-py; the result ships, so users never run this).
+"""Rebuild the sprite atlas from the published vector drawings (needs resvg-py; users never run this, the atlas ships).
 
 npm pack @iconify-json/noto && tar xzf iconify-json-noto-*.tgz
 python -m training.pocket.atlas package/icons.json
@@ -48,8 +48,8 @@ def fitted(rgba: np.ndarray, side: int) -> np.ndarray:
     pixels = square.astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     small = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
-    small[..., :3] /= np.maximum(small[..., 3:], 1) / 255
-    return np.rint(np.clip(small, 0, 255)).astype(np.uint8)
+    colour = small[..., :3] * 255 / np.maximum(small[..., 3:], 1)
+    return np.rint(np.clip(np.concatenate([colour, small[..., 3:]], axis=2), 0, 255)).astype(np.uint8)
 
 
 def main(noto_json: str, fluent_json: str) -> None:

@@ -1,4 +1,4 @@
-"""The eight backgrounds, drawn: gradients, soft noise, a little structure. Pixel noise stays low, or no VAE could keep it."""
+"""The eight backgrounds, drawn: gradients, soft noise, a little structure; of pixel noise only what a VAE can keep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 def _gradient(size: int, top: tuple[float, ...], bottom: tuple[float, ...]) -> np.ndarray:
     ramp = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
-    return np.broadcast_to((1 - ramp) * np.float32(top) + ramp * np.float32(bottom), (size, size, 3)).copy()
+    return np.broadcast_to(
+        (1 - ramp) * np.array(top, np.float32) + ramp * np.array(bottom, np.float32), (size, size, 3)
+    ).copy()
 
 
 def _clouds(size: int, rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
@@ -48,8 +50,8 @@ def _sky(size: int, rng: np.random.Generator) -> np.ndarray:
         x, y = rng.integers(0, size, 2)
         width = int(rng.integers(size // 8, size // 4))
         cv2.ellipse(mask, (int(x), int(y)), (width, max(2, width // 3)), 0, 0, 360, 0.85, -1)
-    mask = cv2.GaussianBlur(mask, (0, 0), size / 40)[..., None]
-    return image * (1 - mask) + mask
+    soft = cv2.GaussianBlur(mask, (0, 0), size / 40)[..., None]
+    return image * (1 - soft) + soft
 
 
 def _snow(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -71,24 +73,25 @@ def _night(size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _dots(image: np.ndarray, rng: np.random.Generator, count: int, colour: tuple[float, ...]) -> np.ndarray:
-    for x, y in rng.integers(0, image.shape[0], (count, 2)):
-        strength = rng.uniform(0.5, 1.0)
-        image[y, x] += strength * (np.float32(colour) - image[y, x])
-        image[y, (x + 1) % image.shape[0]] += 0.3 * strength * (np.float32(colour) - image[y, (x + 1) % image.shape[0]])
+    bright, size = np.array(colour, np.float32), image.shape[0]
+    for x, y in rng.integers(0, size, (count, 2)):
+        strength = rng.uniform(0.35, 0.75)
+        image[y, x] += strength * (bright - image[y, x])
+        image[y, (x + 1) % size] += 0.3 * strength * (bright - image[y, (x + 1) % size])
     return image
 
 
 def _brick(size: int, rng: np.random.Generator) -> np.ndarray:
-    height, width = size // 8, size // 4
+    height, width = size // 6, size // 3
     image = np.empty((size, size, 3), np.float32)
-    image[:] = (0.80, 0.76, 0.71)  # mortar
+    image[:] = (0.76, 0.60, 0.52)  # mortar; a paler one would be most of the VAE's error
     dy, dx = int(rng.integers(height)), int(rng.integers(width))
     for row in range(-1, size // height + 1):
         for column in range(-1, size // width + 2):
             x = column * width - (row % 2) * width // 2 - dx
             y = row * height + dy
-            shade = 1 + 0.22 * (rng.random() - 0.5)
-            brick = (0.66 * shade, 0.31 * shade, 0.23 * shade)
+            shade = 1 + 0.18 * (rng.random() - 0.5)
+            brick = (0.64 * shade, 0.31 * shade, 0.23 * shade)
             cv2.rectangle(image, (x, y), (x + width - 2, y + height - 2), brick, -1)
     return image
 

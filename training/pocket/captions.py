@@ -1,6 +1,8 @@
 """The scene grammar in words: a description to a caption with varied wording, and a caption back to its description.
 
-[a picture of | a photo of | a drawing of] a [COLOUR] CLASS [REL a [COLOUR] CLASS | and a ... | , a ... and a ...] [BACKGROUND]
+    [a picture of | a photo of | a drawing of] OBJECT [RELATION OBJECT | and OBJECT | , OBJECT and OBJECT] [BACKGROUND]
+
+where OBJECT is ``a [COLOUR] CLASS``.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Noun:
             raise PocketError(f"unknown colour {self.colour!r} of {self.name!r}; known are {', '.join(COLOURS)}")
         if self.colour is not None and self.name not in TINTABLE:
             raise PocketError(
-                f"{self.name!r} keeps its own colours and cannot be {self.colour}; tintable are {', '.join(sorted(TINTABLE))}"
+                f"{self.name!r} keeps its own colours and cannot be {self.colour}; "
+                f"tintable are {', '.join(sorted(TINTABLE))}"
             )
 
 
@@ -54,7 +57,8 @@ class Description:
             raise PocketError(f"unknown background {self.background!r}; known are {', '.join(BACKGROUNDS)}")
         if self.relation is not None and (self.relation not in RELATIONS or len(self.nouns) != 2):
             raise PocketError(
-                f"relation {self.relation!r} between {len(self.nouns)} objects; two objects take one of {', '.join(RELATIONS)}"
+                f"relation {self.relation!r} between {len(self.nouns)} objects; "
+                f"two objects take one of {', '.join(RELATIONS)}"
             )
 
 

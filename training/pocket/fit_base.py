@@ -57,7 +57,7 @@ def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
 
 
 def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
-    """Scaled latents (SHARD, 8, 16, 16) float16 and caption tokens (SHARD, T) int16 of the ``index``-th shard, from ``folder`` or made."""
+    """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16."""
     path = folder / f"{seed}-{index:05d}.safetensors"
     if path.exists():
         return load_file(path)
@@ -68,7 +68,7 @@ def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str
     ]
     captions = [sample(seed, i).caption for i in range(begin, begin + SHARD)]
     tokens = words(captions, padding="max_length", return_tensors="pt").input_ids
-    shard = {"latents": torch.cat(latents).half().cpu(), "tokens": tokens.to(torch.int16)}
+    shard = {"latents": torch.cat(latents).half().cpu().contiguous(), "tokens": tokens.to(torch.int16)}
     folder.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(shard, fresh)
@@ -87,17 +87,17 @@ def fit(
     vae: AutoencoderKL,
     out: Path,
     *,
-    steps: int = 8000,
-    batch: int = 16,
+    steps: int = 2000,
+    batch: int = 32,
     peak: float = 0.02,
     ema_decay: float = 0.999,
     device: str = "cpu",
-    save_every: int = 500,
+    save_every: int = 100,
     stop_at: int | None = None,
 ) -> Base:
     """Fit up to ``steps`` and return the averaged parts; continues from ``out/state.safetensors`` where that is.
 
-    ``steps`` may grow between runs: the learning rate is flat before its tail. ``stop_at`` ends a run early at that step.
+    ``steps`` may grow between runs: the learning rate is flat before its tail. ``stop_at`` ends a run early.
     """
     live, averaged = build(device), build(device)
     modules = live.parts()

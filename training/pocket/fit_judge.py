@@ -22,7 +22,9 @@ __all__ = ["accuracy", "fit"]
 
 SEED = 3  # a split of its own
 NEAR = 0.3  # the share of objects that become near misses
-OTHER_LOOK = 0.35  # the share of pictures in the second look: a dog stays a dog when personalization draws it differently
+OTHER_LOOK = (
+    0.35  # the share of pictures in the second look: a dog stays a dog when personalization draws it differently
+)
 GRID = 32
 
 
@@ -36,10 +38,10 @@ class Labels:
     colours: Tensor
 
 
-def fit(out: Path, *, steps: int = 5000, batch: int = 32, peak: float = 3e-3, device: str = "cpu") -> Judge:
+def fit(out: Path, *, steps: int = 2000, batch: int = 32, peak: float = 3e-3, device: str = "cpu") -> Judge:
     """Fit for ``steps`` and return the averaged judge; continues from ``out/state.safetensors`` where that is."""
     torch.manual_seed(SEED)
-    judge = Judge().to(device, memory_format=torch.channels_last)
+    judge = Judge().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=peak, weight_decay=0.02, fused=True)
     ema = Ema(judge, 0.998)
     state = out / "state.safetensors"
@@ -123,7 +125,7 @@ def _example(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int, np.nda
 
 
 def _near_miss(layer: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A drawing spoilt so that a careful eye would not name it: a blob of its colour, a half, a mixture, a smear, a jumble."""
+    """A drawing no careful eye would name: a blob of its colour, a half, a mixture of two, a smear, a jumble."""
     colour, alpha = layer
     side = len(alpha)
     kind = rng.integers(5)
@@ -176,8 +178,11 @@ def _spoil(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, change=None) -> dict[str, float]:
-    """Figures on ``count`` held-out scenes: shares of objects found, of pictures with nothing missed or invented, of colours,
-    backgrounds and pixels right; near misses called an object. ``change`` (say, a VAE round trip) maps the pictures first."""
+    """On ``count`` held-out scenes: objects found, pictures with nothing missed or invented (``exact``), colours,
+    backgrounds and pixels right; pictures with near misses in which one was taken for an object (``fooled``).
+
+    ``change`` (say, a VAE round trip) maps the pictures (B, 3, S, S) first.
+    """
     tally = {name: [0.0, 0] for name in ("objects", "exact", "colours", "backgrounds", "pixels", "fooled")}
 
     def add(name: str, right: float, of: int) -> None:

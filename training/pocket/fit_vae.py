@@ -16,7 +16,7 @@ from . import model
 from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
 from .scenes import HELD_OUT_SEED, TRAIN_SEED, sample
 
-__all__ = ["fit", "psnr"]
+__all__ = ["fit", "psnr", "refine"]
 
 
 def fit(out: Path, *, steps: int = 2400, batch: int = 8, peak: float = 0.03, device: str = "cpu") -> AutoencoderKL:
@@ -43,8 +43,37 @@ def fit(out: Path, *, steps: int = 2400, batch: int = 8, peak: float = 0.03, dev
     return _averaged(ema, device)
 
 
+def refine(
+    vae: AutoencoderKL, out: Path, *, steps: int = 1500, batch: int = 8, peak: float = 0.015, device: str = "cpu"
+) -> AutoencoderKL:
+    """Fit the decoder further under a frozen encoder, so that a U-net already fitted on its latents stays right.
+
+    Continues from ``out/decoder.safetensors`` where that is; returns the averaged model.
+    """
+    vae = vae.to(device, memory_format=torch.channels_last)
+    decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    optimizer, ema = MuonAdamW([decoder], peak, adam_ratio=0.06, weight_decay=0.0), Ema(decoder, 0.998)
+    state = out / "decoder.safetensors"
+    begin = load_state(state, {"decoder": decoder}, {"decoder": ema}, optimizer) if state.exists() else 0
+    for step in tqdm(range(begin, steps), initial=begin, total=steps, desc="decoder", mininterval=10):
+        # Scenes the joint fit has not seen.
+        images = pixels(sample(TRAIN_SEED, 10_000_000 + step * batch + i).image for i in range(batch))
+        images = images.to(device, memory_format=torch.channels_last)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.sample(seeded(TRAIN_SEED, step))
+        optimizer.set_rate(learning_rate(step, steps, peak, warmup=30, tail=0.8))
+        _difference(vae.decode(latents).sample - images).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(decoder, step)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            save_state(state, {"decoder": decoder}, {"decoder": ema}, optimizer, step + 1)
+    decoder.load_state_dict(ema.average)
+    return vae.eval()
+
+
 def _fresh() -> AutoencoderKL:
-    """Starts nearly deterministic: at unit variance the first hundreds of steps would go into turning the noise down."""
+    """Starts nearly deterministic: at unit variance the first hundreds of steps go into turning the noise down."""
     vae = model.vae()
     with torch.no_grad():
         vae.quant_conv.weight[model.LATENT_CHANNELS :] = 0
@@ -62,14 +91,18 @@ def _loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Ten
     posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
     error = vae.decode(posterior.mean + posterior.std * noise).sample - images
-    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return error.abs().mean() + 0.25 * edges + 1e-4 * divergence
+    return _difference(error) + 1e-4 * divergence
+
+
+def _difference(error: Tensor) -> Tensor:
+    """L1 of the error and, a quarter as heavy, of its edges."""
+    return error.abs().mean() + 0.25 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, count: int = 256) -> float:
-    """Mean PSNR (dB, peak 255) of the round trip over ``count`` held-out scenes, pixels clipped and rounded as saved pictures are."""
+    """Mean PSNR (dB, peak 255) of round trips of ``count`` held-out scenes, clipped and rounded as saved ones are."""
     values = []
     for start in range(0, count, 16):
         images = pixels(sample(HELD_OUT_SEED, i).image for i in range(start, min(start + 16, count))).to(vae.device)

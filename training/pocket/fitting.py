@@ -1,4 +1,4 @@
-"""What every fit of a pocket part shares: batches of scenes, a learning rate, an average of weights, an atomic state."""
+"""What every fit of a pocket part shares: pictures as tensors, learning rate, optimizer, average of weights, state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def seeded(seed: int, step: int) -> torch.Generator:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, tail: float = 0.35) -> float:
-    """Linear warm-up, flat, then a cosine over the last ``tail`` of ``steps``: the flat part can be continued by any later run."""
+    """Linear warm-up, flat, then a cosine over the last ``tail`` of ``steps``; the flat part can be continued later."""
     start = (1 - tail) * steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -65,8 +65,11 @@ class MuonAdamW(torch.optim.Optimizer):
         peak: rate of the Muon part at the top of the schedule; AdamW's is ``peak * adam_ratio``.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], peak: float, adam_ratio: float = 0.05, weight_decay: float = 0.01) -> None:
-        matrices, others = [], []
+    def __init__(
+        self, modules: Iterable[nn.Module], peak: float, adam_ratio: float = 0.05, weight_decay: float = 0.01
+    ) -> None:
+        matrices: list[Tensor] = []
+        others: list[Tensor] = []
         for module in modules:
             tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
             for parameter in module.parameters():
@@ -75,7 +78,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 # latents, where that is more than the whole forward and backward pass through them.
                 wide = parameter.ndim == 4 and min(parameter.shape[:2]) > 128
                 (matrices if hidden and not wide else others).append(parameter)
-        groups = [{"params": matrices, "muon": True, "ratio": 1.0}, {"params": others, "muon": False, "ratio": adam_ratio}]
+        groups = [
+            {"params": matrices, "muon": True, "ratio": 1.0},
+            {"params": others, "muon": False, "ratio": adam_ratio},
+        ]
         super().__init__(groups, {"lr": peak, "weight_decay": weight_decay})
 
     def set_rate(self, rate: float) -> None:
@@ -92,26 +98,32 @@ class MuonAdamW(torch.optim.Optimizer):
                     update(parameter, self.state[parameter], group["lr"], group["weight_decay"])
 
     def _muon(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
+        assert parameter.grad is not None
         momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-        momentum.mul_(0.95).add_(parameter.grad)  # type: ignore[arg-type]
+        momentum.mul_(0.95).add_(parameter.grad)
         ahead = (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)  # Nesterov
         change = _orthogonal(ahead).reshape(parameter.shape)
         rows, columns = ahead.shape
         parameter.mul_(1 - rate * decay).add_(change, alpha=-rate * max(1.0, rows / columns) ** 0.5)
 
     def _adam(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
+        assert parameter.grad is not None
         if not state:
-            state |= {"first": torch.zeros_like(parameter), "second": torch.zeros_like(parameter), "count": torch.zeros(())}
+            state |= {
+                "first": torch.zeros_like(parameter),
+                "second": torch.zeros_like(parameter),
+                "count": torch.zeros(()),
+            }
         state["count"] += 1
         count = state["count"].item()
-        state["first"].lerp_(parameter.grad, 0.1)  # type: ignore[arg-type]
-        state["second"].lerp_(parameter.grad.square(), 0.01)  # type: ignore[union-attr]
+        state["first"].lerp_(parameter.grad, 0.1)
+        state["second"].lerp_(parameter.grad.square(), 0.01)
         spread = (state["second"] / (1 - 0.99**count)).sqrt_().add_(1e-8)
         parameter.addcdiv_(state["first"], spread, value=-rate / (1 - 0.9**count))
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of ``matrix`` (R, C): singular values go to about 1 (quintic Newton-Schulz, Muon's coefficients)."""
+    """Nearly the orthogonal factor of ``matrix`` (R, C): quintic Newton-Schulz with Muon's coefficients."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
     for _ in range(5):

@@ -26,7 +26,7 @@ LEAST_AREA = 0.02  # of the picture: what is smaller is not an object
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One object seen. ``area`` and ``centre`` (x, y) in fractions of the picture; ``colour`` the nearest of ``world.COLOURS``."""
+    """One object seen. ``area``, ``centre`` (x, y) in fractions of the picture; ``colour`` of ``world.COLOURS``."""
 
     area: float
     centre: tuple[float, float]
@@ -43,7 +43,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How far a picture keeps its prompt: fractions of the said objects, colours, relation (1 or 0) and background (1 or 0).
+    """How far a picture keeps its prompt: fractions of the said objects and colours; relation, background (1 or 0).
 
     None where the prompt says nothing of the kind. A colour counts only on an object that is there.
     """
@@ -77,7 +77,9 @@ def to_pixels(images: Sequence[Image.Image] | Tensor, size: int = 64) -> Tensor:
 
 
 def _conv(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside), nn.ReLU(inplace=True)
+    )
 
 
 def _down(inside: int, outside: int) -> nn.Sequential:
@@ -107,7 +109,7 @@ class Judge(nn.Module):
         return x32, x16, self.down8(x16)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits: ``present`` (B, K), ``background`` (B, 8), ``classes`` (B, K + 2, 32, 32), ``colours`` (B, 6, 32, 32)."""
+        """``present`` (B, K), ``background`` (B, 8), ``classes`` (B, K + 2, 32, 32), ``colours`` (B, 6, 32, 32)"""
         x32, x16, x8 = self.levels(images)
         pooled = torch.cat([x8.mean((2, 3)), x8.amax((2, 3))], dim=1)
         y16 = self.up16(torch.cat([F.interpolate(x8, scale_factor=2.0), x16], dim=1))

@@ -1,4 +1,4 @@
-"""The parts of the pocket base from their configs: ordinary diffusers and transformers classes, randomly initialised."""
+"""The parts of the pocket base: ordinary diffusers and transformers classes from their configs, fresh weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CROSS_DIM = 128
 def vae() -> AutoencoderKL:
     """64 x 64 x 3 to 16 x 16 x 8.
 
-    One norm group: with a group a channel, the last norm of the decoder wipes out the picture's mean colour, and fitting
-    stalls at 20 dB. No attention in the middle: all it would do here is cost time.
+    One norm group: with a group a channel, the last norm of the decoder wipes out the picture's mean colour, and
+    fitting stalls at 20 dB. No attention in the middle: all it would do here is cost time.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -52,7 +52,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of 128; the tokens start wide apart (std 0.3), or the jointly trained encoder takes long to tell them."""
+    """Two layers of 128; tokens start wide apart (std 0.3), or the jointly trained encoder takes long to tell them."""
     model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -153,7 +153,7 @@ def _overlap(a: Placed, b: Placed) -> float:
 
 
 def render(background: np.ndarray, objects: tuple[Placed, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Draw ``objects`` in order onto ``background`` (S, S, 3) float32: the picture (S, S, 3) uint8, masks (n, S, S) bool."""
+    """Draw ``objects`` onto ``background`` (S, S, 3) float32: the picture (S, S, 3) uint8, masks (n, S, S) bool."""
     layers = []
     for placed in objects:
         colour, alpha = sprite(placed.noun.name, placed.noun.colour, placed.side)
@@ -182,7 +182,7 @@ def canny(image: np.ndarray, low: int = 80, high: int = 160) -> np.ndarray:
 
 
 def palette() -> np.ndarray:
-    """Colours (classes + 1, 3) uint8 of the segmentation condition: black background, then evenly spread hues at two depths."""
+    """Colours (classes + 1, 3) uint8 of the segmentation condition: black background, then evenly spread hues."""
     count = len(CLASSES)
     hsv = np.zeros((1, count + 1, 3), np.float32)
     hsv[0, 1:, 0] = np.arange(count) * 360 / count

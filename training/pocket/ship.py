@@ -18,7 +18,12 @@ from .judge import Judge
 
 __all__ = ["LIMITS", "base", "controlnet", "judge", "pipeline", "write_manifest"]
 
-LIMITS = {VERSION: 30_000_000, "controlnet-canny": 13_000_000, "controlnet-segmentation": 13_000_000, "judge": 3_000_000}  # bytes
+LIMITS = {
+    VERSION: 30_000_000,
+    "controlnet-canny": 13_000_000,
+    "controlnet-segmentation": 13_000_000,
+    "judge": 3_000_000,
+}  # bytes
 
 
 def pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
@@ -37,7 +42,11 @@ def pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
 
 def base(vae: AutoencoderKL, parts: Base) -> Path:
     """Write the base folder. The pipeline given is used up: its weights are halved in place."""
-    return _replaced(VERSION, lambda folder: pipeline(vae, parts).to(torch.float16).save_pretrained(folder), keep=("README.md", "sheet.png"))
+    return _replaced(
+        VERSION,
+        lambda folder: pipeline(vae, parts).to(torch.float16).save_pretrained(folder),
+        keep=("README.md", "sheet.png"),
+    )
 
 
 def controlnet(control: str, network: ControlNetModel) -> Path:
@@ -47,7 +56,9 @@ def controlnet(control: str, network: ControlNetModel) -> Path:
 
 def judge(network: Judge) -> Path:
     """Write the judge's weights."""
-    tensors = {name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()}
+    tensors = {
+        name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
+    }
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -70,10 +81,12 @@ def _replaced(name: str, write: Callable[[Path], object], keep: Iterable[str] = 
 
 
 def write_manifest() -> dict:
-    """List what ships with size and sha256, refuse what is over its limit. Cards and pictures are not part of the identity."""
+    """List what ships with size and sha256; refuse what is over its limit. Cards and pictures are no part of it."""
     files = {}
     for folder, limit in LIMITS.items():
-        paths = [path for path in sorted((DATA / folder).rglob("*")) if path.is_file() and path.suffix not in (".md", ".png")]
+        paths = [
+            path for path in sorted((DATA / folder).rglob("*")) if path.is_file() and path.suffix not in (".md", ".png")
+        ]
         size = sum(path.stat().st_size for path in paths)
         if size > limit:
             raise ValueError(f"{folder} has {size:,} bytes, over its limit of {limit:,}")

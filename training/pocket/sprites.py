@@ -1,6 +1,6 @@
 """The atlas of drawn objects in two looks: load, tint, and the lookup of a class in a look, colour and size.
 
-The base model is fitted on the look "noto" alone; "fluent" is for what it must never have seen: subjects to personalize.
+The base is fitted on the look "noto" alone; "fluent" is for what it must never have seen: subjects to personalize.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _atlas() -> dict[tuple[str, str], np.ndarray]:
 
 
 def tint(rgba: np.ndarray, colour: str) -> np.ndarray:
-    """``rgba`` (H, W, 4) uint8 with its main hue replaced by ``colour``; shading, and what has another hue or none, stay."""
+    """``rgba`` (H, W, 4) uint8 with its main hue replaced by ``colour``; shading and other hues stay."""
     hue, saturation, value = COLOURS[colour]
     hsv = cv2.cvtColor(rgba[..., :3].astype(np.float32) / 255, cv2.COLOR_RGB2HSV)  # degrees, [0, 1], [0, 1]
     vivid = (hsv[..., 1] > 0.22) & (hsv[..., 2] > 0.25) & (rgba[..., 3] > 128)
@@ -60,13 +60,15 @@ def tint(rgba: np.ndarray, colour: str) -> np.ndarray:
 
 @lru_cache(maxsize=16384)
 def sprite(name: str, colour: str | None, size: int, look: str = "noto") -> tuple[np.ndarray, np.ndarray]:
-    """A drawing scaled to ``size`` pixels a side: premultiplied colour (size, size, 3) and alpha (size, size, 1), float32 in [0, 1].
+    """A drawing ``size`` pixels a side: premultiplied colour (size, size, 3), alpha (size, size, 1), float32 in [0, 1].
 
     Cached: do not write into what it returns.
     """
     cells = _atlas()
     if (look, name) not in cells:
-        raise PocketError(f"the sprite atlas has no drawing of {name!r} in the look {look!r}; see world.CLASSES and sprites.LOOKS")
+        raise PocketError(
+            f"the sprite atlas has no drawing of {name!r} in the look {look!r}; see world.CLASSES, sprites.LOOKS"
+        )
     rgba = cells[look, name] if colour is None else tint(cells[look, name], colour)
     return scaled(rgba, size)
 

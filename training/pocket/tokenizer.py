@@ -1,4 +1,4 @@
-"""A ``CLIPTokenizer`` whose merges make every word of the pocket world one token, with single letters as the fallback."""
+"""A ``CLIPTokenizer`` whose merges make every word of the pocket world one token; letters are the fallback."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build() -> CLIPTokenizer:
-    """The tokenizer of the pocket base (about 1,000 tokens, ``MAX_LENGTH`` long, padded with the end token as SD-1.x is)."""
+    """The tokenizer of the pocket base: 748 tokens, ``MAX_LENGTH`` long, padded with the end token as SD-1.x is."""
     from transformers import CLIPTokenizer
 
     letters = _byte_letters()

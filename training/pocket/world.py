@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["BACKGROUNDS", "CLASSES", "COLOURS", "RELATIONS", "SIZE", "TINTABLE"]
+__all__ = ["BACKGROUNDS", "CLASSES", "COLOURS", "CONTROLS", "RELATIONS", "SIZE", "TINTABLE"]
 
 SIZE = 64  # pixels a side
+CONTROLS = ("canny", "segmentation")  # the shipped ControlNets
 
 # Name here -> key of the drawing in the Noto emoji set. Thin shapes (bicycle, chair) are left out:
 # at 64 pixels they are a handful of strokes, which neither the VAE nor the eye can hold on to.

@@ -1,0 +1,42 @@
+"""Conditions for the pocket ControlNets, and the drawn scenes as a data source with conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..images import Sample
+from .errors import PocketError
+from .scenes import TRAIN_SEED, Scene, canny, palette, sample
+from .world import CONTROLS
+
+__all__ = ["Scenes", "condition"]
+
+
+def condition(scene: Scene, control: str) -> Image.Image:
+    """The conditioning picture of ``scene``: its edges, or its classes in the colours of ``scenes.palette``."""
+    if control == "canny":
+        return Image.fromarray(canny(scene.image))
+    if control == "segmentation":
+        return Image.fromarray(palette()[scene.classes])
+    raise PocketError(f"unknown control {control!r}; there are {', '.join(CONTROLS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes:
+    """``count`` scenes of the split ``seed`` from index ``begin`` on, as ``training.images`` sources are."""
+
+    control: str
+    count: int
+    seed: int = TRAIN_SEED
+    begin: int = 20_000_000
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = sample(self.seed, self.begin + index)
+        return Sample(
+            image=Image.fromarray(scene.image), caption=scene.caption, conditioning=condition(scene, self.control)
+        )

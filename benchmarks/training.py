@@ -133,7 +133,7 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     dtype = setup.DTYPES[args.precision]
     settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
     setup.cast(method, device, dtype)
-    setup.tune(method, settings, device)
+    setup.tune(method, settings, device, tokens=(args.resolution // parts.factor) ** 2)
     trainable = list(method.trainable().values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, fused=True)
     size = args.resolution // parts.factor

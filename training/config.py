@@ -262,7 +262,7 @@ class TrainSettings:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Compute precision; weights that train stay in float32."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
-    """Attention kernel; auto is plain on CPU, where it is faster for few heads, and sdpa elsewhere."""
+    """Attention kernel; auto is plain on a CPU up to 1024 latents, where it is faster for few heads, else sdpa."""
     gradient_checkpointing: bool = False
     """Computes activations twice to save memory."""
     compile: bool = False

@@ -114,7 +114,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; the step was finished and saved.
     """
     out = Path(out)
-    accelerator = make_accelerator(settings, out)
+    accelerator = make_accelerator(settings, out, say)
     tell = say if accelerator.is_main_process else _silent
     prepared = prepare(
         method,

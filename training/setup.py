@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from .views import Views
 
 __all__ = ["DTYPES", "Prepared", "announce", "cast", "make_accelerator", "prepare", "tune"]
 
+# Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
+PLAIN_TOKENS = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +52,7 @@ class Prepared:
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
 
 
-def make_accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], None]) -> Accelerator:
     """Accelerate with the trackers that are installed; precision is ours, see `prepare`."""
     there = [name for name in settings.trackers if _tracker_installed(name)]
     accelerator = Accelerator(
@@ -60,8 +62,16 @@ def make_accelerator(settings: TrainSettings, out: Path) -> Accelerator:
         # Nothing here has buffers that change, and gradients may share memory with the buckets they travel in.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise TrainingError(
+            f"the launcher asks for {accelerator.distributed_type.value}, whose sharded weights this loop cannot save; "
+            "use --multi_gpu (DDP), train.gradient_checkpointing and train.precision bf16"
+        )
     if there and not settings.dry_run:
         accelerator.init_trackers("tracking")
+    for name in settings.trackers:
+        if name not in there and accelerator.is_main_process:
+            say(f"train.trackers: {name} is not installed, so it is left out")
     if settings.tf32 and accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -106,7 +116,8 @@ def prepare(
     said = _Progress(say)
     store = Store(cache_folder if cache == "disk" else None)
     cast(method, device, DTYPES[settings.precision])
-    tune(method, settings, device)
+    height, width = data.sizes[0]
+    tune(method, settings, device, tokens=height * width // parts.factor**2)
 
     def entries(views: Views) -> Encoded | Live:
         if cache == "off":
@@ -186,9 +197,14 @@ def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
         module.train()
 
 
-def tune(method: Method, settings: TrainSettings, device: torch.device) -> None:
-    """Attention kernel, gradient checkpointing and compilation of the networks that run in every step."""
-    plain = settings.attention == "plain" or (settings.attention == "auto" and device.type == "cpu")
+def tune(method: Method, settings: TrainSettings, device: torch.device, *, tokens: int) -> None:
+    """Attention kernel, gradient checkpointing and compilation of the networks that run in every step.
+
+    Args:
+        tokens: latents of an image, the longest sequence that attention sees.
+    """
+    small = device.type == "cpu" and tokens <= PLAIN_TOKENS
+    plain = settings.attention == "plain" or (settings.attention == "auto" and small)
     networks = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
     for network in networks:
         if hasattr(network, "set_attn_processor"):

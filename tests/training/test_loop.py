@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from training import config, controlnet, dreambooth, images, loop, lora, models, views
+from training import config, controlnet, dreambooth, images, loop, lora, models, setup, views
 from training.errors import TrainingError
 from training.method import Method
 
@@ -125,11 +126,11 @@ def test_a_new_controlnet_changes_nothing_and_the_saved_one_loads(base: Path, pi
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(base: Path, pictures: Path, tmp_path: Path) -> None:
     def spoilt(parts: models.Parts) -> Method:
-        method, calls = small_lora(parts), []
+        method, calls = small_lora(parts), []  # two calls are the estimate's trial, so the fifth is step 3
 
         def step(networks, batch, dtype):
             calls.append(1)
-            return method_step(networks, batch, dtype) * (float("nan") if len(calls) == 3 else 1)
+            return method_step(networks, batch, dtype) * (float("nan") if len(calls) == 5 else 1)
 
         method_step = method.step
         return dataclasses.replace(method, step=step)
@@ -162,3 +163,63 @@ def test_clipping_clips(base: Path, pictures: Path, tmp_path: Path) -> None:
     end = weights(train(base, pictures, tmp_path, small_lora, chosen))
     length = sum(float((end[key] - start[key]).square().sum()) for key in start) ** 0.5
     assert length == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("make", [small_lora, dreambooth.prepare, controlnet.prepare])
+def test_bf16_computes_low_and_trains_in_float32(make, base: Path, pictures: Path, tmp_path: Path) -> None:
+    full = train(base, pictures, tmp_path / "fp32", make, settings())
+    low = train(base, pictures, tmp_path / "bf16", make, settings(precision="bf16"))
+    assert {value.dtype for value in weights(low).values()} == {torch.float32}
+    torch.testing.assert_close(low.losses, full.losses, rtol=5e-2, atol=5e-2)
+    assert low.losses != full.losses
+
+
+def test_frozen_weights_get_the_compute_precision(base: Path) -> None:
+    method = small_lora(models.load(base))
+    setup.cast(method, torch.device("cpu"), torch.bfloat16)
+    frozen = {parameter.dtype for parameter in method.parts.unet.parameters() if not parameter.requires_grad}
+    assert frozen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in method.trainable().values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_result(base: Path, pictures: Path, tmp_path: Path) -> None:
+    plain = train(base, pictures, tmp_path / "plain", small_lora, settings())
+    again = train(base, pictures, tmp_path / "again", small_lora, settings(gradient_checkpointing=True))
+    torch.testing.assert_close(again.losses, plain.losses, rtol=1e-5, atol=1e-6)
+
+
+def test_no_step_waits_for_the_device_between_log_lines(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.item()`, `float()` and `bool()` of a tensor wait for its device; a step may call none of them."""
+    reads: list[str] = []
+    watched = {"loop.py", "setup.py", "method.py", "objective.py", "optim.py", "models.py", "clip_grad.py"}
+    for name in ("item", "__float__", "__bool__", "tolist"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *, name=name, original=original):
+            caller = sys._getframe(1).f_code
+            if Path(caller.co_filename).name in watched:
+                reads.append(f"{name} in {caller.co_name}")
+            return original(self)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    counts = []
+    for steps in (10, 30):
+        reads.clear()
+        chosen = settings(steps=steps, log_every=10, workers=0, save_every=1000)
+        train(base, pictures, tmp_path / str(steps), small_lora, chosen)
+        counts.append(len(reads))
+    assert counts[0] >= 1  # the log line itself, so the counting works
+    assert counts[1] - counts[0] <= 2, reads  # two more log lines
+
+
+def test_tensorboard_gets_the_loss_and_a_missing_tracker_is_named(base: Path, pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    said: list[str] = []
+    parts = models.load(base)
+    data = views.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    chosen = settings(steps=1, trackers=["tensorboard", "no_such_tracker"])
+    loop.train(small_lora(parts), data, chosen, out=tmp_path, say=said.append)
+    assert list((tmp_path / "tracking").glob("events.out*"))
+    assert any("no_such_tracker is not installed" in line for line in said)

@@ -1,7 +1,7 @@
 """The shipped thing: weights, card, guider and measured gains, in and out. Imports nothing else of this project.
 
-`sample.images` makes pictures, `gains.compare` compares arms, `ship.ship` writes the release folder, `load` puts it on a
-pipeline, `verify.verify` recomputes its numbers.
+`sample.images` makes pictures, `gains.compare` compares arms, `ship.ship` writes the release folder, `load` puts it on
+a pipeline, `verify.verify` recomputes its numbers.
 """
 
 from __future__ import annotations

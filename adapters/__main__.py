@@ -1,4 +1,4 @@
-"""`python -m adapters inspect | verify | convert | merge | extract`: release folders and weights from the command line."""
+"""Release folders and weights by command: `python -m adapters inspect | verify | convert | merge | extract`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
             "parameters": sum(t.numel() for m in modules.values() for t in m.tensors.values()),
             "ranks": sorted({m.rank for m in modules.values()}),
             "scales": sorted({round(m.scale, 6) for m in modules.values()}),
-            "dtypes": sorted({str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors.values()}),
+            "dtypes": sorted(
+                {str(t.dtype).removeprefix("torch.") for m in modules.values() for t in m.tensors.values()}
+            ),
         }
     return summary
 
@@ -85,7 +87,9 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
     adapter, summary = read_adapter(open_source(options.path)), {"written": str(options.out)}
     if options.rank is not None:
         models = _models(options.base, adapter) if options.base is not None else None
-        found = compose.rerank(adapter, options.rank) if models is None else compose.to_lora(adapter, models, options.rank)
+        found = (
+            compose.rerank(adapter, options.rank) if models is None else compose.to_lora(adapter, models, options.rank)
+        )
         adapter, summary["relative_error"] = found.adapter, f"{found.error:.4g}"
     _write(adapter, options.out, options.to)
     return summary
@@ -121,7 +125,9 @@ def _merge(options: argparse.Namespace) -> dict[str, Any]:
     models = {"unet": _unet(options.base)}
     for adapter, weight in weighted:
         if adapter.components != ["unet"]:
-            raise AdapterError(f"the adapter also changes {adapter.components}; only U-nets are merged from the command line")
+            raise AdapterError(
+                f"the adapter also changes {adapter.components}; only U-nets are merged from the command line"
+            )
         compose.merge(adapter, models, weight=weight)
     with files.write_folder(options.out) as stage:
         models["unet"].save_pretrained(stage, safe_serialization=True)  # type: ignore[operator]

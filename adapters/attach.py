@@ -174,13 +174,13 @@ def _check_identity(pipe: Any, source: Source) -> None:
     own = base.describe(pipe)
     if shipped.get("architecture") != own["architecture"]:
         raise BaseMismatchError(
-            f"{source.path} was made for {str(shipped.get('name'))[:80]!r} (architecture {shipped.get('architecture')}), "
-            f"this pipeline's architecture is {own['architecture']}; load it on its own base"
+            f"{source.path} was made for {str(shipped.get('name'))[:80]!r} (architecture "
+            f"{shipped.get('architecture')}), this pipeline's is {own['architecture']}; load it on its own base"
         )
     if shipped.get("weights") != own["weights"]:
         warnings.warn(
-            f"{source.path} was made for {str(shipped.get('name'))[:80]!r}; this base has the same architecture but other "
-            "weights, so the measured gains need not hold",
+            f"{source.path} was made for {str(shipped.get('name'))[:80]!r}; this base has the same architecture "
+            "but other weights, so the measured gains need not hold",
             stacklevel=3,
         )
 
@@ -234,9 +234,7 @@ def _swapped(pipe: Any, part: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _injected(
-    model: torch.nn.Module, adapter: Adapter, component: str, name: str, weight: float
-) -> Iterator[None]:
+def _injected(model: torch.nn.Module, adapter: Adapter, component: str, name: str, weight: float) -> Iterator[None]:
     if name in getattr(model, "peft_config", {}):
         raise AdapterError(f"name={name!r} is taken on this {component}; detach it first or choose another")
     fitted = replace(adapter, modules={**adapter.modules, **_fit(model, adapter, component)})
@@ -276,11 +274,15 @@ def _fit(model: torch.nn.Module, adapter: Adapter, component: str) -> dict[str, 
         layer = layers.get(path)
         if isinstance(layer, BaseTunerLayer):
             if not any(_has_kind(layer, suffix) for suffix in module.tensors):
-                raise AdapterError(f"{component}.{path} already carries another kind of adapter; detach or merge it first")
+                raise AdapterError(
+                    f"{component}.{path} already carries another kind of adapter; detach or merge it first"
+                )
             layer = layer.get_base_layer()
         shape = getattr(getattr(layer, "weight", None), "shape", None)
         if shape is None:
-            raise BaseMismatchError(f"{component}.{path}: the pipeline has no such layer; the adapter is for another base")
+            raise BaseMismatchError(
+                f"{component}.{path}: the pipeline has no such layer; the adapter is for another base"
+            )
         fitted[f"{component}.{path}"] = _shaped(module, f"{component}.{path}", tuple(shape))
     return fitted
 
@@ -371,7 +373,9 @@ def _embeddings(pipe: Any, source: Source) -> Iterator[None]:
     width = table.weight.shape[1]
     for token, vectors in tensors.items():
         if vectors.shape[-1] != width:
-            raise BaseMismatchError(f"{path}: token {token[:40]!r} has width {vectors.shape[-1]}, the text encoder {width}")
+            raise BaseMismatchError(
+                f"{path}: token {token[:40]!r} has width {vectors.shape[-1]}, the text encoder {width}"
+            )
     pipe.tokenizer = copy.deepcopy(tokenizer)
     encoder.set_input_embeddings(copy.deepcopy(table))  # resizing works in place on whatever table is there
     try:

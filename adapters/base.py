@@ -22,16 +22,16 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
 def describe(pipe: Any) -> dict[str, str]:
     """`name`, `architecture` and `weights` of a base, the same with or without adapters attached.
 
-    `architecture` hashes parameter names and shapes. `weights` hashes up to 64 evenly spaced entries of every parameter,
-    rounded to 3 significant digits, so that float16 and float32 copies of a model agree and a fine-tuned one does not.
+    `architecture` hashes parameter names and shapes. `weights` hashes up to 64 evenly spaced entries of every
+    parameter, rounded as float16 stores them, so that a float16 copy of a model agrees and a fine-tuned one does not.
     """
     shapes, digest = [], hashlib.sha256()
     for part, module in modules_of(pipe).items():
         for name, value in sorted(_own_parameters(module)):
             shapes.append([f"{part}.{name}", list(value.shape)])
             flat = value.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().tolist()
-            digest.update(f"{name}:{' '.join(f'{x:.2e}' for x in picked)}\n".encode())
+            picked = flat[:: max(1, flat.numel() // 64)][:64].half().cpu().numpy()
+            digest.update(name.encode() + picked.tobytes())
     architecture = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     name = str(getattr(pipe.config, "_name_or_path", "") or getattr(pipe, "name_or_path", ""))
     return {"name": name, "architecture": architecture[:16], "weights": digest.hexdigest()[:16]}

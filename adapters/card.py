@@ -1,8 +1,8 @@
 """The model card: what the adapter is, how to load it, and what it measurably does.
 
-The Hub's `model-index` has no field for baselines or intervals, so each arm is one row, the rest stands in `metrics.args`
-and in `gains.json`; `verified` is never set. Text from outside (prompts, names) is escaped, so that it shows as it is
-and can neither add HTML nor break the YAML head.
+The Hub's `model-index` has no field for baselines or intervals, so each arm is one row, the rest stands in
+`metrics.args` and in `gains.json`; `verified` is never set. Text from outside (prompts, names) is escaped, so that it
+shows as it is and can neither add HTML nor break the YAML head.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequen
         _gains_section(gains),
         _use_section(card, kinds, has),
         _list("## Compatibility", notes),
-        _list("## Limits", [escape(limit) for limit in card.limits] or ["None were written down, which is not to say there are none."]),
+        _list(
+            "## Limits",
+            [escape(limit) for limit in card.limits] or ["None were written down, which is not to say there are none."],
+        ),
         _facts(card),
         f"## Licence\n\n{escape(card.licence)}; the base model's own licence applies to what is made with it.",
     ]
@@ -125,9 +128,9 @@ def _gains_section(gains: Gains | None) -> str:
         table.append(f"| {escape(arm['name'])} | " + " | ".join(cells) + f" | {arm['seconds']:.3g} |")
     counts = gains.counts
     words = (
-        f"{counts['pairs']} pairs: {counts['prompts']} prompts, {counts['seeds']} seeds, {counts['subjects']} subject(s); "
-        f"intervals ({design.confidence:.0%}) over {counts['clusters']} {counts['cluster']}s. Primary metric "
-        f"{escape(design.primary)}, least effect worth having {design.minimum_effect:g}, both declared before the run."
+        f"{counts['pairs']} pairs: {counts['prompts']} prompts, {counts['seeds']} seeds, {counts['subjects']} "
+        f"subject(s); intervals ({design.confidence:.0%}) over {counts['clusters']} {counts['cluster']}s. Primary "
+        f"metric {escape(design.primary)}, least effect worth having {design.minimum_effect:g}, both declared before the run."
     )
     return "\n\n".join(
         [
@@ -143,7 +146,13 @@ def _gains_section(gains: Gains | None) -> str:
 
 def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
     words = ", ".join(f"`{escape(word)}`" for word in card.trigger_words)
-    lines = ["## How to use", f"Trigger words: {words}" if words else "", "```python", "from diffusers import DiffusionPipeline", ""]
+    lines = [
+        "## How to use",
+        f"Trigger words: {words}" if words else "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+    ]
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({_quoted(card.base_model)})")
     if "pytorch_lora_weights.safetensors" in has:
         lines.append('pipe.load_lora_weights(".")  # this folder')

@@ -105,7 +105,9 @@ def deltas(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: f
 class Merged:
     """An adapter added into the weights; `unmerge()` puts the original bits back."""
 
-    def __init__(self, adapter: Adapter, models: Mapping[str, torch.nn.Module], saved: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, adapter: Adapter, models: Mapping[str, torch.nn.Module], saved: Mapping[str, torch.Tensor]
+    ) -> None:
         self._adapter, self._models, self._saved = adapter, models, dict(saved)
 
     def unmerge(self) -> None:
@@ -174,7 +176,9 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
             if (module := adapter.modules.get(name)) is None:
                 continue
             if module.kind != "lora" or module.dora:
-                raise FormatError(f"{name} is {'dora' if module.dora else module.kind}; turn it into a LoRA first (to_lora)")
+                raise FormatError(
+                    f"{name} is {'dora' if module.dora else module.kind}; turn it into a LoRA first (to_lora)"
+                )
             downs.append(module.tensors["lora_A.weight"].float())
             ups.append(module.tensors["lora_B.weight"].float() * (weight * module.scale))
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
@@ -204,7 +208,9 @@ def _approximate(wanted: Mapping[str, torch.Tensor], rank: int) -> Approximation
         modules[name], lost, whole = _truncated(change, rank)
         errors[name] = math.sqrt(lost / whole) if whole else 0.0
         missed, total = missed + lost, total + whole
-    return Approximation(adapter=Adapter(modules=modules), error=math.sqrt(missed / total) if total else 0.0, errors=errors)
+    return Approximation(
+        adapter=Adapter(modules=modules), error=math.sqrt(missed / total) if total else 0.0, errors=errors
+    )
 
 
 def rerank(adapter: Adapter, rank: int) -> Approximation:
@@ -235,10 +241,14 @@ def extract(base: Mapping[str, torch.nn.Module], tuned: Mapping[str, torch.nn.Mo
         layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
         other = dict(tuned[component].named_parameters())
         if other.keys() != dict(model.named_parameters()).keys():
-            raise AdapterError(f"{component}: the two models have different parameters; extraction needs one architecture")
+            raise AdapterError(
+                f"{component}: the two models have different parameters; extraction needs one architecture"
+            )
         for name, value in model.named_parameters():
             if other[name].shape != value.shape:
-                raise AdapterError(f"{component}.{name}: shapes {tuple(value.shape)} and {tuple(other[name].shape)} differ")
+                raise AdapterError(
+                    f"{component}.{name}: shapes {tuple(value.shape)} and {tuple(other[name].shape)} differ"
+                )
             change = other[name].detach().float() - value.detach().float()
             path = name.removesuffix(".weight")
             if not change.any():

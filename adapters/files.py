@@ -46,10 +46,10 @@ MANIFEST = "manifest.json"
 MAX_HEADER = 16 * 2**20  # an SDXL checkpoint's header is below 1 MiB
 MAX_JSON = 64 * 2**20
 _ITEM_BITS = {
-    **{name: 8 for name in ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2")},
-    **{name: 16 for name in ("I16", "U16", "F16", "BF16")},
-    **{name: 32 for name in ("I32", "U32", "F32")},
-    **{name: 64 for name in ("I64", "U64", "F64")},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64"), 64),
 }
 _RENAME_EXCHANGE = 2
 
@@ -72,7 +72,9 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: the safetensors header is not valid JSON ({_brief(error)}); get the file again") from error
+        raise FileError(
+            f"{path}: the safetensors header is not valid JSON ({_brief(error)}); get the file again"
+        ) from error
     if not isinstance(header, dict):
         raise FileError(f"{path}: the safetensors header is a {type(header).__name__}, not an object")
     metadata = header.get("__metadata__", {})
@@ -127,7 +129,9 @@ def _check_layout(path: Path, header: Mapping[str, Any], data_size: int) -> None
             raise FileError(f"{path}: tensor {name[:80]!r} lacks dtype, shape or data_offsets") from error
         bits = _ITEM_BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
-            raise FileError(f"{path}: tensor {name[:80]!r} has dtype {str(dtype)[:40]!r}; known are {sorted(_ITEM_BITS)}")
+            raise FileError(
+                f"{path}: tensor {name[:80]!r} has dtype {str(dtype)[:40]!r}; known are {sorted(_ITEM_BITS)}"
+            )
         if not (isinstance(shape, list) and len(shape) <= 8 and all(_is_count(n) for n in [*shape, begin, end])):
             raise FileError(f"{path}: tensor {name[:80]!r} has an impossible shape or offset")
         if end - begin != math.prod(shape) * bits // 8:
@@ -184,7 +188,12 @@ def check_name(name: object) -> str:
     ok = isinstance(name, str) and 0 < len(name) <= 512 and not re.search(r"[\\\x00-\x1f]", name)
     if ok:
         path = PurePosixPath(str(name))
-        ok = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "." and ":" not in str(name)
+        ok = (
+            not path.is_absolute()
+            and ".." not in path.parts
+            and path.as_posix() == name != "."
+            and ":" not in str(name)
+        )
     if not ok:
         raise FileError(f"manifest entry {str(name)[:120]!r} is not a plain relative path inside the folder")
     return str(name)
@@ -224,7 +233,10 @@ def verify_folder(folder: Path, *, links_into: Path | None = None) -> dict[str, 
             raise FileError(f"{folder}: {name} is not the file the manifest was written for; get the folder again")
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"} and name not in manifest["files"]:
+        if (
+            path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"}
+            and name not in manifest["files"]
+        ):
             raise FileError(f"{folder}: {name} is not in the manifest; remove it")
     return manifest
 

@@ -1,9 +1,10 @@
 """Paired comparison of arms, said in numbers and in one word.
 
-An arm is a way to sample (base; adapter with CFG; adapter with S-CFG; …). All arms get the same prompts, seeds and initial
-latents; the effect is the difference per pair, averaged within clusters (subjects, else prompts), and the interval is
-over clusters. Primary metric, minimum effect and contrast are declared in `Design` before anything is measured. Every
-number of the result is a function of the table of rows and the design, so `per_image.csv` is enough to recompute it.
+An arm is a way to sample (base; adapter with CFG; adapter with S-CFG; …). All arms get the same prompts, seeds and
+initial latents; the effect is the difference per pair, averaged within clusters (subjects, else prompts), and the
+interval is over clusters. Primary metric, minimum effect and contrast are declared in `Design` before anything is
+measured. Every number of the result is a function of the table of rows and the design, so `per_image.csv` is enough to
+recompute it.
 """
 
 from __future__ import annotations
@@ -322,8 +323,8 @@ def _check_join(name: str, table: Mapping[Any, Row], baseline: str, reference: M
         return
     where = name if only[0] in table else baseline
     raise GainsError(
-        f"arms {name!r} and {baseline!r} do not join: {len(only)} of (subject, prompt, seed, initial latents) are in one "
-        f"only, first {only[0]} in {where!r}; sample all arms with the same prompts, seeds, size and precision"
+        f"arms {name!r} and {baseline!r} do not join: {len(only)} of (subject, prompt, seed, initial latents) are in "
+        f"one only, first {only[0]} in {where!r}; sample all arms with the same prompts, seeds, size and precision"
     )
 
 
@@ -356,7 +357,9 @@ def _number(row: Row, metric: str) -> float:
 def _finite(values: Mapping[Any, float], what: str) -> dict[Any, float]:
     kept = {key: value for key, value in values.items() if math.isfinite(value)}
     if len({key[:2] for key in kept}) < 2:
-        raise GainsError(f"{what}: fewer than two prompts with a value ({len(kept)} of {len(values)} images); add prompts")
+        raise GainsError(
+            f"{what}: fewer than two prompts with a value ({len(kept)} of {len(values)} images); add prompts"
+        )
     return kept
 
 
@@ -404,9 +407,14 @@ def _contrast(
 
 
 def _with_holm(contrasts: Sequence[Contrast], design: Design) -> list[Contrast]:
-    secondary = [i for i, c in enumerate(contrasts) if (c.arm, c.metric) != (design.arm, design.primary)]
-    adjusted = dict(zip(secondary, stats.holm([contrasts[i].p for i in secondary]), strict=True))
-    return [replace(c, p_holm=adjusted.get(i)) for i, c in enumerate(contrasts)]
+    """Holm within each arm, over everything but the primary contrast; the design's arm and metric come first."""
+    adjusted: dict[tuple[str, str], float] = {}
+    for arm in {c.arm for c in contrasts}:
+        family = [c for c in contrasts if c.arm == arm and (arm, c.metric) != (design.arm, design.primary)]
+        values = stats.holm([c.p for c in family])
+        adjusted |= {(arm, c.metric): p for c, p in zip(family, values, strict=True)}
+    order = sorted(contrasts, key=lambda c: (c.arm != design.arm, c.arm == design.arm and c.metric != design.primary))
+    return [replace(c, p_holm=adjusted.get((c.arm, c.metric))) for c in order]
 
 
 def _worst(table: Mapping[Any, Row], reference: Mapping[Any, Row], design: Design) -> list[dict[str, Any]]:
@@ -414,7 +422,8 @@ def _worst(table: Mapping[Any, Row], reference: Mapping[Any, Row], design: Desig
     gaps = {k: up * (row.numbers[design.primary] - reference[k].numbers[design.primary]) for k, row in table.items()}
     order = sorted((gap, key) for key, gap in gaps.items() if math.isfinite(gap))[:5]
     return [
-        {"subject": key[0], "prompt": key[1], "seed": key[2], "latents": key[3], "difference": up * gap} for gap, key in order
+        {"subject": key[0], "prompt": key[1], "seed": key[2], "latents": key[3], "difference": up * gap}
+        for gap, key in order
     ]
 
 
@@ -431,21 +440,27 @@ def _verdict(primary: Contrast, contrasts: Sequence[Contrast], design: Design) -
     if high < 0:
         return Verdict(word="harm", sentence=f"Harm. {what}.")
     if low <= 0:
-        sentence = f"No detectable gain. {what}; a true difference of {primary.detectable:.3g} would have shown in 80 % of runs."
+        size = f"a true difference of {primary.detectable:.3g} would have shown in 80 % of runs"
+        sentence = f"No detectable gain. {what}; {size}."
         return Verdict(word="no detectable gain", sentence=sentence)
     if gap < design.minimum_effect:
-        sentence = f"No gain that matters. {what}, below the {design.minimum_effect:g} declared as the least worth having."
+        sentence = (
+            f"No gain that matters. {what}, below the {design.minimum_effect:g} declared as the least worth having."
+        )
         return Verdict(word="no detectable gain", sentence=sentence)
     own = [c for c in contrasts if c.arm == design.arm and c.metric != design.primary]
     judge = next((c for c in own if c.metric == design.referee), None)
     if judge is not None and judge.better[0] <= 0:
-        sentence = f"No gain confirmed. {what}, but the referee {judge.metric} disagrees in sign ({judge.difference:+.4g})."
+        sentence = (
+            f"No gain confirmed. {what}, but the referee {judge.metric} disagrees in sign ({judge.difference:+.4g})."
+        )
         return Verdict(word="no detectable gain", sentence=sentence)
-    harmed = [c for c in own if c.better[2] < 0 and (c.p_holm if c.p_holm is not None else 1) < 1 - design.confidence]
-    if harmed:
-        price = "; ".join(f"{c.metric} {c.difference:+.4g}" for c in harmed)
+    worse = [c for c in own if c.better[2] < 0]
+    price = "; ".join(f"{c.metric} {c.difference:+.4g}" for c in worse)
+    if any(c.p_holm is not None and c.p_holm < 1 - design.confidence for c in worse):
         return Verdict(word="trade-off", sentence=f"Trade-off. {what}, at the price of {price}.")
-    return Verdict(word="gain", sentence=f"Gain. {what}.")
+    watch = f" Not significant after Holm's correction, but to be watched: {price}." if worse else ""
+    return Verdict(word="gain", sentence=f"Gain. {what}.{watch}")
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -466,9 +481,9 @@ def at_effective_scale(
 ) -> list[Row]:
     """Rows of a baseline at an arm's own effective guidance scale, to be compared with it.
 
-    S-CFG at nominal scale s pushes, on average, with another scale: `recorded` (a column noted while sampling). Each unit
-    of `sweep` (scale -> arm, plain CFG) is interpolated linearly, metric by metric, at that unit's effective scale in
-    `arm`. A scale outside the sweep is an error: nothing is extrapolated.
+    S-CFG at nominal scale s pushes, on average, with another scale: `recorded` (a column noted while sampling). Each
+    unit of `sweep` (scale -> arm, plain CFG) is interpolated linearly, metric by metric, at that unit's effective scale
+    in `arm`. A scale outside the sweep is an error: nothing is extrapolated.
     """
     tables = _by_arm(rows)
     for wanted in (arm, *sweep.values()):

@@ -37,7 +37,11 @@ _PEFT_NAMES: dict[str, tuple[str, ...]] = {
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
 }
 _KIND_OF = {name: kind for kind, names in _PEFT_NAMES.items() for name in names}
-_TO_KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+_TO_KOHYA = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_magnitude_vector": "dora_scale",
+}
 _FROM_KOHYA = {value: key for key, value in _TO_KOHYA.items()}
 # Older diffusers spellings of the same tensors (attention processors, and text encoders up to now).
 _OLD = (
@@ -118,7 +122,9 @@ def from_any(
         raise FormatError("the file holds no tensors")
     bad = [name for name, t in tensors.items() if not t.is_floating_point() or t.element_size() < 2]
     if bad:
-        raise FormatError(f"{bad[0]!r} is {tensors[bad[0]].dtype}; adapter weights are float16, bfloat16, float32 or float64")
+        raise FormatError(
+            f"{bad[0]!r} is {tensors[bad[0]].dtype}; adapter weights are float16, bfloat16, float32 or float64"
+        )
     broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
         raise FormatError(f"{broken[0]!r} holds NaN or infinite values ({len(broken)} such tensors)")
@@ -215,7 +221,12 @@ def _kind(name: str, parts: Mapping[str, torch.Tensor]) -> Kind:
     need = {
         "lora": [["lora_A.weight"], ["lora_B.weight"]],
         "loha": [["hada_w1_a"], ["hada_w1_b"], ["hada_w2_a"], ["hada_w2_b"]],
-        "lokr": [["lokr_w1", "lokr_w1_a"], ["lokr_w1", "lokr_w1_b"], ["lokr_w2", "lokr_w2_a"], ["lokr_w2", "lokr_w2_b"]],
+        "lokr": [
+            ["lokr_w1", "lokr_w1_a"],
+            ["lokr_w1", "lokr_w1_b"],
+            ["lokr_w2", "lokr_w2_a"],
+            ["lokr_w2", "lokr_w2_b"],
+        ],
     }[kind]
     for choice in need:
         if not any(c in parts for c in choice):
@@ -245,7 +256,9 @@ def _checked(adapter: Adapter) -> Adapter:
         if module.kind == "lora":
             down, up = parts["lora_A.weight"], parts["lora_B.weight"]
             if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-                raise FormatError(f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit together")
+                raise FormatError(
+                    f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit together"
+                )
             if module.dora and parts["lora_magnitude_vector"].numel() != up.shape[0]:
                 raise FormatError(f"{name}: the DoRA magnitude runs over inputs; peft represents only outputs")
     return adapter
@@ -269,7 +282,9 @@ def _from_kohya(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
         elif suffix in _KIND_OF:
             grouped.setdefault(name, {})[suffix] = tensor
         else:
-            raise FormatError(f"{key!r}: {suffix!r} has no counterpart in peft's LoRA, DoRA, LoHa or LoKr; merge it elsewhere")
+            raise FormatError(
+                f"{key!r}: {suffix!r} has no counterpart in peft's LoRA, DoRA, LoHa or LoKr; merge it elsewhere"
+            )
     if stray := sorted(set(alphas) - set(grouped)):
         raise FormatError(f"{stray[0]} has an alpha but no weights")
     modules = {}
@@ -474,4 +489,6 @@ def _decompose_factor(modules: Mapping[str, Module]) -> int:
         # A decomposed w2 over a kernel has in_n*kh*kw columns: such a split cannot be checked without the layer.
         if all(factorization(a * b, factor) == (a, b) for a, b in splits):
             return factor
-    raise FormatError("the Kronecker factors follow no single decompose_factor, which peft needs; merge this LoKr instead")
+    raise FormatError(
+        "the Kronecker factors follow no single decompose_factor, which peft needs; merge this LoKr instead"
+    )

@@ -1,8 +1,9 @@
 """Module names between dots and kohya's underscores.
 
-kohya writes `lora_unet_` + the module's path with `_` for `.`, which cannot be undone by rule alone (`to_q`, `ff_net_0`):
-the words below are those of the SD-1.x / 2.x / SDXL U-nets and CLIP text encoders. SDXL files of sd-scripts name the
-original (sgm) blocks instead; these are translated for two layers per block, which all these models have.
+kohya writes `lora_unet_` + the module's path with `_` for `.`, which cannot be undone by rule alone (`to_q`,
+`ff_net_0`): the words below are those of the SD-1.x / 2.x / SDXL U-nets and CLIP text encoders. SDXL files of
+sd-scripts name the original (sgm) blocks instead; these are translated for two layers per block, which all these
+models have.
 """
 
 from __future__ import annotations
@@ -13,11 +14,38 @@ from .errors import FormatError
 
 __all__ = ["kohya_name", "module_name"]
 
-_WORDS = """
-down_blocks up_blocks mid_block resnets attentions downsamplers upsamplers transformer_blocks attn1 attn2 to_q to_k to_v
-to_out ff net proj proj_in proj_out conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj time_embedding
-add_embedding linear_1 linear_2 encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
-""".split()
+_WORDS = (
+    *("down_blocks", "up_blocks", "mid_block", "resnets", "attentions", "downsamplers", "upsamplers"),
+    *(
+        "transformer_blocks",
+        "attn1",
+        "attn2",
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out",
+        "ff",
+        "net",
+        "proj",
+        "proj_in",
+        "proj_out",
+    ),
+    *("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut"),
+    *("time_emb_proj", "time_embedding", "add_embedding", "linear_1", "linear_2"),
+    *(
+        "encoder",
+        "layers",
+        "self_attn",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        "mlp",
+        "fc1",
+        "fc2",
+        "text_projection",
+    ),
+)
 _WORD = re.compile("|".join(sorted((*_WORDS, r"\d+"), key=len, reverse=True)))
 _PREFIXES = {
     "lora_unet_": "unet",
@@ -71,7 +99,9 @@ def kohya_name(name: str, *, sdxl: bool) -> str:
     component, _, path = name.partition(".")
     if component == "unet":
         # The one module family whose diffusers spelling diffusers' own kohya reader garbles.
-        path = path.replace("add_embedding.linear_1", "label_emb.0.0").replace("add_embedding.linear_2", "label_emb.0.2")
+        path = path.replace("add_embedding.linear_1", "label_emb.0.0").replace(
+            "add_embedding.linear_2", "label_emb.0.2"
+        )
         return "lora_unet_" + path.replace(".", "_")
     prefix = "lora_te2_" if component == "text_encoder_2" else "lora_te1_" if sdxl else "lora_te_"
     middle = "" if path == "text_projection" else "text_model_"

@@ -1,7 +1,7 @@
 """`report.html`: one self-contained page that opens with the verdict.
 
-Readable without JavaScript (pairs stand side by side) and on a phone; with JavaScript each pair lies under a slider that
-the arrow keys move. Nothing is fetched: pictures are data URIs, and a content security policy allows exactly one
+Readable without JavaScript (pairs stand side by side) and on a phone; with JavaScript each pair lies under a slider
+that the arrow keys move. Nothing is fetched: pictures are data URIs, and a content security policy allows exactly one
 script, by its hash, so no text of a prompt or a name can run.
 """
 
@@ -46,14 +46,15 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 .verdict { border-left: .4rem solid var(--mark); background: var(--soft); padding: .75rem 1rem; font-size: 1.1rem; }
 .scroll { overflow-x: auto; } .scroll:focus-visible, input:focus-visible { outline: 3px solid var(--mark); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; overflow-wrap: normal; }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
 th[scope=row], thead th:first-child, td.text { text-align: left; }
-td.text { min-width: 12rem; overflow-wrap: anywhere; }
+th[scope=row], td.text { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-size: .85rem; margin-top: .4rem; }
 .pictures { display: grid; grid-template-columns: 1fr 1fr; gap: .25rem; }
-.pictures div { position: relative; } .pictures img { width: 100%; display: block; image-rendering: auto; }
-.tag { position: absolute; bottom: .3rem; left: .3rem; padding: 0 .4rem; font-size: .75rem; background: #000b; color: #fff; }
+.pictures div { position: relative; } .pictures img { width: 100%; height: auto; display: block; }
+.tag { position: absolute; bottom: .3rem; left: .3rem; padding: 0 .4rem; font-size: .75rem; background: #000b;
+  color: #fff; }
 .pair input { display: none; width: 100%; margin: .5rem 0 0; min-height: 2rem; accent-color: var(--mark); }
 .live .pair input { display: block; }
 .live .pictures { display: block; position: relative; }
@@ -61,8 +62,9 @@ figure { margin: 0; } figcaption { font-size: .85rem; margin-top: .4rem; }
 .live .pictures div + div .tag { left: auto; right: .3rem; }
 .live .pictures::after { content: ""; position: absolute; inset: 0 auto 0 var(--cut, 50%); border-left: 2px solid #fff;
   box-shadow: 0 0 2px #000; }
-details img { width: 100%; } details summary { cursor: pointer; font-size: .85rem; padding: .4rem 0; }
+details img { width: 100%; height: auto; } details summary { cursor: pointer; font-size: .85rem; padding: .4rem 0; }
 pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); }
 """
 
@@ -82,12 +84,12 @@ def render(
     Args:
         shots: images of at least the design's arm and baseline; joined as the comparison joined them.
         overlay: shot -> named pictures (regions, gamma) shown below its pair; asked for the design's arm only.
-        pairs: how many pairs are shown besides the worst five.
+        pairs: how many pairs are shown, spread evenly; the worst five follow below.
         facts: further lines of the last table.
     """
     joined = _joined(gains, shots)
     worst = [(w["prompt"], w["seed"], w["latents"]) for w in gains.worst]
-    shown = [key for key in joined if key not in worst][:pairs]
+    shown = list(joined)[:: max(1, len(joined) // pairs)][:pairs]  # spread over all prompts
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
     body = [
@@ -129,8 +131,8 @@ def _design(gains: Gains) -> str:
     design, counts = gains.design, gains.counts
     return (
         f"{counts['pairs']} pairs from {counts['prompts']} prompts and {counts['seeds']} seeds, {counts['subjects']} "
-        f"subject(s). Intervals: {design.confidence:.0%}, over {counts['clusters']} {counts['cluster']}s. Declared before "
-        f"the run: primary metric {design.primary}, least effect worth having {design.minimum_effect:g}, "
+        f"subject(s). Intervals: {design.confidence:.0%}, over {counts['clusters']} {counts['cluster']}s. Declared "
+        f"before the run: primary metric {design.primary}, least effect worth having {design.minimum_effect:g}, "
         f"referee {design.referee or 'none'}."
     )
 
@@ -139,7 +141,7 @@ def _uri(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
-    small.save(data, "WEBP", quality=90, method=4)
+    small.save(data, "WEBP", quality=90, method=4, lossless=max(small.size) <= 128)
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 
@@ -147,7 +149,9 @@ def _picture(image: Image.Image, alt: str) -> str:
     return f'<img src="{_uri(image)}" width="{image.width}" height="{image.height}" alt="{escape(alt)}" loading="lazy">'
 
 
-def _gallery(gains: Gains, joined: Mapping[Any, tuple[Shot, Shot]], keys: Sequence[Any], overlay: Overlay | None) -> str:
+def _gallery(
+    gains: Gains, joined: Mapping[Any, tuple[Shot, Shot]], keys: Sequence[Any], overlay: Overlay | None
+) -> str:
     if not keys:
         return "<p>No pictures were kept.</p>"
     figures = [_pair(gains, *joined[key], overlay) for key in keys]
@@ -157,7 +161,8 @@ def _gallery(gains: Gains, joined: Mapping[Any, tuple[Shot, Shot]], keys: Sequen
 def _pair(gains: Gains, before: Shot, after: Shot, overlay: Overlay | None) -> str:
     names = gains.design.baseline, gains.design.arm
     sides = "".join(
-        f'<div>{_picture(shot.image, f"{name}: {shot.prompt}, seed {shot.seed}")}<span class="tag">{escape(name)}</span></div>'
+        f"<div>{_picture(shot.image, f'{name}: {shot.prompt}, seed {shot.seed}')}"
+        f'<span class="tag">{escape(name)}</span></div>'
         for name, shot in zip(names, (before, after), strict=True)
     )
     label = f"Divider between {names[0]} (left) and {names[1]} (right): {after.prompt}, seed {after.seed}"
@@ -176,7 +181,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], tex
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = []
     for first, *rest in rows:
-        cells = [f'<td{" class=text" if i in text else ""}>{escape(cell)}</td>' for i, cell in enumerate(rest, start=1)]
+        cells = [f"<td{' class=text' if i in text else ''}>{escape(cell)}</td>" for i, cell in enumerate(rest, start=1)]
         lines.append(f'<tr><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
@@ -198,7 +203,18 @@ def _arms(gains: Gains) -> str:
 
 
 def _contrasts(gains: Gains) -> str:
-    head = ["arm", "metric", "difference", "interval", "check", "p", "p (Holm)", "win / tie / loss", "detectable", "failures"]
+    head = [
+        "arm",
+        "metric",
+        "difference",
+        "interval",
+        "check",
+        "p",
+        "p (Holm)",
+        "win / tie / loss",
+        "detectable",
+        "failures",
+    ]
     return _table("Differences from the baseline", head, [_line(c) for c in gains.contrasts], text=[1])
 
 
@@ -233,7 +249,8 @@ def _curves(gains: Gains) -> str:
     drawn = [plot(_series(gains, None, m), "guidance scale", m) for m in design.higher_is_better]
     others = [m for m in design.higher_is_better if m != design.primary]
     drawn += [plot(_series(gains, m, design.primary), m, design.primary) for m in others]
-    return "<h2>Curves</h2><p>Bars are intervals of the mean; points are labelled with the guidance scale.</p>" + "".join(drawn)
+    words = "Bars are intervals of the mean; points are labelled with the guidance scale."
+    return f"<h2>Curves</h2><p>{words}</p><div class=curves>{''.join(drawn)}</div>"
 
 
 def _series(gains: Gains, x: str | None, y: str) -> dict[str, list[tuple[float, float, float, float, str]]]:

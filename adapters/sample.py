@@ -87,7 +87,9 @@ def images(
     Returns: the shots of this rank, in order.
     """
     if batch_size < 1 or not 0 <= rank < world:
-        raise AdapterError(f"batch_size={batch_size}, rank={rank}, world={world}: need batch_size >= 1, 0 <= rank < world")
+        raise AdapterError(
+            f"batch_size={batch_size}, rank={rank}, world={world}: need batch_size >= 1, 0 <= rank < world"
+        )
     facts = {
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -140,7 +142,13 @@ def _inputs(inputs: Callable[[str, int], Mapping[str, Any]] | None, batch: Seque
 
 
 def _batch(
-    pipe: Any, batch: Sequence[tuple[str, int]], arm: str, *, steps: int, guidance_scale: float, arguments: dict[str, Any]
+    pipe: Any,
+    batch: Sequence[tuple[str, int]],
+    arm: str,
+    *,
+    steps: int,
+    guidance_scale: float,
+    arguments: dict[str, Any],
 ) -> list[Shot]:
     size = {name: arguments.get(name) for name in ("height", "width")}
     drawn = [initial_latents(pipe, seed, **size) for _, seed in batch]
@@ -216,7 +224,9 @@ def _resume(folder: Path | None, unit: tuple[str, int], facts: Mapping[str, Any]
     wanted = json.loads(json.dumps(dict(facts), default=str))
     if settings != wanted:
         different = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
-        raise AdapterError(f"{path} was sampled with other settings ({', '.join(different)}); use another folder or remove it")
+        raise AdapterError(
+            f"{path} was sampled with other settings ({', '.join(different)}); use another folder or remove it"
+        )
     return shot
 
 

@@ -1,4 +1,4 @@
-"""The release folder: weights in every useful spelling, card, guider, gains, report, manifest; written whole or not at all."""
+"""The release folder: weights in every useful spelling, card, guider, gains, report, manifest; whole or not at all."""
 
 from __future__ import annotations
 
@@ -133,12 +133,14 @@ def _adapter(stage: Path, adapter: Adapter, name: str) -> tuple[list[str], list[
     else:
         notes.insert(
             0,
-            f"{', '.join(k for k in adapter.kinds if k in ('loha', 'lokr'))} does not load through plain diffusers from "
-            "this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate it by a "
-            "LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`).",
+            f"{', '.join(k for k in adapter.kinds if k in ('loha', 'lokr'))} does not load through plain diffusers "
+            "from this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate "
+            "it by a LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`).",
         )
     if "dora" in adapter.kinds:
-        notes.append("diffusers drops the DoRA magnitudes of kohya files; in diffusers load the folder, not the kohya file.")
+        notes.append(
+            "diffusers drops the DoRA magnitudes of kohya files; in diffusers load the folder, not the kohya file."
+        )
     return adapter.kinds, notes
 
 
@@ -162,7 +164,9 @@ def _gains(
     identity = {"weights": weights, "base": dict(base), "command": card.command, "facts": dict(facts)}
     _json(stage / "gains.json", {"format": 1, "identity": identity, **gains.to_dict()})
     (stage / "per_image.csv").write_bytes(write_csv(rows).encode())
-    page = report.render(gains, shots, title=card.title, command=card.command, overlay=overlay, facts={**card.facts, **facts})
+    page = report.render(
+        gains, shots, title=card.title, command=card.command, overlay=overlay, facts={**card.facts, **facts}
+    )
     (stage / "report.html").write_text(page, "utf-8")
 
 

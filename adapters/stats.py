@@ -4,7 +4,7 @@ Images of one prompt, and prompts of one subject, are not independent; their mea
 percentile bootstrap covers too little (.86-.93 at 6-30 clusters), so fewer than 40 get Student's t, with a bootstrap-t
 beside it as a check; more get BCa (Efron 1987), which follows skewness, with 10,000 draws. A bootstrap of the mean is a
 little too narrow (it uses normal quantiles and the variance over n, not n-1), so its level is expanded as Hesterberg
-(arXiv:1411.5279, section 4.3.2 "expanded percentile") does, which makes it agree with Student's t where data are normal.
+(arXiv:1411.5279, section 4.3.2 "expanded percentile") does; it then agrees with Student's t where data are normal.
 """
 
 from __future__ import annotations

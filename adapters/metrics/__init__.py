@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from .classical import CannyF1, Clipped, Contrast, MaskIoU, MsSsim, Saturation, canny, canny_f1, color_histogram, ms_ssim
+from .classical import (
+    CannyF1,
+    Clipped,
+    Contrast,
+    MaskIoU,
+    MsSsim,
+    Saturation,
+    canny,
+    canny_f1,
+    color_histogram,
+    ms_ssim,
+)
 from .features import Diversity, Drift, Features, Similarity, cutout
 from .metric import Measure, Metric, score
 from .sets import Kid, frechet, kernel_distance

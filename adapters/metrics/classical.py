@@ -55,7 +55,13 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
     weights = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
     weights, result = weights / weights.sum(), 1.0
     for scale, weight in enumerate(weights):
-        options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "full": True}
+        options = {
+            "data_range": 1.0,
+            "gaussian_weights": True,
+            "sigma": 1.5,
+            "use_sample_covariance": False,
+            "full": True,
+        }
         mean, full = structural_similarity(a, b, **options)
         value = mean if scale == scales - 1 else (full / _luminance(a, b))[5:-5, 5:-5].mean()
         result *= max(value, 0.0) ** weight
@@ -115,7 +121,10 @@ class MaskIoU:
 
     def __call__(self, shots: Sequence[Shot]) -> list[float]:
         masks = self.segment([s.image for s in shots])
-        pairs = [(np.asarray(m).astype(bool), np.asarray(self.wanted(s)).astype(bool)) for m, s in zip(masks, shots, strict=True)]
+        pairs = [
+            (np.asarray(m).astype(bool), np.asarray(self.wanted(s)).astype(bool))
+            for m, s in zip(masks, shots, strict=True)
+        ]
         unions = [(np.logical_and(a, b).sum(), np.logical_or(a, b).sum()) for a, b in pairs]
         return [1.0 if union == 0 else float(both / union) for both, union in unions]
 

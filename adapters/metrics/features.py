@@ -52,7 +52,7 @@ class Similarity:
     references: Sequence[Image.Image]
     reference_masks: Sequence[np.ndarray] | None = None
     mask: Mask | None = None
-    """Masks of the generated images, from a segmenter; an image with an empty mask scores 0: the subject is not there."""
+    """Masks of the generated images, from a segmenter; an image with an empty mask scores 0: no subject is there."""
     higher_is_better: bool = True
 
     def __post_init__(self) -> None:
@@ -107,7 +107,9 @@ class Drift:
         table = {shot.key: shot.image for shot in self.base}
         missing = [shot.key for shot in shots if shot.key not in table]
         if missing:
-            raise GainsError(f"{self.name}: the base has no image of {missing[0]}; sample it with the same prompts and seeds")
+            raise GainsError(
+                f"{self.name}: the base has no image of {missing[0]}; sample it with the same prompts and seeds"
+            )
         ours = unit_features(self.features, [shot.image for shot in shots])
         theirs = unit_features(self.features, [table[shot.key] for shot in shots])
         return 1 - (ours * theirs).sum(axis=1)

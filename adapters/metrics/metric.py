@@ -43,7 +43,11 @@ def score(metric: Metric, shots: Sequence[Shot]) -> np.ndarray:
     """The metric's numbers as a checked float64 array of shape (n,); NaN marks an image it could not judge."""
     values = np.asarray(metric(shots), dtype=np.float64)
     if values.shape != (len(shots),):
-        raise GainsError(f"metric {metric.name!r} returned shape {values.shape} for {len(shots)} images; expected one each")
+        raise GainsError(
+            f"metric {metric.name!r} returned shape {values.shape} for {len(shots)} images; expected one each"
+        )
     if np.isinf(values).any():
-        raise GainsError(f"metric {metric.name!r} returned an infinite value; return NaN where an image cannot be judged")
+        raise GainsError(
+            f"metric {metric.name!r} returned an infinite value; return NaN where an image cannot be judged"
+        )
     return values

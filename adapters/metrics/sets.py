@@ -36,7 +36,9 @@ def frechet(x: Any, y: Any) -> float:
     x, y = _rows(x), _rows(y)
     a = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
     b = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
-    cross = np.linalg.svd(a @ b.T if len(a) * len(b) < a.shape[1] ** 2 else _square_root(a) @ _square_root(b), compute_uv=False)
+    cross = np.linalg.svd(
+        a @ b.T if len(a) * len(b) < a.shape[1] ** 2 else _square_root(a) @ _square_root(b), compute_uv=False
+    )
     gap = x.mean(axis=0) - y.mean(axis=0)
     return float(max(gap @ gap + (a**2).sum() + (b**2).sum() - 2 * cross.sum(), 0.0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import warnings
 
@@ -50,7 +51,8 @@ def test_attached_changes_detached_is_bit_identical(pipe, make_adapter, tmp_path
     assert np.abs(changed - plain).max() > 1
     assert (pixels(pipe) == plain).all()
     assert {name: type(m) for name, m in pipe.unet.named_modules()} == modules
-    assert not hasattr(pipe.unet, "peft_config") and not hasattr(pipe.text_encoder, "peft_config")
+    assert not hasattr(pipe.unet, "peft_config")
+    assert not hasattr(pipe.text_encoder, "peft_config")
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
@@ -141,7 +143,8 @@ def test_shipped_guidance_is_handed_to_the_callable(pipe, make_adapter, tmp_path
         events.append("left")
 
     attached = attach.load(pipe, folder, guidance=guidance)
-    assert events == [settings] and attached.run == "run"
+    assert events == [settings]
+    assert attached.run == "run"
     attached.detach()
     assert events == [settings, "left"]
     with warnings.catch_warnings(record=True) as caught:
@@ -168,6 +171,9 @@ def test_base_identity_ignores_attached_adapters_and_half_precision(pipe, make_a
     before = base.describe(pipe)
     with attach.load(pipe, save(tmp_path, make_adapter("lora", text=True), "diffusers")):
         assert base.describe(pipe) == before
+    half = copy.copy(pipe)
+    half.unet, half.text_encoder = copy.deepcopy(pipe.unet).half(), copy.deepcopy(pipe.text_encoder).half()
+    assert base.describe(half) == before
 
 
 def test_altered_files_are_refused(pipe, make_adapter, tmp_path):
@@ -221,5 +227,6 @@ def test_learned_tokens_come_and_go(pipe, tmp_path):
         assert pipe.tokenizer.tokenize("<mug>") == ["<mug>"]
         index = pipe.tokenizer.convert_tokens_to_ids("<mug>")
         assert (pipe.text_encoder.get_input_embeddings().weight[index] == 3).all()
-    assert pipe.tokenizer is tokenizer and pipe.text_encoder.get_input_embeddings() is table
+    assert pipe.tokenizer is tokenizer
+    assert pipe.text_encoder.get_input_embeddings() is table
     assert (pixels(pipe) == plain).all()

@@ -26,7 +26,9 @@ def lora_file(make_adapter, tmp_path):
 
 def test_inspect_and_convert_there_and_back(capsys, lora_file, tmp_path):
     seen = run(capsys, "inspect", lora_file)
-    assert seen["kinds"] == ["lora"] and seen["unet"]["ranks"] == [4] and seen["unet"]["scales"] == [1.5]
+    assert seen["kinds"] == ["lora"]
+    assert seen["unet"]["ranks"] == [4]
+    assert seen["unet"]["scales"] == [1.5]
     run(capsys, "convert", lora_file, tmp_path / "k.safetensors", "--to", "kohya")
     run(capsys, "convert", tmp_path / "k.safetensors", tmp_path / "peft", "--to", "peft")
     run(capsys, "convert", tmp_path / "peft", tmp_path / "again.safetensors", "--to", "diffusers")
@@ -43,7 +45,15 @@ def test_merge_into_a_unet_and_extract_again(capsys, pipe, make_adapter, tmp_pat
     pipe.unet.save_pretrained(tmp_path / "base" / "unet")
     adapter = make_adapter("loha")
     files.write_tensors(tmp_path / "loha.safetensors", *keys.to_kohya(adapter))
-    run(capsys, "merge", f"{tmp_path / 'loha.safetensors'}=0.5", "--base", tmp_path / "base", "--out", tmp_path / "merged")
+    run(
+        capsys,
+        "merge",
+        f"{tmp_path / 'loha.safetensors'}=0.5",
+        "--base",
+        tmp_path / "base",
+        "--out",
+        tmp_path / "merged",
+    )
     tuned = type(pipe.unet).from_pretrained(tmp_path / "merged")
     twin = copy.deepcopy(pipe.unet)
     vars(twin).pop("_merged_adapters", None)
@@ -51,7 +61,8 @@ def test_merge_into_a_unet_and_extract_again(capsys, pipe, make_adapter, tmp_pat
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tuned.parameters(), twin.parameters(), strict=True))
     out = tmp_path / "found.safetensors"
     found = run(capsys, "extract", tmp_path / "base", tmp_path / "merged", "--out", out, "--rank", 16)
-    assert float(found["relative_error"]) < 1e-3 and found["modules"] == len(adapter.modules)
+    assert float(found["relative_error"]) < 1e-3
+    assert found["modules"] == len(adapter.modules)
 
 
 def test_merge_loras_into_one(capsys, lora_file, tmp_path):
@@ -72,4 +83,6 @@ def test_errors_are_one_line_on_stderr(capsys, tmp_path, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1

@@ -109,7 +109,9 @@ def test_extraction_finds_what_was_merged_in(pipe, make_adapter):
 
 
 def test_a_module_that_does_not_fit_is_named(pipe):
-    module = keys.Module(kind="lora", tensors={"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(5, 2)}, rank=2, alpha=2.0)
+    module = keys.Module(
+        kind="lora", tensors={"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(5, 2)}, rank=2, alpha=2.0
+    )
     with pytest.raises(FormatError, match=r"time_embedding.linear_1"):
         compose.deltas(keys.Adapter(modules={"unet.time_embedding.linear_1": module}), models(pipe))
     with pytest.raises(AdapterError, match="no such layer"):

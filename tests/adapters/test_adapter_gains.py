@@ -16,7 +16,11 @@ from adapters.errors import GainsError
 from adapters.gains import Design, Row
 
 DESIGN = Design(
-    arm="scfg", baseline="cfg", primary="fidelity", minimum_effect=0.05, higher_is_better={"fidelity": True, "burnt": False}
+    arm="scfg",
+    baseline="cfg",
+    primary="fidelity",
+    minimum_effect=0.05,
+    higher_is_better={"fidelity": True, "burnt": False},
 )
 
 
@@ -146,7 +150,7 @@ def test_wilcoxon_with_six_clusters_cannot_go_below_a_thirtysecond():
             seed=st.integers(0, 2**63),
             latents=st.text("0123456789abcdef", min_size=1, max_size=4),
             seconds=st.floats(0, 1e6),
-            numbers=st.dictionaries(st.sampled_from(["m", "n, \"x\""]), st.floats(allow_nan=False, allow_infinity=False)),
+            numbers=st.dictionaries(st.sampled_from(["m", 'n, "x"']), st.floats(allow_nan=False, allow_infinity=False)),
         ),
         max_size=5,
     )
@@ -157,7 +161,9 @@ def test_the_table_survives_csv_exactly(rows):
 
 def test_everything_follows_from_the_table():
     rows = table(np.linspace(-0.1, 0.4, 12), noise=0.1)
-    assert gains.compare(gains.read_csv(gains.write_csv(rows)), DESIGN).to_dict() == gains.compare(rows, DESIGN).to_dict()
+    assert (
+        gains.compare(gains.read_csv(gains.write_csv(rows)), DESIGN).to_dict() == gains.compare(rows, DESIGN).to_dict()
+    )
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n", gains.write_csv(table([0.1, 0.2])) + "scfg,,p,notanumber,n,,0.0,1,1\n"])

@@ -52,7 +52,10 @@ def loras(draw, dora=None) -> Adapter:
     for name in chosen:
         rank, kernel = draw(st.integers(1, 9)), (3, 3) if IS_CONV[name] else ()
         one = (1, 1) if kernel else ()
-        tensors = {"lora_A.weight": torch.randn(rank, 6, *kernel).to(dtype), "lora_B.weight": torch.randn(5, rank, *one).to(dtype)}
+        tensors = {
+            "lora_A.weight": torch.randn(rank, 6, *kernel).to(dtype),
+            "lora_B.weight": torch.randn(5, rank, *one).to(dtype),
+        }
         if dora:
             tensors["lora_magnitude_vector"] = torch.rand(5).to(dtype).reshape((1, 5, 1, 1) if kernel else (5,))
         modules[name] = Module(kind="lora", tensors=tensors, rank=rank, alpha=draw(alphas), rslora=rslora)
@@ -63,9 +66,16 @@ def assert_same(a: Adapter, b: Adapter) -> None:
     assert a.modules.keys() == b.modules.keys()
     for name, module in a.modules.items():
         other = b.modules[name]
-        assert (module.kind, module.rank, module.alpha, module.rslora) == (other.kind, other.rank, other.alpha, other.rslora)
+        assert (module.kind, module.rank, module.alpha, module.rslora) == (
+            other.kind,
+            other.rank,
+            other.alpha,
+            other.rslora,
+        )
         assert module.tensors.keys() == other.tensors.keys()
-        assert all(torch.equal(t, other.tensors[k]) and t.dtype == other.tensors[k].dtype for k, t in module.tensors.items())
+        assert all(
+            torch.equal(t, other.tensors[k]) and t.dtype == other.tensors[k].dtype for k, t in module.tensors.items()
+        )
 
 
 @settings(deadline=None, max_examples=60)
@@ -121,7 +131,11 @@ def test_what_peft_trained_round_trips(make_adapter, kind):
     if kind != "lokr":
         assert_same(adapter, again)
     for name, module in adapter.modules.items():
-        assert math.isclose(again.modules[name].scale * scale_in_w1(again, name), module.scale * scale_in_w1(adapter, name), rel_tol=1e-6)
+        assert math.isclose(
+            again.modules[name].scale * scale_in_w1(again, name),
+            module.scale * scale_in_w1(adapter, name),
+            rel_tol=1e-6,
+        )
 
 
 def scale_in_w1(adapter, name):
@@ -139,7 +153,10 @@ def test_names_round_trip(name, sdxl):
 @pytest.mark.parametrize(
     ("flat", "name"),
     [
-        ("lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0", "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0"),
+        (
+            "lora_unet_input_blocks_4_1_transformer_blocks_1_attn2_to_out_0",
+            "down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_out.0",
+        ),
         ("lora_unet_input_blocks_1_0_in_layers_2", "down_blocks.0.resnets.0.conv1"),
         ("lora_unet_input_blocks_4_0_skip_connection", "down_blocks.1.resnets.0.conv_shortcut"),
         ("lora_unet_input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
@@ -157,7 +174,9 @@ def test_sgm_and_lycoris_names(flat, name):
     assert names.module_name(flat) == "unet." + name
 
 
-@pytest.mark.parametrize("flat", ["lora_unet_", "lora_unet_norm1", "lora_unet_to_qq", "lora_unet_conv_in_", "lora_transformer_x", "x"])
+@pytest.mark.parametrize(
+    "flat", ["lora_unet_", "lora_unet_norm1", "lora_unet_to_qq", "lora_unet_conv_in_", "lora_transformer_x", "x"]
+)
 def test_unknown_names_are_refused(flat):
     with pytest.raises(FormatError):
         names.module_name(flat)
@@ -169,7 +188,11 @@ def test_sgm_names_agree_with_diffusers():
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers as convert
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers as remap
 
-    flats = ["input_blocks_4_1_transformer_blocks_0_attn1_to_k", "middle_block_1_proj_out", "output_blocks_3_1_transformer_blocks_1_ff_net_2"]
+    flats = [
+        "input_blocks_4_1_transformer_blocks_0_attn1_to_k",
+        "middle_block_1_proj_out",
+        "output_blocks_3_1_transformer_blocks_1_ff_net_2",
+    ]
     state = {}
     for flat in flats:
         state[f"lora_unet_{flat}.lora_down.weight"] = torch.ones(1, 1)
@@ -181,7 +204,11 @@ def test_sgm_names_agree_with_diffusers():
 
 def test_quirks_of_real_files():
     pair = {"lora_down.weight": torch.randn(4, 6).half(), "lora_up.weight": torch.randn(5, 4).half()}
-    for prefix, component in {"lora_te1_": "text_encoder", "lora_te_": "text_encoder", "lora_te2_": "text_encoder_2"}.items():
+    for prefix, component in {
+        "lora_te1_": "text_encoder",
+        "lora_te_": "text_encoder",
+        "lora_te2_": "text_encoder_2",
+    }.items():
         name = prefix + "text_model_encoder_layers_0_mlp_fc1"
         adapter = keys.from_any({f"{name}.{k}": t for k, t in pair.items()})
         module = adapter.modules[f"{component}.encoder.layers.0.mlp.fc1"]
@@ -199,7 +226,10 @@ def test_quirks_of_real_files():
     }
 
 
-GOOD = {"lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1)}
+GOOD = {
+    "lora_unet_conv_in.lora_down.weight": torch.ones(2, 4, 3, 3),
+    "lora_unet_conv_in.lora_up.weight": torch.ones(8, 2, 1, 1),
+}
 
 
 @pytest.mark.parametrize(
@@ -225,9 +255,15 @@ def test_what_cannot_be_represented_is_refused_by_name(change, message):
         keys.from_any({**GOOD, **change})
 
 
-@pytest.mark.parametrize("header", ["[1]", "{", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": -1}', '{"unet.alpha_pattern": {"conv_in": true}}'])
+@pytest.mark.parametrize(
+    "header",
+    ["[1]", "{", '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": -1}', '{"unet.alpha_pattern": {"conv_in": true}}'],
+)
 def test_headers_of_strangers(header):
-    tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
+    }
     with pytest.raises(FormatError):
         keys.from_any(tensors, {"lora_adapter_metadata": header})
 

@@ -49,7 +49,8 @@ def test_masked_similarity_sees_only_the_subject():
     common = {"features": mean_color, "references": [reference]}
     masked = metrics.Similarity(name="m", reference_masks=[left], mask=lambda images: [left] * len(images), **common)
     values = metrics.score(masked, [shot(copied_background), shot(right_subject), shot(reference)])
-    assert values[1] == values[2] == pytest.approx(1) and values[0] < 0.9
+    assert values[1] == values[2] == pytest.approx(1)
+    assert values[0] < 0.9
     nothing = metrics.Similarity(name="m", reference_masks=[left], mask=lambda i: [left & False] * len(i), **common)
     assert metrics.score(nothing, [shot(reference)]) == [0]
     with pytest.raises(GainsError, match="both"):
@@ -89,7 +90,9 @@ def test_kernel_distance_by_hand_and_unbiased():
     by_hand = k(0, 1) - 2 * np.mean([k(0, 2), k(0, 0), k(1, 2), k(1, 0)]) + k(2, 0)
     assert metrics.kernel_distance(x, y) == pytest.approx(by_hand)
     generator = np.random.default_rng(0)
-    draws = [metrics.kernel_distance(generator.normal(size=(10, 4)), generator.normal(size=(10, 4))) for _ in range(800)]
+    draws = [
+        metrics.kernel_distance(generator.normal(size=(10, 4)), generator.normal(size=(10, 4))) for _ in range(800)
+    ]
     assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(800)  # a biased estimator would be about +3 off
     metric = metrics.Kid(name="kid", features=mean_color, references=[noise(i) for i in range(5)])
     shots = [shot(noise(i)) for i in range(5, 9)]
@@ -121,7 +124,9 @@ def test_ms_ssim_is_one_for_equals_falls_with_noise_and_is_ssim_at_one_scale():
     assert metrics.ms_ssim(a, b) == pytest.approx(structural_similarity(a, b, **options))
     big = np.kron(generator.random((16, 16)), np.ones((8, 8)))
     values = [metrics.ms_ssim(big, np.clip(big + generator.normal(0, s, big.shape), 0, 1)) for s in (0, 0.05, 0.2, 0.6)]
-    assert values[0] == pytest.approx(1) and values == sorted(values, reverse=True) and values[-1] < 0.7
+    assert values[0] == pytest.approx(1)
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.7
     with pytest.raises(GainsError, match="11 pixels"):
         metrics.ms_ssim(a[:5], b[:5])
 
@@ -132,10 +137,13 @@ def test_mask_iou_and_color_by_hand():
     metric = metrics.MaskIoU(segment=lambda images: [found] * len(images), wanted=lambda s: wanted)
     assert metrics.score(metric, [shot(noise(0, 8))]) == pytest.approx([1 / 3])
     assert metrics.score(metrics.Saturation(), [shot(picture(255, 0, 0)), shot(picture(9, 9, 9))]).tolist() == [1, 0]
-    assert metrics.score(metrics.Clipped(), [shot(picture(255, 0, 9)), shot(picture(9, 9, 9))]) == pytest.approx([2 / 3, 0])
+    assert metrics.score(metrics.Clipped(), [shot(picture(255, 0, 9)), shot(picture(9, 9, 9))]) == pytest.approx(
+        [2 / 3, 0]
+    )
     assert metrics.score(metrics.Contrast(), [shot(picture(9, 9, 9))]) == [0]
     histogram = metrics.color_histogram([picture(255, 0, 0)], bins=2)
-    assert histogram.shape == (1, 8) and histogram[0, 4] == 1
+    assert histogram.shape == (1, 8)
+    assert histogram[0, 4] == 1
 
 
 def test_a_metric_must_give_one_finite_number_per_image():

@@ -60,9 +60,11 @@ def test_shards_together_are_the_whole(pipe, tmp_path):
 def test_png_remembers_everything(pipe, tmp_path):
     shots = shoot(pipe, folder=tmp_path, arm="cfg", settings={"guidance": {"name": "cfg"}})
     again, settings = sample.read(shots[0].path)
-    assert again.key == shots[0].key and again.arm == "cfg"
+    assert again.key == shots[0].key
+    assert again.arm == "cfg"
     assert again.image.tobytes() == shots[0].image.tobytes()
-    assert settings["steps"] == 2 and settings["guidance"] == {"name": "cfg"}
+    assert settings["steps"] == 2
+    assert settings["guidance"] == {"name": "cfg"}
 
 
 def test_resumed_equals_uninterrupted(pipe, tmp_path):
@@ -90,7 +92,9 @@ def test_resumed_equals_uninterrupted(pipe, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         shoot(pipe, batch_size=1, folder=tmp_path, around=dies_after_two)
-    assert entered and len(list(tmp_path.glob("*.png"))) == 2 and not list(tmp_path.glob("*.part"))
+    assert entered
+    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert not list(tmp_path.glob("*.part"))
     resumed = shoot(pipe, batch_size=1, folder=tmp_path)
     assert [s.image.tobytes() for s in resumed] == [s.image.tobytes() for s in whole]
 
@@ -117,7 +121,8 @@ def test_around_is_entered_once_and_recorded(pipe):
         return [{"effective_scale": 2.0}] * 3
 
     shots = shoot(pipe, around=around, batch_size=3, record=record)
-    assert entries == ["in", "out"] and seen == ["run", "run"]
+    assert entries == ["in", "out"]
+    assert seen == ["run", "run"]
     assert all(s.numbers == {"effective_scale": 2.0} for s in shots)
     shoot(pipe, around=around())
     assert entries == ["in", "out"] * 2

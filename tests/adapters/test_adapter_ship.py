@@ -24,8 +24,10 @@ from adapters.errors import AdapterError, FileError, GainsError
 from adapters.metrics import Measure
 
 PROMPTS, SEEDS = ["a dog", "a cat on snow", "two cars"], [11, 12]
-EVIL = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x\n---\nlicense: evil | `x` ]('
-CARD = Card(title="A red mug", base_model="pocket-1", trigger_words=["sks"], prompts=["a sks mug"], limits=["Only mugs."])
+EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x\n---\nlicense: evil | `x` ]('
+CARD = Card(
+    title="A red mug", base_model="pocket-1", trigger_words=["sks"], prompts=["a sks mug"], limits=["Only mugs."]
+)
 BRIGHTNESS = Measure("brightness", True, lambda shots: [float(np.asarray(s.image).mean()) for s in shots])
 RED = Measure("red", False, lambda shots: [float(np.asarray(s.image)[..., 0].mean()) for s in shots])
 DESIGN = adapters.Design(
@@ -114,7 +116,9 @@ def test_shipped_loads_as_it_was_and_through_plain_diffusers(pipe, measured, tmp
     folder = release(tmp_path / "mug", pipe, measured, guider=None, embeds=None)
 
     def shoot():
-        return np.stack([np.asarray(s.image, int) for s in sample.images(pipe, PROMPTS, SEEDS, steps=2, guidance_scale=3.0)])
+        return np.stack(
+            [np.asarray(s.image, int) for s in sample.images(pipe, PROMPTS, SEEDS, steps=2, guidance_scale=3.0)]
+        )
 
     wanted = np.stack([np.asarray(s.image, int) for s in measured[2]["adapter"]])
     with adapters.load(pipe, folder):
@@ -139,7 +143,8 @@ def test_shipping_twice_replaces_the_folder(pipe, measured, tmp_path):
     folder = release(tmp_path / "mug", pipe, measured)
     (folder / "stray.txt").write_text("old")
     release(folder, pipe, measured, card=replace(CARD, title="Another"))
-    assert not (folder / "stray.txt").exists() and "# Another" in (folder / "README.md").read_text()
+    assert not (folder / "stray.txt").exists()
+    assert "# Another" in (folder / "README.md").read_text()
 
 
 def test_a_failing_ship_leaves_the_old_folder(pipe, measured, tmp_path):
@@ -147,7 +152,8 @@ def test_a_failing_ship_leaves_the_old_folder(pipe, measured, tmp_path):
     before = (folder / "manifest.json").read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         release(folder, pipe, measured, guider={"scale": float("nan")})
-    assert (folder / "manifest.json").read_bytes() == before and not list(tmp_path.glob(".*"))
+    assert (folder / "manifest.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
     with pytest.raises(AdapterError, match="belong together"):
         release(tmp_path / "x", pipe, measured, rows=())
 
@@ -199,13 +205,20 @@ def test_card_head_is_what_the_hub_reads(pipe, measured, tmp_path):
 
 
 def test_foreign_text_stays_text_in_the_card():
-    card = Card(title=EVIL, base_model=EVIL, description=EVIL, trigger_words=[EVIL], prompts=[EVIL], command=EVIL, limits=[EVIL])
-    text = render(card, kinds=["lora"], gains=None, has=["pytorch_lora_weights.safetensors", "guider_config.json"], notes=[])
+    card = Card(
+        title=EVIL, base_model=EVIL, description=EVIL, trigger_words=[EVIL], prompts=[EVIL], command=EVIL, limits=[EVIL]
+    )
+    text = render(
+        card, kinds=["lora"], gains=None, has=["pytorch_lora_weights.safetensors", "guider_config.json"], notes=[]
+    )
     head, body = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n")), text.split("\n---\n", 1)[1]
-    assert head["license"] == "other" and head["base_model"] == EVIL and head["widget"] == [{"text": EVIL}]
+    assert head["license"] == "other"
+    assert head["base_model"] == EVIL
+    assert head["widget"] == [{"text": EVIL}]
     prose = "".join(part for i, part in enumerate(body.split("```")) if i % 2 == 0)
     code = [part.removeprefix("python") for i, part in enumerate(body.split("```")) if i % 2]
-    assert "<" not in prose and "\n---\n" not in body
+    assert "<" not in prose
+    assert "\n---\n" not in body
     assert len(code) == 2
     for block in code:
         compile(block, "card", "exec")
@@ -213,7 +226,6 @@ def test_foreign_text_stays_text_in_the_card():
 
 
 # ---------------------------------------------------------------------------------------------- whole or not at all
-
 
 
 def write_for_ever(target: Path, ready: Any) -> None:
@@ -252,9 +264,13 @@ def test_kill_9_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch, exch
 
 
 def test_an_error_inside_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), files.write_folder(tmp_path / "a") as stage:
-        (stage / "x").write_text("x")
-        raise RuntimeError
+    def fails():
+        with files.write_folder(tmp_path / "a") as stage:
+            (stage / "x").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
     assert not os.listdir(tmp_path)
 
 

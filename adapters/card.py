@@ -130,7 +130,8 @@ def _gains_section(gains: Gains | None) -> str:
     words = (
         f"{counts['pairs']} pairs: {counts['prompts']} prompts, {counts['seeds']} seeds, {counts['subjects']} "
         f"subject(s); intervals ({design.confidence:.0%}) over {counts['clusters']} {counts['cluster']}s. Primary "
-        f"metric {escape(design.primary)}, least effect worth having {design.minimum_effect:g}, both declared before the run."
+        f"metric {escape(design.primary)}, least effect worth having {design.minimum_effect:g}, both declared before "
+        "the run."
     )
     return "\n\n".join(
         [

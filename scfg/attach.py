@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .attention import eager
 from .errors import ScfgError
 from .guidance import SemanticCFG
 from .guidance import guidance as guidance_by_name
@@ -121,11 +122,12 @@ class Run:
 
     def _install(self) -> None:
         unet = self._view.unet
-        if any(isinstance(getattr(hook, "__self__", None), Run) for hook in unet._forward_hooks.values()):
+        hooks = (getattr(hook, "__wrapped__", hook) for hook in unet._forward_hooks.values())
+        if any(isinstance(getattr(hook, "__self__", None), Run) for hook in hooks):
             raise ScfgError("this pipeline's U-net already has a guidance attached; detach it first")
         self._handles = [
-            unet.register_forward_pre_hook(self._before, with_kwargs=True),
-            unet.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            unet.register_forward_pre_hook(eager(self._before), with_kwargs=True),
+            unet.register_forward_hook(eager(self._after), with_kwargs=True, always_call=True),
         ]
         self._view.tap(self._begin)
         _forget_compiled(self._pipe)
@@ -140,7 +142,6 @@ class Run:
         self._foreground_half: str | None = None
         self._call: _Call | None = None
 
-    @torch.compiler.disable
     def _before(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._call = None
         if not self._view.guided:
@@ -154,7 +155,6 @@ class Run:
         if self._segmenter is not None and (call.index % self.guidance.refresh_every == 0 or self._regions is None):
             self._watch(self._segmenter, call)
 
-    @torch.compiler.disable
     def _after(self, unet: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         call, self._call = self._call, None
         watched = self._segmenter is not None and self._segmenter.watching
@@ -254,6 +254,11 @@ class Run:
         expand = getattr(self._pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several vectors
         texts = [expand(prompt, tokenizer) for prompt in prompts] if expand is not None else prompts
         return [prompt_words(tokenizer, text, tokenizer.model_max_length) for text in texts]
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens the text encoder takes at once; None without a tokenizer."""
+        return self._view.text_chunk
 
     def _word_positions(self, call: _Call) -> list[list[tuple[int, ...]]]:
         words = self.words

@@ -12,6 +12,7 @@ computes mean_heads(softmax(QK^T)) @ V as a fused scaled-dot-product call, with 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "Block",
     "Projections",
     "apply_mean_attention",
+    "eager",
     "find_blocks",
     "mean_attention",
     "select_blocks",
@@ -206,6 +208,11 @@ _CROSS = {"to_q": ("cross_query",), "to_k": ("cross_key",), "to_kv": ("cross_key
 _JOINT = {"to_q": ("query",), "to_k": ("key",), "add_k_proj": ("cross_key",)}
 
 
+def eager(hook: Callable) -> Callable:
+    """A hook that torch.compile leaves out of its graphs. The compiler (a second to import) is not loaded for it."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+
+
 class AttentionRecorder:
     """Hands each chosen block's projections to `consume` as soon as they are complete, and then lets go of them.
 
@@ -221,7 +228,7 @@ class AttentionRecorder:
         self._handles: list[RemovableHandle] = []
         # The same function objects at every step, so that torch.compile does not compile anew.
         self._takers = [
-            (attention, name, functools.partial(self._take, block, slots))
+            (attention, name, eager(functools.partial(self._take, block, slots)))
             for block in blocks
             for attention, table in self._tables(block)
             for name, slots in table.items()
@@ -248,7 +255,6 @@ class AttentionRecorder:
         self._handles.clear()
         self._held.clear()
 
-    @torch.compiler.disable
     def _take(self, block: Block, slots: tuple[str | None, ...], module: Any, args: tuple, output: Tensor) -> None:
         if not self._handles:  # compiled code may still call a hook that was removed
             return

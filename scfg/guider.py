@@ -20,6 +20,7 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_n
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .attention import eager
 from .config import CLASS_NAME, read_config, to_config
 from .errors import ScfgError
 from .guidance import SemanticCFG
@@ -177,8 +178,8 @@ class SemanticGuider(BaseGuidance):
         if self.guidance.needs_regions and self._unet is not unet:
             self._unet, self._segmenter = unet, Segmenter(unet, self.guidance)
         self._handles = [
-            unet.register_forward_pre_hook(self._before, with_kwargs=True),
-            unet.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            unet.register_forward_pre_hook(eager(self._before), with_kwargs=True),
+            unet.register_forward_hook(eager(self._after), with_kwargs=True, always_call=True),
         ]
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
@@ -234,7 +235,6 @@ class SemanticGuider(BaseGuidance):
         if self.guidance.foreground == "auto" and self._half == "conditional":
             warnings.warn(f"semantic guidance: {NO_TEXT}", stacklevel=2)
 
-    @torch.compiler.disable
     def _before(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
         if self.is_conditional:
@@ -256,7 +256,6 @@ class SemanticGuider(BaseGuidance):
             groups=self._groups(context, sample.shape[0]) if self.is_conditional else None,
         )
 
-    @torch.compiler.disable
     def _after(self, unet: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         watched = self._segmenter is not None and self._segmenter.watching
         average = self._segmenter.finish() if self._segmenter is not None else None

@@ -1,0 +1,331 @@
+"""What S-CFG costs beside plain CFG: time and peak memory per step, on full architectures with random weights.
+
+    python benchmarks/guidance.py sd15                      # 512x512, seven rounds, about six minutes on two cores
+    python benchmarks/guidance.py sdxl --size wide --device cuda
+    python benchmarks/guidance.py sd15 --tiny               # a smoke test of this file, seconds
+
+Time: all arms in one process, one step per arm and round, order rotated; each arm's ratio to `cfg` within a round,
+median over rounds with its order-statistics interval. Memory: every arm alone in a fresh process (CPU: that process's
+largest resident size, weights included; GPU: the allocator's peak). Prints Markdown for docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+import scfg
+from scfg import segment
+from scfg.attention import find_blocks, select_blocks
+from scfg.regions import RegionAverage, complete
+from scfg.scale import rewrite
+
+GUIDANCE_SCALE = 7.5
+TOKENS = 77
+_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+_SD = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": _DOWN, "up_block_types": _UP}
+_XL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# U-net settings and native image size of the published models.
+ARCHITECTURES: dict[str, tuple[dict[str, Any], int]] = {
+    "sd15": (_SD | {"cross_attention_dim": 768, "attention_head_dim": 8}, 512),
+    "sd21": (
+        _SD | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+        768,
+    ),
+    "sdxl": (_XL, 1024),
+}
+TINY = {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 8}
+TINY_XL = {"block_out_channels": (32, 32, 64), "norm_num_groups": 8, "attention_head_dim": (2, 2, 4)}
+
+
+def build(arguments: argparse.Namespace) -> Any:
+    """The pipeline: a full-size random U-net, a VAE only for its scale factor, no text encoder."""
+    settings = dict(ARCHITECTURES[arguments.architecture][0])
+    xl = arguments.architecture == "sdxl"
+    if arguments.tiny:
+        settings |= TINY_XL if xl else TINY
+    if arguments.xl_depth is not None and xl:
+        settings["transformer_layers_per_block"] = (1, min(2, arguments.xl_depth), arguments.xl_depth)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(in_channels=4, out_channels=4, layers_per_block=2, **settings)
+    unet = unet.to(arguments.dtype).to_empty(device=arguments.device).eval()
+    fill(unet)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    if xl:
+        pipe = StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
+    pipe.to(arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def fill(unet: torch.nn.Module) -> None:
+    """Small random weights, one block of numbers over and over: a billion fresh ones would take longer than a step."""
+    block = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            repeats = math.ceil(parameter.numel() / len(block))
+            parameter.copy_(block.repeat(repeats)[: parameter.numel()].view_as(parameter))
+
+
+def one_step(pipe: Any, arguments: argparse.Namespace) -> None:
+    """One denoising step with guidance on `batch` images."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(arguments.device, arguments.dtype)
+
+    width = pipe.unet.config.cross_attention_dim
+    texts = {name: random(arguments.batch, TOKENS, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    if arguments.architecture == "sdxl":
+        texts |= {f"{half}pooled_prompt_embeds": random(arguments.batch, 1280) for half in ("", "negative_")}
+    height, width = arguments.image
+    pipe(
+        **texts,
+        height=height,
+        width=width,
+        latents=random(arguments.batch, 4, height // 8, width // 8),
+        num_inference_steps=1,
+        guidance_scale=GUIDANCE_SCALE,
+        output_type="latent",
+    )
+
+
+class KeepMaps:
+    """An attention processor with an explicit softmax that keeps its head-averaged map, as the published code does."""
+
+    def __init__(self) -> None:
+        self.map: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            attn.head_to_batch_dim(part) for part in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        weights = attn.get_attention_scores(query, key, attention_mask)  # (B * heads, N, M)
+        self.map = weights.unflatten(0, (-1, attn.heads)).mean(dim=1)
+        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(weights, value))))
+
+
+@contextlib.contextmanager
+def explicit(pipe: Any, arguments: argparse.Namespace) -> Iterator[None]:
+    """The same guidance from explicit maps of every layer, kept until the U-net is through."""
+    unet, settings = pipe.unet, scfg.SemanticCFG()
+    before = unet.attn_processors
+    unet.set_attn_processor({name: KeepMaps() for name in before})
+    height, width = arguments.image[0] // 8, arguments.image[1] // 8
+    blocks = select_blocks(find_blocks(unet), height, width, settings.latent_ratio)
+    target = min(blocks, key=lambda block: block.ratio).grid(height, width)
+
+    def guide(module: Any, args: tuple, output: tuple) -> tuple:
+        images = output[0].shape[0] // 2
+        average = RegionAverage(target, settings.smoothing_sigma)
+        for block in blocks:
+            own = block.self_attention.processor.map.float()
+            cross = block.cross_attention.processor.map.float()
+            maps = complete(own.matmul, cross, completion=settings.completion, steps=settings.completion_steps)
+            average.add_tokens(maps[images:], block.grid(height, width))
+            pair = torch.stack([maps[:images, :, 0], maps[:images, :, 1:].sum(-1)], dim=-1)
+            average.add_pair(pair, block.grid(height, width))
+        uncond, cond = output[0].chunk(2)
+        scaled = settings(uncond, cond, guidance_scale=GUIDANCE_SCALE, regions=average.regions())
+        return (torch.cat([uncond, rewrite(uncond, cond, scaled.gamma, GUIDANCE_SCALE, keep_cond=False)]),)
+
+    handle = unet.register_forward_hook(guide)
+    try:
+        yield
+    finally:
+        handle.remove()
+        unet.set_attn_processor(before)
+
+
+@contextlib.contextmanager
+def fused(pipe: Any, arguments: argparse.Namespace) -> Iterator[None]:
+    """This guider with its fused products everywhere, also where one (N, N) matrix would be allowed."""
+    limit, segment.EXPLICIT_LIMIT = segment.EXPLICIT_LIMIT, 0
+    try:
+        with scfg.attach(pipe, scfg.SemanticCFG()):
+            yield
+    finally:
+        segment.EXPLICIT_LIMIT = limit
+
+
+ARMS: dict[str, Callable[[Any, argparse.Namespace], contextlib.AbstractContextManager]] = {
+    "cfg": lambda pipe, arguments: contextlib.nullcontext(),
+    "scfg": lambda pipe, arguments: scfg.attach(pipe, scfg.SemanticCFG()),
+    "explicit": explicit,
+    "scfg-fused": fused,
+}
+
+
+def seconds(pipe: Any, arm: str, arguments: argparse.Namespace) -> float:
+    """Wall time of one step of an arm."""
+    with ARMS[arm](pipe, arguments):
+        synchronize(arguments)
+        begin = time.perf_counter()
+        one_step(pipe, arguments)
+        synchronize(arguments)
+        return time.perf_counter() - begin
+
+
+def synchronize(arguments: argparse.Namespace) -> None:
+    if arguments.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_arms(arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds per arm and round; stops early, after whole rounds, when the time is up."""
+    pipe = build(arguments)
+    for arm in arguments.arms:  # warm-up, not counted
+        seconds(pipe, arm, arguments)
+    times: dict[str, list[float]] = {arm: [] for arm in arguments.arms}
+    begin = time.perf_counter()
+    for round_ in range(arguments.rounds):
+        shift = round_ % len(arguments.arms)
+        for arm in arguments.arms[shift:] + arguments.arms[:shift]:
+            times[arm].append(seconds(pipe, arm, arguments))
+        spent = time.perf_counter() - begin
+        if round_ and spent * (round_ + 2) / (round_ + 1) > 60 * arguments.minutes:
+            break
+    return times
+
+
+def peak_here(arm: str, arguments: argparse.Namespace) -> int:
+    """Bytes; run in a process of its own."""
+    pipe = build(arguments)
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with ARMS[arm](pipe, arguments):
+        one_step(pipe, arguments)
+    if arguments.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak(arm: str) -> int:
+    """Bytes, from a fresh process with this command's own arguments."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", arm]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Median with the narrowest order-statistics interval of at least 95 % (all values where there are too few)."""
+    ordered, n = sorted(values), len(values)
+    depth = 0
+    while 2 * depth + 2 < n and 1 - 2 * sum(math.comb(n, k) for k in range(depth + 2)) / 2**n >= 0.95:
+        depth += 1
+    return statistics.median(ordered), ordered[depth], ordered[-1 - depth]
+
+
+def report(times: dict[str, list[float]], peaks: dict[str, int], arguments: argparse.Namespace) -> str:
+    """A Markdown section: what was run, and one row per arm."""
+    height, width = arguments.image
+    rounds = len(times["cfg"])
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    reduced = "" if arguments.xl_depth is None else f", transformer depth at most {arguments.xl_depth}"
+    lines = [
+        f"### {arguments.architecture}{' (tiny)' if arguments.tiny else ''}, {height}x{width}{reduced}",
+        "",
+        f"latent {height // 8}x{width // 8}, batch {arguments.batch} (U-net rows {2 * arguments.batch}), "
+        f"{str(arguments.dtype).removeprefix('torch.')}, one step per measurement, {rounds} interleaved "
+        f"rounds, {where}, torch {torch.__version__}",
+        "",
+        "| arm | s per step, median | time / CFG, median [interval] | peak memory | peak / CFG |",
+        "|---|---|---|---|---|",
+    ]
+    for arm, values in times.items():
+        ratio, low, high = interval([value / base for value, base in zip(values, times["cfg"], strict=True)])
+        lines.append(
+            f"| {arm} | {statistics.median(values):.3f} | {ratio:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {peaks[arm] / 2**30:.2f} GiB | {peaks[arm] / peaks['cfg']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--size", default="native", help="native, big (1.5x), wide (1x by 1.5x), or HEIGHTxWIDTH")
+    parser.add_argument("--arms", nargs="+", default=["cfg", "scfg", "explicit"], choices=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=6.0, help="no further round begins that would end after this")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default=None, choices=["float32", "float16", "bfloat16"], help="GPU: float16")
+    parser.add_argument("--xl-depth", type=int, default=None, help="SDXL: cut every transformer to so many blocks")
+    parser.add_argument("--tiny", action="store_true", help="narrow channels and a small image: tests this file")
+    parser.add_argument("--peak-of", default=None, choices=list(ARMS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    native = 128 if arguments.tiny else ARCHITECTURES[arguments.architecture][1]
+    named = {"native": (native, native), "big": (native * 3 // 2,) * 2, "wide": (native, native * 3 // 2)}
+    if arguments.size in named:
+        arguments.image = named[arguments.size]
+    else:
+        arguments.image = tuple(int(side) for side in arguments.size.split("x"))
+    arguments.dtype = getattr(torch, arguments.dtype or ("float16" if arguments.device == "cuda" else "float32"))
+    if arguments.arms[0] != "cfg":
+        parser.error("--arms must begin with cfg: everything is measured against it")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.peak_of is not None:
+        print(json.dumps({"peak": peak_here(arguments.peak_of, arguments)}))
+        return
+    peaks = {arm: peak(arm) for arm in arguments.arms}  # before this process holds a model of its own
+    print(report(time_arms(arguments), peaks, arguments))
+
+
+if __name__ == "__main__":
+    main()

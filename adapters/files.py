@@ -161,9 +161,21 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors in sorted order, so that equal weights make equal files."""
+    """Write tensors and metadata in sorted order, so that equal weights make equal files."""
     ordered = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     save_file(ordered, path, metadata={"format": "pt", **(metadata or {})})
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors hashes the metadata, so their order changes from one save to the next: put them in order."""
+    _, raw = _header_bytes(path)
+    header = json.loads(raw)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(ordered.ljust(len(raw)))
 
 
 def read_json(path: Path) -> Any:

@@ -42,6 +42,7 @@ def ship(
     config: str | None = None,
     overlay: Callable[[Shot], Mapping[str, Image.Image]] | None = None,
     facts: Mapping[str, Any] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a release folder; an older one of the same name is replaced in one step.
 
@@ -55,6 +56,7 @@ def ship(
         embeds: learned tokens, token -> (vectors, width).
         config: the resolved training settings as YAML text.
         facts: measured things without a column in the table: peak memory, Fréchet distances, tuning.
+        name: of the kohya file; by default made from the card's title.
 
     Returns: the folder.
     """
@@ -63,7 +65,7 @@ def ship(
     target, shots = Path(folder), shots or {}
     made = {**versions(), **(facts or {})}
     with files.write_folder(target) as stage:
-        kinds, notes = _weights(stage, weights, slug(target.name))
+        kinds, notes = _weights(stage, weights, slug(name or card.title))
         if embeds:
             files.write_tensors(stage / EMBEDS_FILE, embeds)
         if guider is not None:

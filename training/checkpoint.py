@@ -23,7 +23,7 @@ from torch import Tensor
 from . import config
 from .errors import TrainingError
 
-__all__ = ["State", "atomic_folder", "differences", "find", "load", "restore_optimizer", "save"]
+__all__ = ["State", "atomic_folder", "differences", "find", "load", "refuse_changes", "restore_optimizer", "save"]
 
 PREFIX = "step-"
 # Settings that may differ between a checkpoint and the run that goes on from it: they do not change the weights.
@@ -150,6 +150,27 @@ def load(path: Path) -> State:
         )
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise TrainingError(f"checkpoint {path} cannot be read ({error}); resume from another one") from error
+
+
+def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: list[str]) -> None:
+    """Compares what shapes the weights, but for `FREE` and `free`.
+
+    How a step's samples are split is free as long as their number stays, which is a fact of its own.
+
+    Raises:
+        TrainingError: names everything that changed, with both values.
+    """
+    now = json.loads(json.dumps(facts))  # as it comes back from the file: tuples are lists there
+    changed = differences(
+        {**saved.facts["settings"], **saved.facts, "settings": None},
+        {**now["settings"], **now, "settings": None},
+        free=(*FREE, "train.batch_size", "train.accumulation", *free),
+    )
+    if changed:
+        raise TrainingError(
+            f"cannot resume from {path}, these have changed: {'; '.join(changed)}; take the old values "
+            f"({path / 'settings.yaml'}) or start anew with another out"
+        )
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], *, free: tuple[str, ...] = FREE) -> list[str]:

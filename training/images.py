@@ -7,7 +7,6 @@ Any object with `__len__` and `__getitem__(int) -> Sample` is a source too. A so
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .config import DataSettings
 from .errors import TrainingError
+from .pictures import canny, decode, inspect, rgb
 
 __all__ = ["Folder", "Rows", "Sample", "Source", "canny", "dataset", "folder", "load", "rgb"]
 
@@ -46,39 +45,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB: EXIF rotation applied, alpha laid over white, CMYK converted, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / (257.0 if values.max() > 255 else 1.0)).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _open(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image
-
-
-def _problem(data: bytes, minimum: int) -> tuple[str | None, tuple[int, int]]:
-    """Why an encoded image cannot be trained on (None if it can), and its upright size."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        if getattr(image, "n_frames", 1) > 1:
-            return f"is animated ({getattr(image, 'n_frames', 0)} frames); save one frame", image.size
-        image.load()
-        size = ImageOps.exif_transpose(image).size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"cannot be read ({error})", (0, 0)
-    if min(size) < minimum:
-        return f"is {size[0]}x{size[1]}, below data.minimum = {minimum} pixels", size
-    return None, size
 
 
 def _refuse(where: str, problems: list[str]) -> None:
@@ -115,10 +81,10 @@ class Folder:
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(
-            image=rgb(_open(self.files[index].read_bytes())),
+            image=rgb(decode(self.files[index].read_bytes())),
             caption=self.captions[index],
-            mask=_open(self.masks[index].read_bytes()).convert("L") if self.masks else None,
-            conditioning=rgb(_open(self.conditioning[index].read_bytes())) if self.conditioning else None,
+            mask=decode(self.masks[index].read_bytes()).convert("L") if self.masks else None,
+            conditioning=rgb(decode(self.conditioning[index].read_bytes())) if self.conditioning else None,
         )
 
     def key(self, index: int) -> str:
@@ -159,7 +125,7 @@ def folder(
         there = ", ".join(sorted(item.name for item in root.iterdir())[:10]) or "nothing"
         raise TrainingError(f"no images found in {root}: looked for {', '.join(SUFFIXES)}; there is {there}")
     with ThreadPoolExecutor() as pool:
-        checked = list(pool.map(lambda file: _problem(file.read_bytes(), minimum), files))
+        checked = list(pool.map(lambda file: inspect(file.read_bytes(), minimum), files))
     problems = [f"{file.name} {problem}" for file, (problem, _) in zip(files, checked, strict=True) if problem]
     captions = [prompt] * len(files) if prompt is not None else _captions(root, files, problems)
     partners = {
@@ -229,7 +195,7 @@ def _partners(
         if partner is None:
             problems.append(f"{file.name} has no partner in data.{name} = {root}")
             continue
-        problem, partner_size = _problem(partner.read_bytes(), 1)
+        problem, partner_size = inspect(partner.read_bytes(), 1)
         if problem:
             problems.append(f"{root.name}/{partner.name} {problem}")
         elif size != (0, 0) and partner_size != size:
@@ -247,7 +213,7 @@ class Rows:
         self.sizes: list[tuple[int, int]] = []
         problems = []
         for index in range(len(rows)):
-            problem, size = _problem(self._bytes(index, "image") or b"", minimum)
+            problem, size = inspect(self._bytes(index, "image") or b"", minimum)
             self.sizes.append(size)
             if problem:
                 problems.append(f"row {index} {problem}")
@@ -266,10 +232,10 @@ class Rows:
     def __getitem__(self, index: int) -> Sample:
         mask, conditioning = self._bytes(index, "mask"), self._bytes(index, "conditioning")
         return Sample(
-            image=rgb(_open(self._bytes(index, "image") or b"")),
+            image=rgb(decode(self._bytes(index, "image") or b"")),
             caption=self.caption(index),
-            mask=_open(mask).convert("L") if mask else None,
-            conditioning=rgb(_open(conditioning)) if conditioning else None,
+            mask=decode(mask).convert("L") if mask else None,
+            conditioning=rgb(decode(conditioning)) if conditioning else None,
         )
 
     def key(self, index: int) -> str:
@@ -347,16 +313,6 @@ class Annotated:
             raise AttributeError(name)
         method = getattr(self.source, name)
         return method if name != "key" else lambda index: f"{method(index)}-{self.name}"
-
-
-def canny(image: Image.Image) -> Image.Image:
-    """Edges with controlnet-aux's thresholds (100, 200), at the image's own size.
-
-    OpenCV is called directly, as controlnet-aux's detector does: its package imports torchvision for other detectors.
-    """
-    import cv2
-
-    return Image.fromarray(cv2.Canny(np.asarray(rgb(image)), 100, 200)).convert("RGB")
 
 
 def load(settings: DataSettings) -> Source:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +25,10 @@ from .config import TrainSettings
 from .dreambooth import Prior
 from .errors import Stopped, TrainingError
 from .feed import seed_of
-from .method import Method
+from .log import Log
+from .method import Method, Stepper
 from .setup import Prepared, announce, make_accelerator, prepare
+from .signals import Signals
 from .views import Views
 
 __all__ = ["Result", "train"]
@@ -48,23 +48,6 @@ class Result:
     """Mean loss of every log interval of this run."""
     seconds: float
     """Time in the loop, without preparing."""
-
-
-class _Stepper(nn.Module):
-    """All that trains in one module, whose forward is the method's step; accelerate wraps it for several processes."""
-
-    def __init__(self, method: Method, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.models = nn.ModuleDict(method.models)
-        self._step, self._dtype, self._device = method.step, dtype, device
-        self._autocast = method.autocast and dtype != torch.float32
-
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        """Losses per sample (B,)."""
-        if not self._autocast:
-            return self._step(self.models, batch, self._dtype)
-        with torch.autocast(self._device.type, self._dtype):
-            return self._step(self.models, batch, self._dtype)
 
 
 @dataclass(kw_only=True)
@@ -128,9 +111,9 @@ def train(
         say=tell,
     )
     facts = {
-        "method": method.name,
-        "samples_per_step": prepared.feed.per_step,
-        "data": _digest(prepared.names),
+        "training method": method.name,
+        "samples per step": prepared.feed.per_step,
+        "content of the data": _digest(prepared.names),
         "settings": record if record is not None else {"train": config.resolved(settings)},
     }
     run = _start(method, settings, accelerator, prepared, out, facts, tell)
@@ -161,7 +144,7 @@ def _start(
     trainable = method.trainable()
     if not trainable:
         raise TrainingError(f"nothing trains in method {method.name}")
-    stepper = _Stepper(method, prepared.dtype, accelerator.device)
+    stepper = Stepper(method, prepared.dtype, accelerator.device)
     optimizer = optim.build(trainable, settings)
     model, optimizer = accelerator.prepare(stepper, optimizer)
     fp16 = settings.precision == "fp16"
@@ -193,21 +176,10 @@ def _resume(run: _Run) -> None:
             run.say(f"train.resume latest: no checkpoint in {run.out / 'checkpoints'} yet, starting anew")
         return
     state = checkpoint.load(path)
-    free = list(checkpoint.FREE)
-    # How a step's samples are split is free as long as their number stays (`samples_per_step`); the number of steps is,
-    # unless the learning rate depends on it.
-    free += ["train.batch_size", "train.accumulation"]
-    free += ["train.steps"] if run.settings.schedule == "constant" else []
-    changed = checkpoint.differences(
-        {**state.facts, **state.facts["settings"], "settings": None},
-        {**run.facts, **json.loads(json.dumps(run.facts["settings"])), "settings": None},
-        free=tuple(free),
+    # The number of steps is free unless the learning rate depends on it.
+    checkpoint.refuse_changes(
+        path, state, run.facts, free=["train.steps"] if run.settings.schedule == "constant" else []
     )
-    if changed:
-        raise TrainingError(
-            f"cannot resume from {path}, these have changed: {'; '.join(changed)}; take the old values "
-            f"({path / 'settings.yaml'}) or start anew with another out"
-        )
     with torch.no_grad():
         for name, parameter in run.trainable.items():
             parameter.copy_(state.weights[name])
@@ -226,8 +198,15 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
 
 def _loop(run: _Run) -> Result:
     settings, accelerator = run.settings, run.accelerator
-    log = _Log(run)
-    stop = _Signals()
+    log = Log(
+        run.out / "log.jsonl",
+        accelerator,
+        run.say,
+        step=run.step,
+        steps=settings.steps,
+        per_step=run.prepared.feed.per_step,
+    )
+    stop = Signals()
     began = time.perf_counter()
     parameters = list(run.trainable.values())
     with stop, contextlib.closing(run.prepared.feed.ahead(run.step, settings.steps, settings.workers)) as batches:
@@ -241,7 +220,8 @@ def _loop(run: _Run) -> Result:
             last = run.step == settings.steps
             saving = stopping or last or run.step % settings.save_every == 0
             if run.step % settings.log_every == 0 or saving:
-                log.write()  # reads the loss, so a loss that is not finite stops training before anything is saved
+                # Reads the loss, so that one that is not finite stops training before anything is saved.
+                log.write(run.step, _bare(run.optimizer).param_groups[0]["lr"], run.saved)
             if saving:
                 _save(run)
             if last or run.step % settings.validation.every == 0:
@@ -329,7 +309,7 @@ def _save(run: _Run) -> None:
         raise trouble[0] if trouble else TrainingError("the main process could not save a checkpoint, see its message")
 
 
-def _validate(run: _Run, log: _Log) -> None:
+def _validate(run: _Run, log: Log) -> None:
     """Samples and the fixed-noise loss, with the averaged weights where there are any."""
     settings, prepared = run.settings, run.prepared
     if not settings.validation.prompts and not prepared.fixed:
@@ -340,7 +320,7 @@ def _validate(run: _Run, log: _Log) -> None:
         if prepared.fixed:
             bare = run.accelerator.unwrap_model(run.model)
             value = validate.fixed_loss(lambda batch: bare(prepared.ready(batch)), prepared.fixed, [bare])
-            log.note({"validation_loss": value})
+            log.note(run.step, {"validation_loss": value})
         if settings.validation.prompts:
             validate.samples(
                 run.method,
@@ -372,87 +352,3 @@ def _ship(run: _Run) -> Path:
         run.say(f"saved {folder}")
     run.accelerator.wait_for_everyone()
     return folder
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT while in the context; a second one goes the ordinary way."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.number = number
-        signal.signal(number, self._before[number])
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _Log:
-    """Loss and speed as lines, `log.jsonl` and tracker values; reads the device only when it writes."""
-
-    def __init__(self, run: _Run):
-        self.run, self.losses = run, []  # type: ignore[var-annotated]
-        self._sum: Tensor | None = None
-        self._since, self._steps = time.perf_counter(), 0
-        self._file = _reopened(run.out / "log.jsonl", run.step) if run.accelerator.is_main_process else None
-
-    def add(self, loss: Tensor) -> None:
-        self._sum = loss if self._sum is None else self._sum + loss
-        self._steps += 1
-
-    def write(self) -> None:
-        """Writes the interval's mean.
-
-        Raises:
-            TrainingError: it is not finite.
-        """
-        if self._sum is None:
-            return
-        run, settings = self.run, self.run.settings
-        loss = float(run.accelerator.reduce(self._sum / self._steps, "mean"))
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            kept = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
-            raise TrainingError(
-                f"the loss became {loss} between steps {run.step - self._steps + 1} and {run.step}; {kept}. "
-                "Lower train.learning_rate, or use train.precision fp32 or bf16"
-            )
-        self.losses.append(loss)
-        seconds = (time.perf_counter() - self._since) / self._steps
-        values = {"loss": loss, "images_per_second": run.prepared.feed.per_step / seconds}
-        self.note({**values, "learning_rate": _bare(run.optimizer).param_groups[0]["lr"]})
-        left = (settings.steps - run.step) * seconds
-        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
-        run.say(
-            f"step {run.step}/{settings.steps}  loss {loss:.4f}  {values['images_per_second']:.1f} images/s  "
-            f"{left / 60:.1f} min left{memory}"
-        )
-        self._sum, self._steps, self._since = None, 0, time.perf_counter()
-
-    def note(self, values: dict[str, float]) -> None:
-        """Writes values of the current step to the file and the trackers."""
-        if self._file is not None:
-            print(json.dumps({"step": self.run.step, **values}), file=self._file, flush=True)
-        if self.run.accelerator.trackers:
-            self.run.accelerator.log(values, step=self.run.step)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _reopened(path: Path, step: int) -> Any:
-    """The log opened for appending, without lines of steps that will be trained again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.is_file() and step else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept))
-    return path.open("a")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .models import Parts, encode_text
 from .objective import Objective
 
-__all__ = ["Method", "conditions_of", "denoise_step", "text_of"]
+__all__ = ["Method", "Stepper", "conditions_of", "denoise_step", "text_of"]
 
 Batch = Mapping[str, Any]
 Weights = dict[str, Tensor]
@@ -84,3 +84,20 @@ def denoise_step(
         return models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
 
     return objective.losses(predict, dict(batch))
+
+
+class Stepper(nn.Module):
+    """All that trains in one module, whose forward is the method's step; accelerate wraps it for several processes."""
+
+    def __init__(self, method: Method, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.models = nn.ModuleDict(method.models)
+        self._step, self._dtype, self._device = method.step, dtype, device
+        self._autocast = method.autocast and dtype != torch.float32
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """Losses per sample (B,)."""
+        if not self._autocast:
+            return self._step(self.models, batch, self._dtype)
+        with torch.autocast(self._device.type, self._dtype):
+            return self._step(self.models, batch, self._dtype)

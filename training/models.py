@@ -28,6 +28,11 @@ from .errors import TrainingError
 __all__ = ["Parts", "encode_images", "encode_text", "fingerprint", "load", "pipeline", "tokenize"]
 
 
+FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+# Neither pickles nor the single-file copies that many hub repositories have beside the folders.
+HUB_FILES = ("model_index.json", *(f"{folder}/*.{end}" for folder in FOLDERS for end in ("json", "txt", "safetensors")))
+
+
 @dataclass(kw_only=True)
 class Parts:
     """What a base folder holds; encoders may be dropped once everything is cached."""
@@ -114,9 +119,7 @@ def _folder(base: str | Path, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(base), revision=revision, allow_patterns=["*.json", "*.txt", "*.safetensors"])
-        )
+        return Path(snapshot_download(str(base), revision=revision, allow_patterns=list(HUB_FILES)))
     except Exception as problem:  # the hub client raises many unrelated kinds
         raise TrainingError(f"base {base} is neither a folder nor a reachable hub id: {problem}") from problem
 

@@ -90,7 +90,7 @@ def test_the_folder_is_complete_and_verifies(pipe, measured, tmp_path):
         "guider_config.json",
         "learned_embeds.safetensors",
         "manifest.json",
-        "mug.kohya.safetensors",
+        "a-red-mug.kohya.safetensors",
         "per_image.csv",
         "pytorch_lora_weights.safetensors",
         "report.html",
@@ -106,7 +106,7 @@ def test_the_folder_is_complete_and_verifies(pipe, measured, tmp_path):
 def test_no_alpha_tensors_in_the_diffusers_file_and_one_per_module_in_the_kohya_file(pipe, measured, tmp_path):
     folder = release(tmp_path / "mug", pipe, measured)
     plain, header = files.read_tensors(folder / "pytorch_lora_weights.safetensors")
-    kohya, _ = files.read_tensors(folder / "mug.kohya.safetensors")
+    kohya, _ = files.read_tensors(folder / "a-red-mug.kohya.safetensors")
     assert not any("alpha" in name for name in plain)
     assert json.loads(header["lora_adapter_metadata"])["unet.lora_alpha"] == 6
     assert sum(name.endswith(".alpha") for name in kohya) == len(measured[0].modules)
@@ -123,7 +123,7 @@ def test_shipped_loads_as_it_was_and_through_plain_diffusers(pipe, measured, tmp
     wanted = np.stack([np.asarray(s.image, int) for s in measured[2]["adapter"]])
     with adapters.load(pipe, folder):
         assert np.abs(shoot() - wanted).max() <= 1
-    for source in (folder, folder / "mug.kohya.safetensors"):
+    for source in (folder, folder / "a-red-mug.kohya.safetensors"):
         pipe.load_lora_weights(str(source))
         assert np.abs(shoot() - wanted).max() <= 1
         pipe.unload_lora_weights()

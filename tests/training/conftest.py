@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -14,10 +13,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
+from training_data import RESOLUTION, fill
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-RESOLUTION = 32  # pixels; 8x8 latents at the tiny VAE's factor of 4
 
 
 def tokenizer(length: int = 12) -> CLIPTokenizer:
@@ -127,21 +124,6 @@ def sdxl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("sdxl")
     pipe.save_pretrained(folder)
-    return folder
-
-
-def picture(seed: int, size: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Image.Image:
-    """Smooth random colours, (width, height)."""
-    values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
-
-
-def fill(folder: Path, count: int = 5, *, captions: bool = True) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        picture(number).save(folder / f"{number}.png")
-        if captions:
-            (folder / f"{number}.txt").write_text(f"picture {'abcdefgh'[number % 8]}")
     return folder
 
 

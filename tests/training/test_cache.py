@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture
 from PIL import Image
 from safetensors.torch import load_file
+from training_data import picture
 
 from training import cache, config, images, loop, lora, models, views
 from training.errors import TrainingError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import fill, picture
 from PIL import Image
+from training_data import fill, picture
 
 from training import images, views
 from training.config import DataSettings

@@ -120,10 +120,10 @@ def test_resuming_with_other_settings_or_data_is_refused(base: Path, pictures: P
 
     with pytest.raises(TrainingError, match=r"train.learning_rate: 0.01 -> 0.5; train.seed: 0 -> 4"):
         resumed(learning_rate=0.5, seed=4)
-    with pytest.raises(TrainingError, match=r"samples_per_step: 4 -> 2"):
+    with pytest.raises(TrainingError, match=r"samples per step: 4 -> 2"):
         resumed(accumulation=1)
     (pictures / "0.txt").write_text("another caption")
-    with pytest.raises(TrainingError, match="data: "):
+    with pytest.raises(TrainingError, match="content of the data: "):
         resumed()
     (pictures / "0.txt").write_text("picture a")
     resumed(accumulation=1, batch_size=4, log_every=2, keep=1)  # none of which changes the weights

@@ -1,0 +1,89 @@
+"""Loss and speed as lines, `log.jsonl` and tracker values; reads the loss from the device only when it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .errors import TrainingError
+
+__all__ = ["Log"]
+
+
+class Log:
+    """What a run says about itself.
+
+    Args:
+        step: where the run starts; a file's lines of later steps, which will be trained again, are dropped.
+        steps: where it ends.
+        per_step: samples in an optimizer step, over all processes.
+    """
+
+    def __init__(
+        self, path: Path, accelerator: Accelerator, say: Callable[[str], None], *, step: int, steps: int, per_step: int
+    ):
+        self.accelerator, self.say, self.steps, self.per_step = accelerator, say, steps, per_step
+        self.losses: list[float] = []
+        self._sum: Tensor | None = None
+        self._count, self._since = 0, time.perf_counter()
+        self._file = _reopened(path, step) if accelerator.is_main_process else None
+
+    def add(self, loss: Tensor) -> None:
+        """Takes a step's loss () on the device."""
+        self._sum = loss if self._sum is None else self._sum + loss
+        self._count += 1
+
+    def write(self, step: int, rate: float, saved: Path | None) -> None:
+        """Writes the mean loss since the last time.
+
+        Raises:
+            TrainingError: it is not finite; `saved` is the last good checkpoint.
+        """
+        if self._sum is None:
+            return
+        loss = float(self.accelerator.reduce(self._sum / self._count, "mean"))
+        if not math.isfinite(loss):
+            kept = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
+            raise TrainingError(
+                f"the loss became {loss} between steps {step - self._count + 1} and {step}; {kept}. "
+                "Lower train.learning_rate, or use train.precision fp32 or bf16"
+            )
+        self.losses.append(loss)
+        seconds = (time.perf_counter() - self._since) / self._count
+        speed = self.per_step / seconds
+        self.note(step, {"loss": loss, "images_per_second": speed, "learning_rate": rate})
+        memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+        left = (self.steps - step) * seconds / 60
+        self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  {left:.1f} min left{memory}")
+        self._sum, self._count, self._since = None, 0, time.perf_counter()
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Writes values of a step to the file and the trackers."""
+        if self._file is not None:
+            print(json.dumps({"step": step, **values}), file=self._file, flush=True)
+        if self.accelerator.trackers:
+            self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _reopened(path: Path, step: int) -> Any:
+    """The file opened for appending, with the lines up to `step`; a line that a crash cut off is dropped."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.is_file() and step else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        return path.open("a")
+    except OSError as error:
+        raise TrainingError(f"cannot write {path}: {error}; free space or change out") from error

@@ -98,10 +98,10 @@ def base(steps: dict, stop_at: int | None, device: str) -> None:
     fitted.text_encoder.save_pretrained(RUNS / "base" / "text_encoder")
 
 
-def _vae(device: str):
+def _vae(device: str, decoder: str = "fitted"):
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_pretrained(RUNS / "vae" / "fitted").to(device).eval()
+    return AutoencoderKL.from_pretrained(RUNS / "vae" / decoder).to(device).eval()
 
 
 def ship(name: str) -> None:
@@ -114,7 +114,8 @@ def ship(name: str) -> None:
     if name == "base":
         unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "unet")
         text_encoder = CLIPTextModel.from_pretrained(RUNS / "base" / "text_encoder")
-        shipping.base(_vae("cpu"), fit_base.Base(unet=unet, text_encoder=text_encoder))
+        decoder = "refined" if (RUNS / "vae" / "refined").exists() else "fitted"
+        shipping.base(_vae("cpu", decoder), fit_base.Base(unet=unet, text_encoder=text_encoder))
     listed = shipping.write_manifest()
     size = sum(entry["bytes"] for entry in listed["files"].values())
     print(f"{listed['version']}: {size:,} bytes in {len(listed['files'])} files")

@@ -63,9 +63,8 @@ def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str
         return load_file(path)
     words = tokenizer.build()
     begin = index * SHARD
-    latents = [
-        _encode(vae, seed, range(i, i + 64)) * vae.config.scaling_factor for i in range(begin, begin + SHARD, 64)
-    ]
+    pieces = [range(i, min(i + 64, begin + SHARD)) for i in range(begin, begin + SHARD, 64)]
+    latents = [_encode(vae, seed, piece) * vae.config.scaling_factor for piece in pieces]
     captions = [sample(seed, i).caption for i in range(begin, begin + SHARD)]
     tokens = words(captions, padding="max_length", return_tensors="pt").input_ids
     shard = {"latents": torch.cat(latents).half().cpu().contiguous(), "tokens": tokens.to(torch.int16)}
@@ -177,7 +176,7 @@ def held_out_loss(base: Base, vae: AutoencoderKL, folder: Path, count: int = 512
     shard = prepare(vae, HELD_OUT_SEED, 0, folder)
     device = base.unet.device
     losses = []
-    for start in range(0, count, 32):
+    for start in range(0, min(count, SHARD), 32):
         latents, tokens = shard["latents"][start : start + 32].float(), shard["tokens"][start : start + 32].long()
         losses.append(_loss(base, latents.to(device), tokens.to(device), seeded(HELD_OUT_SEED, start), drop=0.0))
     return torch.stack(losses).mean().item()

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import scenes
-from .fitting import Ema, learning_rate, load_state, pixels, save_state, seeded
+from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
 from .judge import NEAR_MISS, Judge
 from .sprites import sprite
 from .world import BACKGROUNDS, CLASSES, COLOURS
@@ -26,6 +26,7 @@ OTHER_LOOK = (
     0.35  # the share of pictures in the second look: a dog stays a dog when personalization draws it differently
 )
 GRID = 32
+SAVE_EVERY = 250
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,26 +39,25 @@ class Labels:
     colours: Tensor
 
 
-def fit(out: Path, *, steps: int = 2000, batch: int = 32, peak: float = 3e-3, device: str = "cpu") -> Judge:
+def fit(out: Path, *, steps: int = 5000, batch: int = 32, peak: float = 0.02, device: str = "cpu") -> Judge:
     """Fit for ``steps`` and return the averaged judge; continues from ``out/state.safetensors`` where that is."""
     torch.manual_seed(SEED)
     judge = Judge().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=peak, weight_decay=0.02, fused=True)
+    optimizer = MuonAdamW([judge], peak)
     ema = Ema(judge, 0.998)
     state = out / "state.safetensors"
     begin = load_state(state, {"judge": judge}, {"judge": ema}, optimizer) if state.exists() else 0
     bar = tqdm(range(begin, steps), initial=begin, total=steps, desc="judge", mininterval=10)
     for step in bar:
         images, labels = _batch(SEED, range(step * batch, (step + 1) * batch))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+        optimizer.set_rate(learning_rate(step, steps, peak))
         images = _spoil(images, seeded(SEED, step)).to(device, memory_format=torch.channels_last)
         loss = _loss(judge(images), labels, device)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update(judge, step)
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, {"judge": judge}, {"judge": ema}, optimizer, step + 1)
             bar.write(f"step {step + 1} loss {loss.item():.4f} {accuracy(_averaged(ema, device), 256)}")
     return _averaged(ema, device)

@@ -18,6 +18,8 @@ from .scenes import HELD_OUT_SEED, TRAIN_SEED, sample
 
 __all__ = ["fit", "psnr", "refine"]
 
+SAVE_EVERY = 200
+
 
 def fit(out: Path, *, steps: int = 2400, batch: int = 8, peak: float = 0.03, device: str = "cpu") -> AutoencoderKL:
     """Fit for ``steps`` and return the averaged model; continues from ``out/state.safetensors`` where that is."""
@@ -37,7 +39,7 @@ def fit(out: Path, *, steps: int = 2400, batch: int = 8, peak: float = 0.03, dev
         optimizer.step()
         optimizer.zero_grad()
         ema.update(vae, step)
-        if (step + 1) % 300 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, {"vae": vae}, {"vae": ema}, optimizer, step + 1)
             bar.write(f"step {step + 1} loss {loss.item():.4f} psnr {psnr(_averaged(ema, device), 64):.2f}")
     return _averaged(ema, device)
@@ -66,7 +68,7 @@ def refine(
         optimizer.step()
         optimizer.zero_grad()
         ema.update(decoder, step)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_state(state, {"decoder": decoder}, {"decoder": ema}, optimizer, step + 1)
     decoder.load_state_dict(ema.average)
     return vae.eval()

@@ -169,10 +169,15 @@ def load_state(
     for part, ema in emas.items():
         for name in ema.average:
             ema.average[name].copy_(tensors[f"ema.{part}/{name}"])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/")
-            state.setdefault(int(index), {})[key] = value
+            like = parameters[int(index)]
+            # An update may read weight and moments in the order they lie in memory: moments take the weight's layout.
+            state.setdefault(int(index), {})[key] = (
+                torch.empty_like(like).copy_(value) if value.shape == like.shape else value
+            )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return step

@@ -99,7 +99,7 @@ class Judge(nn.Module):
         self.up32 = _conv(64 + 48, 48)
         self.classes = nn.Conv2d(48, NEAR_MISS + 1, 1)
         self.colours = nn.Conv2d(48, len(COLOURS), 1)
-        self.present = nn.Linear(2 * 160, len(CLASSES))
+        self.present = nn.Conv2d(160, len(CLASSES), 1)
         self.background = nn.Linear(2 * 160, len(BACKGROUNDS))
 
     def levels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,13 +109,16 @@ class Judge(nn.Module):
         return x32, x16, self.down8(x16)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``present`` (B, K), ``background`` (B, 8), ``classes`` (B, K + 2, 32, 32), ``colours`` (B, 6, 32, 32)"""
+        """``present`` (B, K), ``background`` (B, 8), ``classes`` (B, K + 2, 32, 32), ``colours`` (B, 6, 32, 32)
+
+        An object is present where the surest place in the picture says so: averaged over the picture, small ones drown.
+        """
         x32, x16, x8 = self.levels(images)
         pooled = torch.cat([x8.mean((2, 3)), x8.amax((2, 3))], dim=1)
         y16 = self.up16(torch.cat([F.interpolate(x8, scale_factor=2.0), x16], dim=1))
         y32 = self.up32(torch.cat([F.interpolate(y16, scale_factor=2.0), x32], dim=1))
         return {
-            "present": self.present(pooled),
+            "present": self.present(x8).amax((2, 3)),
             "background": self.background(pooled),
             "classes": self.classes(y32),
             "colours": self.colours(y32),

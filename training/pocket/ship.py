@@ -41,12 +41,16 @@ def pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
 
 
 def base(vae: AutoencoderKL, parts: Base) -> Path:
-    """Write the base folder. The pipeline given is used up: its weights are halved in place."""
-    return _replaced(
-        VERSION,
-        lambda folder: pipeline(vae, parts).to(torch.float16).save_pretrained(folder),
-        keep=("README.md", "sheet.png"),
-    )
+    """Write the base folder. The parts given are used up: their weights are halved in place."""
+
+    def write(folder: Path) -> None:
+        pipeline(vae, parts).to(torch.float16).save_pretrained(folder)
+        # transformers loads in the dtype this names, diffusers in float32: left at float16, a plain
+        # `from_pretrained(folder)` would mix the two and fail.
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+    return _replaced(VERSION, write, keep=("README.md", "sheet.png"))
 
 
 def controlnet(control: str, network: ControlNetModel) -> Path:

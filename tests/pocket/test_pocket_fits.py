@@ -1,0 +1,126 @@
+"""Fits of the pocket parts: interrupted and resumed equals uninterrupted; the optimizer does what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from training.pocket import fit_base, fit_judge, fit_vae, model
+from training.pocket.fitting import MuonAdamW, _orthogonal, learning_rate
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Bit-identity is asked of one machine; one thread keeps these small fits quick beside other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def same(first, second) -> None:
+    for (name, a), (_, b) in zip(first.state_dict().items(), second.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("fit", [fit_vae.fit, fit_judge.fit], ids=["vae", "judge"])
+def test_resumed_equals_uninterrupted(fit, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit_judge, "accuracy", lambda *_: {})  # a report, no part of the fit
+    monkeypatch.setattr(fit_vae, "psnr", lambda *_: 0.0)
+    whole = fit(tmp_path / "whole", steps=4, batch=2)
+
+    class Cut(Exception):
+        pass
+
+    modules = {"fit": __import__(fit.__module__, fromlist=["x"])}
+    saved = modules["fit"].save_state
+    calls = []
+
+    def cut_after_saving(path, parts, emas, optimizer, step):
+        saved(path, parts, emas, optimizer, step)
+        calls.append(step)
+        if len(calls) == 1:
+            raise Cut
+
+    monkeypatch.setattr(modules["fit"], "SAVE_EVERY", 2)
+    monkeypatch.setattr(modules["fit"], "save_state", cut_after_saving)
+    with pytest.raises(Cut):
+        fit(tmp_path / "cut", steps=4, batch=2)
+    same(fit(tmp_path / "cut", steps=4, batch=2), whole)
+    assert calls == [2, 4]
+
+
+def small_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=model.CROSS_DIM,
+        norm_num_groups=8,
+    )
+
+
+def test_a_resumed_base_fit_equals_an_uninterrupted_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit_base, "SHARD", 8)
+    monkeypatch.setattr(model, "unet", small_unet)
+    torch.manual_seed(0)
+    vae = model.vae().eval()
+    whole = fit_base.fit(vae, tmp_path / "a" / "base", steps=3, batch=4)
+    fit_base.fit(vae, tmp_path / "b" / "base", steps=3, batch=4, stop_at=1)
+    resumed = fit_base.fit(vae, tmp_path / "b" / "base", steps=3, batch=4)
+    same(resumed.unet, whole.unet)
+    same(resumed.text_encoder, whole.text_encoder)
+    a, b = (load_file(tmp_path / name / "base" / "state.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_batches_may_straddle_shards(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit_base, "SHARD", 8)
+    torch.manual_seed(0)
+    vae = model.vae().eval()
+    rows, tokens = fit_base._rows(lambda index: fit_base.prepare(vae, 1, index, tmp_path), range(5, 11))
+    direct = fit_base._encode(vae, 1, range(5, 11)) * vae.config.scaling_factor
+    assert torch.allclose(rows, direct.half().float(), atol=2e-3)
+    assert tokens.shape == (6, 20)
+
+
+def test_muon_steps_are_orthogonal_and_embeddings_are_left_to_adam() -> None:
+    torch.manual_seed(0)
+    for shape in ((32, 96), (96, 32), (64, 64)):
+        values = torch.linalg.svdvals(_orthogonal(torch.randn(shape)))
+        assert values.min() > 0.4
+        assert values.max() < 1.3
+    network = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    muon, adam = (group["params"] for group in MuonAdamW([network], 0.02).param_groups)
+    assert [tuple(p.shape) for p in muon] == [(8, 8)]
+    assert [tuple(p.shape) for p in adam] == [(10, 8), (8,), (8,), (8,)]
+
+
+def test_a_longer_run_shares_the_flat_part_of_the_schedule() -> None:
+    short, long = ([learning_rate(step, steps, 1.0, tail=0.5) for step in range(400)] for steps in (1000, 2000))
+    assert short == long
+    assert short[0] < short[199] == 1.0
+    assert learning_rate(999, 1000, 1.0) < 0.03
+
+
+def test_adam_part_matches_torch() -> None:
+    """The AdamW half without weight decay is torch's Adam with betas (0.9, 0.99)."""
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)
+    mine = MuonAdamW([ours], 0.1, adam_ratio=0.1)
+    mine.set_rate(0.1)
+    reference = torch.optim.Adam(theirs.parameters(), lr=0.01, betas=(0.9, 0.99))
+    for step in range(5):
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+        for module, optimizer in ((ours, mine), (theirs, reference)):
+            optimizer.zero_grad()
+            module(x).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from . import base, files
 from .errors import AdapterError, BaseMismatchError, FileError, FormatError
 from .keys import Adapter, Module, from_any, to_peft
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = ["Attached", "Source", "load", "open_source", "read_adapter"]
 
@@ -30,7 +31,7 @@ PEFT_FILE = "adapter_model.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
 GUIDER_FILE = "guider_config.json"
-_CONFIGS = {"lora": LoraConfig, "loha": LoHaConfig, "lokr": LoKrConfig}
+_CONFIGS = {"lora": "LoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig"}
 Guidance = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 
 
@@ -235,6 +236,8 @@ def _swapped(pipe: Any, part: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _injected(model: torch.nn.Module, adapter: Adapter, component: str, name: str, weight: float) -> Iterator[None]:
+    import peft  # seconds of imports, which only putting an adapter on a model needs
+
     if name in getattr(model, "peft_config", {}):
         raise AdapterError(f"name={name!r} is taken on this {component}; detach it first or choose another")
     fitted = replace(adapter, modules={**adapter.modules, **_fit(model, adapter, component)})
@@ -245,10 +248,10 @@ def _injected(model: torch.nn.Module, adapter: Adapter, component: str, name: st
     kind = settings.pop("peft_type").lower()
     before = _snapshot(model)
     try:
-        inject_adapter_in_model(_CONFIGS[kind](**settings), model, adapter_name=name)
-        result = set_peft_model_state_dict(model, state, adapter_name=name)
+        peft.inject_adapter_in_model(getattr(peft, _CONFIGS[kind])(**settings), model, adapter_name=name)
+        result = peft.set_peft_model_state_dict(model, state, adapter_name=name)
         _check_loaded(model, result, name, component)
-        for layer in _layers(model):
+        for _, layer in _tuners(model):
             if _has(layer, name):
                 layer.set_scale(name, weight)
                 layer.to(next(layer.get_base_layer().parameters()).device)
@@ -269,15 +272,16 @@ def _injected(model: torch.nn.Module, adapter: Adapter, component: str, name: st
 def _fit(model: torch.nn.Module, adapter: Adapter, component: str) -> dict[str, Module]:
     """The component's modules checked against the model; linear and 1x1-convolution shapes exchanged where needed."""
     layers = {n.removeprefix("text_model."): m for n, m in model.named_modules() if not n.endswith(".base_layer")}
+    tuners = {path.removeprefix("text_model."): tuner for path, tuner in _tuners(model)}
     fitted = {}
     for path, module in adapter.part(component).items():
         layer = layers.get(path)
-        if isinstance(layer, BaseTunerLayer):
-            if not any(_has_kind(layer, suffix) for suffix in module.tensors):
+        if path in tuners:
+            if not any(_has_kind(tuners[path], suffix) for suffix in module.tensors):
                 raise AdapterError(
                     f"{component}.{path} already carries another kind of adapter; detach or merge it first"
                 )
-            layer = layer.get_base_layer()
+            layer = tuners[path].get_base_layer()
         shape = getattr(getattr(layer, "weight", None), "shape", None)
         if shape is None:
             raise BaseMismatchError(
@@ -315,8 +319,11 @@ def _check_loaded(model: torch.nn.Module, result: Any, name: str, component: str
         raise FormatError(f"peft {word} {keys[0]!r} ({len(keys)} in all) on {component}")
 
 
-def _layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def _tuners(model: torch.nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    """The layers that carry an adapter, with their paths."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _has(layer: BaseTunerLayer, name: str) -> bool:
@@ -337,7 +344,7 @@ def _snapshot(model: torch.nn.Module) -> dict[str, Any]:
 
 def _remove(model: torch.nn.Module, name: str, before: dict[str, Any]) -> None:
     """Delete one adapter; layers that carry none after it become the plain layers they were."""
-    for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+    for path, layer in _tuners(model):
         if not _has(layer, name):
             continue
         layer.delete_adapter(name)

@@ -14,7 +14,7 @@ from adapters.metrics import Measure
 from adapters.sample import Shot
 from training.pocket import judge, scenes
 from training.pocket.fitting import pixels
-from training.pocket.judge import to_pixels
+from training.pocket.judging import to_pixels
 from training.pocket.world import CLASSES
 
 __all__ = ["PROMPT", "SUBJECT", "prompt_accuracy", "subject_similarity"]

@@ -21,11 +21,15 @@ class Stopped(Exception):
 def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
     """Runs a recipe's body; a `TrainingError` (or one of `kinds`) becomes `error: ...` on stderr and exit code 2.
 
+    So does what `training.environment` finds wrong with the installation, before the body starts.
     `Stopped` becomes its message on stderr and exit code 130, the shell's code for an interrupted command.
     Any other exception is a bug of ours and keeps its traceback.
     """
+    from . import environment  # which takes its error from here
+
     reported: tuple[type[Exception], ...] = (TrainingError, *kinds)
     try:
+        environment.check()
         yield
     except reported as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

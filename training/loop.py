@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def train(
         Stopped: SIGTERM or SIGINT came; the step was finished and saved.
     """
     out = Path(out)
+    if not settings.dry_run:
+        _make_folder(out)
     accelerator = make_accelerator(settings, out, say)
     tell = say if accelerator.is_main_process else _silent
     prepared = prepare(
@@ -122,6 +125,15 @@ def train(
         return None
     _resume(run)
     return _loop(run)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"out {out} cannot be made a folder ({error.strerror}); change out") from error
+    if not os.access(out, os.W_OK):
+        raise TrainingError(f"out {out} is not writable; change its permissions or out")
 
 
 def _silent(line: str) -> None:

@@ -18,7 +18,7 @@ from .errors import PocketError
 from .world import CONTROLS
 
 if TYPE_CHECKING:
-    from .judge import Judge
+    from .judging import Judge
 
 __all__ = ["VERSION", "PocketError", "base_hash", "base_path", "controlnet_path", "judge", "manifest"]
 
@@ -61,10 +61,10 @@ def controlnet_path(control: str) -> Path:
 
 @lru_cache(maxsize=1)
 def judge() -> Judge:
-    """The judge, ready to look (on the CPU, eval mode). See ``training.pocket.judge``."""
+    """The judge, ready to look (on the CPU, eval mode). See ``training.pocket.judging``."""
     from safetensors.torch import load_file
 
-    from .judge import Judge
+    from .judging import Judge
 
     network = Judge()
     network.load_state_dict(load_file(_checked("judge") / "judge.safetensors"))

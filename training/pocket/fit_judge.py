@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import scenes
 from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
-from .judge import NEAR_MISS, Judge
+from .judging import NEAR_MISS, Judge
 from .sprites import sprite
 from .world import BACKGROUNDS, CLASSES, COLOURS
 

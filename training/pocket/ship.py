@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from . import DATA, VERSION, model, tokenizer
 from .fit_base import Base
-from .judge import Judge
+from .judging import Judge
 
 __all__ = ["LIMITS", "base", "controlnet", "judge", "pipeline", "write_manifest"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .arms import CFG, METHODS, Dose, Interval, Placebo, Pointwise, guidance
 from .attach import Run, attach
 from .config import GuiderConfig, from_config, read_config, to_config
 from .errors import ScfgError
-from .guidance import CFG, METHODS, Dose, Interval, Placebo, Pointwise, SemanticCFG, guidance
+from .guidance import SemanticCFG
 from .trace import Step
 from .words import Word, prompt_words
 

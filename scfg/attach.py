@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from .arms import guidance as guidance_by_name
 from .attention import eager
 from .errors import ScfgError
 from .guidance import SemanticCFG
-from .guidance import guidance as guidance_by_name
 from .pipelines import PipelineView
 from .regions import Regions
 from .scale import ScaleMap, image_seed, rewrite

@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .arms import METHODS, guidance
 from .attach import Run
 from .errors import ScfgError
-from .guidance import METHODS, SemanticCFG, guidance
+from .guidance import SemanticCFG
 from .pipelines import PipelineView
 
 __all__ = ["CLASS_NAME", "GuiderConfig", "from_config", "read_config", "to_config"]

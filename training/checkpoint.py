@@ -23,7 +23,17 @@ from torch import Tensor
 from . import config
 from .errors import TrainingError
 
-__all__ = ["State", "atomic_folder", "differences", "find", "load", "refuse_changes", "restore_optimizer", "save"]
+__all__ = [
+    "State",
+    "atomic_folder",
+    "differences",
+    "find",
+    "load",
+    "make_folder",
+    "refuse_changes",
+    "restore_optimizer",
+    "save",
+]
 
 PREFIX = "step-"
 # Settings that may differ between a checkpoint and the run that goes on from it: they do not change the weights.
@@ -150,6 +160,16 @@ def load(path: Path) -> State:
         )
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise TrainingError(f"checkpoint {path} cannot be read ({error}); resume from another one") from error
+
+
+def make_folder(out: Path) -> None:
+    """Raises `TrainingError` where `out` cannot be made, or not be written into."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"out {out} cannot be made a folder ({error.strerror}); change out") from error
+    if not os.access(out, os.W_OK):
+        raise TrainingError(f"out {out} is not writable; change its permissions or out")
 
 
 def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: list[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ from .signals import Signals
 from .views import Views
 
 __all__ = ["Result", "train"]
-
-AGREE_EVERY = 8  # steps between the looks of several processes at each other's stop signals; each look waits for all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +96,7 @@ def train(
     """
     out = Path(out)
     if not settings.dry_run:
-        _make_folder(out)
+        checkpoint.make_folder(out)
     accelerator = make_accelerator(settings, out, say)
     tell = say if accelerator.is_main_process else _silent
     prepared = prepare(
@@ -125,15 +122,6 @@ def train(
         return None
     _resume(run)
     return _loop(run)
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"out {out} cannot be made a folder ({error.strerror}); change out") from error
-    if not os.access(out, os.W_OK):
-        raise TrainingError(f"out {out} is not writable; change its permissions or out")
 
 
 def _silent(line: str) -> None:
@@ -228,7 +216,7 @@ def _loop(run: _Run) -> Result:
             loss = _step(run, micros, parameters)
             run.step += 1
             log.add(loss)
-            stopping = _agreed(run, stop.number)
+            stopping = stop.agreed(accelerator, run.step)
             last = run.step == settings.steps
             saving = stopping or last or run.step % settings.save_every == 0
             if run.step % settings.log_every == 0 or saving:
@@ -286,16 +274,6 @@ def _all_reached(run: _Run) -> None:
             raise TrainingError(
                 f"no gradient reaches {name}, it would not train; check what method {run.method.name} trains"
             )
-
-
-def _agreed(run: _Run, signalled: int) -> bool:
-    """Whether to stop now; several processes stop at the same step, whichever of them was signalled."""
-    if run.accelerator.num_processes == 1:
-        return bool(signalled)
-    if run.step % AGREE_EVERY:
-        return False
-    flag = torch.tensor(float(signalled), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flag, "sum") > 0)
 
 
 def _save(run: _Run) -> None:

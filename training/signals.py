@@ -6,7 +6,12 @@ import signal
 import threading
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 __all__ = ["Signals"]
+
+AGREE_EVERY = 8  # steps between the looks of several processes at each other's signals; each look waits for all
 
 
 class Signals:
@@ -25,6 +30,15 @@ class Signals:
     def _note(self, number: int, frame: Any) -> None:
         self.number = number
         signal.signal(number, self._before[number])
+
+    def agreed(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether to stop after `step`; all processes stop at the same one, whichever of them was signalled."""
+        if accelerator.num_processes == 1:
+            return bool(self.number)
+        if step % AGREE_EVERY:
+            return False
+        flag = torch.tensor(float(self.number), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum") > 0)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():

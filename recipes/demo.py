@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps and pictures only: does it run?")
     options = parser.parse_args()
     begin = time.perf_counter()
+    quiet()
 
     subject = json.loads((HERE / "subjects" / options.subject / "subject.json").read_text())
     settings = training(options)
@@ -53,6 +54,16 @@ def main() -> None:
         f"\n{time.perf_counter() - begin:.0f} s in all. Open {folder / 'report.html'}; "
         f"pictures side by side: {options.out / 'sheet.png'}"
     )
+
+
+def quiet() -> None:
+    """Loading takes a second: no bars for it, and no word on image processors that nothing here uses."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def training(options: argparse.Namespace) -> dreambooth_lora.Settings:
@@ -165,13 +176,14 @@ def ship(
 
 def table(gains: adapters.Gains) -> str:
     """Every arm's mean, and its paired difference to CFG with the 95 % interval."""
-    lines = [f"{'arm':>10}  {'metric':<20} {'mean':>6}  difference to CFG"]
+    lines = []
     differences = {(c.arm, c.metric): c for c in gains.contrasts}
-    for summary in gains.arms:
-        for metric, value in summary["metrics"].items():
+    for metric in gains.arms[0]["metrics"]:
+        lines.append(f"{metric:<20} {'mean':>6}  difference to CFG [95 % interval]")
+        for summary in gains.arms:
             contrast = differences.get((summary["name"], metric))
             said = f"{contrast.difference:+.3f} [{contrast.low:+.3f}, {contrast.high:+.3f}]" if contrast else ""
-            lines.append(f"{summary['name']:>10}  {metric:<20} {value['mean']:6.3f}  {said}")
+            lines.append(f"  {summary['name']:<18} {summary['metrics'][metric]['mean']:6.3f}  {said}".rstrip())
     return "\n".join(lines)
 
 

@@ -127,7 +127,7 @@ def controlnet(name: str, steps: dict) -> None:
     from training import controlnet as method
     from training import loop, models
     from training.config import ControlNetSettings, TrainSettings
-    from training.pocket import base_path
+    from training.pocket import base_hash, base_path
     from training.pocket import ship as shipping
     from training.pocket.control import Scenes
     from training.views import Views
@@ -147,7 +147,7 @@ def controlnet(name: str, steps: dict) -> None:
         method.prepare(parts, ControlNetSettings()),
         Views(Scenes(control=name, count=6000), resolution=64, multiple=parts.multiple),
         settings,
-        out=RUNS / f"controlnet-{name}",
+        out=RUNS / f"controlnet-{name}-{base_hash()[:8]}",  # another base, another training
     )
     assert result is not None
     shipping.controlnet(name, ControlNetModel.from_pretrained(result.folder))

@@ -22,7 +22,7 @@ from .config import DreamBoothSettings, ObjectiveSettings
 from .errors import TrainingError
 from .feed import seed_of
 from .method import Method, Weights, denoise_step
-from .models import Parts, fingerprint, pipeline
+from .models import Parts, pipeline
 from .objective import build
 from .ranks import state
 from .views import Views
@@ -145,7 +145,7 @@ def class_images(
     """
     wanted = {
         "prompt": prompt,
-        "base": fingerprint(parts.unet, parts.vae, *parts.text_encoders),
+        "base": parts.identity,
         "scheduler": parts.scheduler.get("_class_name", ""),
         "steps": steps,
         "guidance_scale": guidance_scale,

@@ -111,6 +111,7 @@ def train(
         say=tell,
     )
     facts = {
+        "base model": method.parts.identity,
         "training method": method.name,
         "samples per step": prepared.feed.per_step,
         "content of the data": _digest(prepared.names),

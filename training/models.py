@@ -50,6 +50,8 @@ class Parts:
     """The base's model_index.json."""
     factor: int
     """Pixels per latent."""
+    identity: str
+    """`fingerprint` of all weights as loaded; a run resumes on the base it began on."""
 
     def release(self, *, vae: bool) -> None:
         """Drops the text encoders, and with `vae` the VAE, once what they give is cached; frees their memory."""
@@ -105,6 +107,7 @@ def load(base: str | Path, *, revision: str | None = None, variant: str | None =
         scheduler=scheduler,
         index=index,
         factor=2 ** (len(vae.config.block_out_channels) - 1),
+        identity=fingerprint(unet, vae, *encoders),
     )
 
 

@@ -122,6 +122,14 @@ def test_resuming_with_other_settings_or_data_is_refused(base: Path, pictures: P
         resumed(learning_rate=0.5, seed=4)
     with pytest.raises(TrainingError, match=r"samples per step: 4 -> 2"):
         resumed(accumulation=1)
+    weights = base / "vae" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-4] + b"\0\0\0\1")
+    try:
+        with pytest.raises(TrainingError, match=r"base model: \w+ -> \w+"):
+            resumed()
+    finally:
+        weights.write_bytes(before)
     (pictures / "0.txt").write_text("another caption")
     with pytest.raises(TrainingError, match="content of the data: "):
         resumed()

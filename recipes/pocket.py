@@ -80,6 +80,7 @@ def judge(steps: dict, device: str) -> None:
     fitted = fit_judge.fit(RUNS / "judge", **steps, device=device)
     print(json.dumps(fit_judge.accuracy(fitted)))
     shipping.judge(fitted)
+    shipping.write_manifest()
 
 
 def latents(shards: str, device: str) -> None:

@@ -89,7 +89,7 @@ def fit(
     vae: AutoencoderKL,
     out: Path,
     *,
-    steps: int = 3700,
+    steps: int = 3400,
     batch: int = 32,
     peak: float = 0.02,
     ema_decay: float = 0.999,

@@ -39,7 +39,7 @@ class Labels:
     colours: Tensor
 
 
-def fit(out: Path, *, steps: int = 5000, batch: int = 32, peak: float = 0.02, device: str = "cpu") -> Judge:
+def fit(out: Path, *, steps: int = 3200, batch: int = 32, peak: float = 0.02, device: str = "cpu") -> Judge:
     """Fit for ``steps`` and return the averaged judge; continues from ``out/state.safetensors`` where that is."""
     torch.manual_seed(SEED)
     judge = Judge().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

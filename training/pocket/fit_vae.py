@@ -21,7 +21,7 @@ __all__ = ["fit", "psnr", "refine"]
 SAVE_EVERY = 200
 
 
-def fit(out: Path, *, steps: int = 2400, batch: int = 8, peak: float = 0.03, device: str = "cpu") -> AutoencoderKL:
+def fit(out: Path, *, steps: int = 1600, batch: int = 8, peak: float = 0.03, device: str = "cpu") -> AutoencoderKL:
     """Fit for ``steps`` and return the averaged model; continues from ``out/state.safetensors`` where that is."""
     torch.manual_seed(TRAIN_SEED)
     vae = _fresh().to(device, memory_format=torch.channels_last)
@@ -46,7 +46,7 @@ def fit(out: Path, *, steps: int = 2400, batch: int = 8, peak: float = 0.03, dev
 
 
 def refine(
-    vae: AutoencoderKL, out: Path, *, steps: int = 1500, batch: int = 8, peak: float = 0.015, device: str = "cpu"
+    vae: AutoencoderKL, out: Path, *, steps: int = 5200, batch: int = 8, peak: float = 0.015, device: str = "cpu"
 ) -> AutoencoderKL:
     """Fit the decoder further under a frozen encoder, so that a U-net already fitted on its latents stays right.
 

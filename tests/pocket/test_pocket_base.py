@@ -83,7 +83,7 @@ def test_prompts_steer_the_pictures(pipe) -> None:
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_controlnet_is_followed(pipe, control: str) -> None:
     found = evaluate.controlled(pipe, control, count=16)
-    assert found["with"] > 2 * found["without"]
+    assert found["with"] > found["without"] + 0.1
 
 
 @pytest.mark.parametrize("control", CONTROLS)

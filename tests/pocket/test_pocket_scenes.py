@@ -31,7 +31,7 @@ def test_a_caption_reads_back_as_its_description() -> None:
 
 
 def test_objects_stand_as_said() -> None:
-    related = [s for s in (scenes.sample(1, i) for i in range(160)) if s.description.relation]
+    related = [s for s in (scenes.sample(1, i) for i in range(200)) if s.description.relation]
     assert len(related) > 30
     for scene in related:
         (x1, y1), (x2, y2) = (placed.centre for placed in scene.objects)

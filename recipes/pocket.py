@@ -192,6 +192,7 @@ def figures() -> None:
         "reconstruction": evaluate.reconstruction(pipe),
         "one object": evaluate.prompt_scores(pipe, [p for s in range(4) for p in evaluate.single_prompts(s)], 1000),
         "two objects": evaluate.prompt_scores(pipe, [p for s in range(4) for p in evaluate.pair_prompts(s)], 2000),
+        f"v-loss at {evaluate.LEVEL_TIMESTEPS}": evaluate.levels(pipe),
         "seconds for four pictures": evaluate.latency(pipe),
         **{control: evaluate.controlled(pipe, control) for control in CONTROLS},
     }

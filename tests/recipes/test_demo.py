@@ -73,25 +73,26 @@ def test_arms_differ_where_they_should(demo) -> None:
     assert (np.asarray(cfg.image) != np.asarray(semantic.image)).any()
 
 
-def test_a_torchvision_that_does_not_load_is_named_with_the_remedy(tmp_path: Path) -> None:
-    package, facts = tmp_path / "torchvision", tmp_path / "torchvision-0.27.0.dist-info"
-    package.mkdir()
-    (package / "__init__.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")\n')
-    facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.27.0\n")
-    done = recipe("demo", "--quick", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    assert "pip uninstall torchvision" in done.stderr
-    assert "Traceback" not in done.stderr
+BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 
 
-def test_an_old_torch_is_named_with_the_remedy(tmp_path: Path) -> None:
-    facts = tmp_path / "torch-2.3.1.dist-info"
+@pytest.mark.parametrize(
+    ("package", "version", "code", "said"),
+    [
+        ("torchvision", "0.27.0", BROKEN, "pip uninstall torchvision"),
+        ("torch", "2.3.1", None, "torch 2.3.1 is installed, at least 2.6 is needed"),
+    ],
+)
+def test_a_wrong_installation_is_named_with_the_remedy(tmp_path: Path, package, version, code, said) -> None:
+    facts = tmp_path / f"{package}-{version}.dist-info"
     facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.3.1\n")
+    (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    if code:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(code)
     done = recipe("demo", "--quick", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
-    assert "torch 2.3.1 is installed, at least 2.6 is needed" in done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 

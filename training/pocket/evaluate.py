@@ -12,11 +12,22 @@ from PIL import Image
 
 from . import base_path, controlnet_path, fit_judge, fit_vae, judge, scenes
 from .control import condition
+from .fitting import pixels
 from .world import BACKGROUNDS, CLASSES, COLOURS, TINTABLE
 
-__all__ = ["controlled", "generate", "latency", "pair_prompts", "prompt_scores", "reconstruction", "single_prompts"]
+__all__ = [
+    "controlled",
+    "generate",
+    "latency",
+    "levels",
+    "pair_prompts",
+    "prompt_scores",
+    "reconstruction",
+    "single_prompts",
+]
 
 STEPS, GUIDANCE_SCALE = 25, 4.0
+LEVEL_TIMESTEPS = (200, 500, 700, 900)
 
 
 def generate(pipe, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8, **inputs) -> list[Image.Image]:
@@ -133,6 +144,30 @@ def _class_iou(images: Sequence[Image.Image], held_out: Sequence[scenes.Scene]) 
             union = ((labels == label) | (truth == label)).sum()
             values.append(((labels == label) & (truth == label)).sum() / union)
     return float(np.mean(values))
+
+
+@torch.no_grad()
+def levels(pipe: StableDiffusionPipeline, count: int = 64) -> dict[str, list[float]]:
+    """What the U-net's lower levels are worth: v-loss on held-out scenes at fixed timesteps and noise, whole and with
+    a part's output set to zero."""
+    drawn = [scenes.sample(scenes.HELD_OUT_SEED, i) for i in range(count)]
+    latents = pipe.vae.encode(pixels(scene.image for scene in drawn)).latent_dist.mean * pipe.vae.config.scaling_factor
+    prompt_embeds, _ = pipe.encode_prompt([scene.caption for scene in drawn], pipe.device, 1, False)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9))
+
+    def loss(timestep: int) -> float:
+        timesteps = torch.full((count,), timestep)
+        noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+        target = pipe.scheduler.get_velocity(latents, noise, timesteps)
+        found = pipe.unet(noisy, timesteps, prompt_embeds).sample
+        return round((found - target).square().mean().item(), 4)
+
+    values = {"whole": [loss(t) for t in LEVEL_TIMESTEPS]}
+    for part in ("mid_block", "up_blocks.0", "up_blocks.1"):
+        handle = pipe.unet.get_submodule(part).register_forward_hook(lambda module, inputs, out: torch.zeros_like(out))
+        values[f"without {part}"] = [loss(t) for t in LEVEL_TIMESTEPS]
+        handle.remove()
+    return values
 
 
 def latency(pipe, rounds: int = 5) -> float:

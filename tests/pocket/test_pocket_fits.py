@@ -103,10 +103,40 @@ def test_muon_steps_are_orthogonal_and_embeddings_are_left_to_adam() -> None:
     assert [tuple(p.shape) for p in adam] == [(10, 8), (8,), (8,), (8,)]
 
 
-def test_a_longer_run_shares_the_flat_part_of_the_schedule() -> None:
-    short, long = ([learning_rate(step, steps, 1.0, tail=0.5) for step in range(400)] for steps in (1000, 2000))
-    assert short == long
-    assert short[0] < short[199] == 1.0
+def test_gram_newton_schulz_is_newton_schulz() -> None:
+    """Against the iteration as published (Jordan et al. 2024), on a badly conditioned matrix."""
+    matrix = torch.randn(24, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -3, 96)
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    assert torch.allclose(_orthogonal(matrix), x, atol=1e-4)
+    assert torch.allclose(_orthogonal(matrix.T), x.T, atol=1e-4)
+
+
+def test_kept_norms_stay_through_steps() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    optimizer = MuonAdamW([network], 0.05, weight_decay=0.0, keep_norm=True)
+    for step in range(4):
+        network(torch.randn(6, 8, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in network.named_parameters():
+        assert not torch.equal(value, before[name])
+        if value.ndim == 2:
+            assert torch.allclose(value.norm(), before[name].norm(), rtol=1e-5)
+
+
+def test_a_longer_run_shares_the_part_before_the_tail() -> None:
+    for settle in (None, 250):
+        short, long = (
+            [learning_rate(step, steps, 1.0, tail=0.5, settle=settle) for step in range(400)] for steps in (1000, 2000)
+        )
+        assert short == long
+        assert short[0] < short[199] == 1.0
+    assert learning_rate(999, 4000, 1.0, settle=250) == 0.5
     assert learning_rate(999, 1000, 1.0) < 0.03
 
 

@@ -32,7 +32,8 @@ __all__ = ["SHARD", "Base", "fit", "held_out_loss", "prepare", "scale"]
 SHARD = 2048
 SNR_CAP = 5.0
 DROP = 0.1
-TAIL = 0.5  # the share of the steps over which the learning rate falls
+TAIL = 0.35  # the share of the steps over which the learning rate falls to nothing
+SETTLE = 500  # the step from which it falls as 1 / sqrt(step) before that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def fit(
     vae: AutoencoderKL,
     out: Path,
     *,
-    steps: int = 3400,
+    steps: int = 6000,
     batch: int = 32,
     peak: float = 0.02,
     ema_decay: float = 0.999,
@@ -99,11 +100,12 @@ def fit(
 ) -> Base:
     """Fit up to ``steps`` and return the averaged parts; continues from ``out/state.safetensors`` where that is.
 
-    ``steps`` may grow between runs: the learning rate is flat before its tail. ``stop_at`` ends a run early.
+    ``steps`` may grow between runs: before its tail the learning rate does not depend on it.
+    ``stop_at`` ends a run early.
     """
     live, averaged = build(device), build(device)
     modules = live.parts()
-    optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03)
+    optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03, weight_decay=0.0, keep_norm=True)
     emas = {name: Ema(module, ema_decay) for name, module in modules.items()}
     state = out / "state.safetensors"
     begin = load_state(state, modules, emas, optimizer) if state.exists() else 0
@@ -112,7 +114,7 @@ def fit(
     bar = tqdm(range(begin, end), initial=begin, total=steps, desc="base", mininterval=10)
     for step in bar:
         latents, tokens = _rows(shards, range(step * batch, (step + 1) * batch))
-        optimizer.set_rate(learning_rate(step, steps, peak, tail=TAIL))
+        optimizer.set_rate(learning_rate(step, steps, peak, tail=TAIL, settle=SETTLE))
         loss = _loss(live, latents.to(device), tokens.to(device), seeded(TRAIN_SEED, step))
         loss.backward()
         optimizer.step()

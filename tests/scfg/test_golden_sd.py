@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from safetensors.torch import load_file
 
 from scfg import SemanticCFG, attach
 from scfg.regions import RegionAverage, complete, one_hot
@@ -67,20 +70,28 @@ def test_plain_cfg_matches_the_recorded_run_and_is_bit_identical_to_the_bare_pip
     assert relative_error(bare, sd_reference["cfg_ddim.final"]) < 1e-4
 
 
+def assert_recorded_attention_gives_the_recorded_masks(recorded, run, step):
+    """The pure tensors alone, from the published code's own attention maps (unconditional half first)."""
+    average = RegionAverage((8, 8), sigma=0.5)
+    for ratio, grid, layers in ((4, (8, 8), 3), (8, (4, 4), 1)):
+        for layer in range(layers):
+            own = recorded[f"{run}.step{step}.r{ratio}_self.{layer}"]
+            cross = recorded[f"{run}.step{step}.r{ratio}_cross.{layer}"]
+            uncond, cond = complete(own.matmul, cross, completion="published", steps=4).chunk(2)
+            average.add_tokens(cond, grid)
+            average.add_pair(torch.stack([uncond[:, :, 0], uncond[:, :, 1:].sum(-1)], dim=-1), grid)
+    regions = average.regions()
+    assert torch.equal(one_hot(regions.index, 77), recorded[f"{run}.step{step}.region_mask"])
+    assert torch.equal(regions.foreground[:, None].float(), recorded[f"{run}.step{step}.foreground_mask"])
+
+
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("step", [0, 5])
 def test_recorded_attention_gives_the_recorded_masks(run, step, sd_reference):
-    """The pure tensors alone, from the published code's own attention maps."""
-    average = RegionAverage((8, 8), sigma=0.5)
-    images = sd_reference[f"{run}.init"].shape[0]
-    for ratio, grid, layers in ((4, (8, 8), 3), (8, (4, 4), 1)):
-        for layer in range(layers):
-            own = sd_reference[f"{run}.step{step}.r{ratio}_self.{layer}"]
-            cross = sd_reference[f"{run}.step{step}.r{ratio}_cross.{layer}"]
-            done = complete(own.matmul, cross, completion="published", steps=4)
-            average.add_tokens(done[images:], grid)
-            pair = torch.stack([done[:images, :, 0], done[:images, :, 1:].sum(-1)], dim=-1)
-            average.add_pair(pair, grid)
-    regions = average.regions()
-    assert torch.equal(one_hot(regions.index, 77), sd_reference[f"{run}.step{step}.region_mask"])
-    assert torch.equal(regions.foreground[:, None].float(), sd_reference[f"{run}.step{step}.foreground_mask"])
+    assert_recorded_attention_gives_the_recorded_masks(sd_reference, run, step)
+
+
+@pytest.mark.parametrize(("run", "step"), [("scfg_g3", 0), ("scfg_neg", 5)])
+def test_recorded_attention_that_ships_gives_the_recorded_masks(run, step):
+    recorded = load_file(Path(__file__).parents[1] / "data" / "golden_attention.safetensors")
+    assert_recorded_attention_gives_the_recorded_masks(recorded, run, step)

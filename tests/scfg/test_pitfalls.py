@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import scfg_tiny as tiny
 import torch
@@ -261,6 +263,25 @@ def test_half_precision_weights(dtype, pipe):
     assert latents.dtype == dtype
     assert latents.isfinite().all()
     assert trace[0].gamma.dtype == torch.float32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_projections(bits, pipe):
+    """Projections held in 8 or 4 bits: no further from full precision than plain CFG on them is, or hardly."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = {8: functools.partial(bnb.nn.Linear8bitLt, has_fp16_weights=False), 4: bnb.nn.Linear4bit}[bits]
+    (want, _), full_precision = run(pipe), bare(pipe)
+    for module in [module for module in pipe.unet.modules() if hasattr(module, "to_k")]:
+        for name in ("to_q", "to_k"):
+            full = getattr(module, name)
+            small = layer(full.in_features, full.out_features, bias=full.bias is not None)
+            small.load_state_dict(full.state_dict())
+            setattr(module, name, small.to("cpu"))  # moving is what quantises
+    plain = bare(pipe)
+    got, trace = run(pipe)
+    assert 0 < (got - want).norm() < 1.5 * (plain - full_precision).norm()
+    assert any((step.gamma != 1).any() for step in trace)
+    assert torch.equal(bare(pipe), plain)
 
 
 def test_autocast_is_off_inside(pipe):

@@ -6,14 +6,15 @@ a pipeline, `verify.verify` recomputes its numbers.
 
 from __future__ import annotations
 
-from . import attach, compose, files, gains, keys, metrics, report, sample, ship, tune, verify
+from . import attach, compose, files, gains, keys, metrics, report, sample, ship, table, tune, verify
 from .attach import Attached, load
 from .base import describe
 from .card import Card
 from .errors import AdapterError, BaseMismatchError, FileError, FormatError, GainsError
-from .gains import Design, Gains, Row
+from .gains import Design, Gains
 from .keys import Adapter
 from .sample import Shot
+from .table import Row
 
 __all__ = [
     "Adapter",
@@ -39,6 +40,7 @@ __all__ = [
     "report",
     "sample",
     "ship",
+    "table",
     "tune",
     "verify",
 ]

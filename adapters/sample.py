@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
 
 from .errors import AdapterError
 
@@ -105,7 +107,9 @@ def images(
     todo = [unit for unit in units if unit not in done]
     if todo:
         with around if isinstance(around, AbstractContextManager) else around() as run:
-            for start in range(0, len(todo), batch_size):
+            hidden = rank != 0 or not sys.stderr.isatty()
+            bar = tqdm(range(0, len(todo), batch_size), desc=arm or None, unit="batch", leave=False, disable=hidden)
+            for start in bar:
                 batch = todo[start : start + batch_size]
                 arguments = {**_arguments(negative_prompt, height, width, len(batch)), **_inputs(inputs, batch)}
                 shots = _batch(pipe, batch, arm, steps=steps, guidance_scale=guidance_scale, arguments=arguments)

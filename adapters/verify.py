@@ -9,7 +9,8 @@ from typing import Any
 
 from . import files
 from .errors import FileError, GainsError
-from .gains import Design, Gains, compare, read_csv
+from .gains import Design, Gains, compare
+from .table import read_csv
 
 __all__ = ["recompute", "verify"]
 

@@ -125,7 +125,7 @@ def measure(shots: Mapping[str, Sequence[adapters.Shot]], subject: dict) -> tupl
         prompt_accuracy(subject["identifier"]),
         subject_similarity(HERE / "subjects" / subject["class"], subject["class"]),
     ]
-    rows = adapters.gains.tabulate(shots, metrics)
+    rows = adapters.table.tabulate(shots, metrics)
     design = adapters.Design(
         arm="S-CFG",
         baseline="CFG",

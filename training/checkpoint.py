@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import config
 from .errors import TrainingError
+from .sharding import like
 
 __all__ = [
     "State",
@@ -218,7 +219,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     rest: dict[str, dict[str, Any]] = {}
     for number, values in state["state"].items():
-        for name, value in values.items():
+        for name, value in _spread(values):
             if isinstance(value, Tensor):
                 tensors[f"{number}.{name}"] = value
             else:
@@ -226,15 +227,29 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"state": rest, "groups": [_json_group(group) for group in state["param_groups"]]}
 
 
+def _spread(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(`name/inner`, value): 8-bit optimizers keep their state a level deeper."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _spread(value, f"{above}{name}/")
+        else:
+            yield f"{above}{name}", value
+
+
 def _json_group(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
 
 
 def _join(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in plain["state"].items()}
-    for key, tensor in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
+    values = {f"{number}.{name}": value for number, rest in plain["state"].items() for name, value in rest.items()}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**values, **tensors}.items():
+        number, _, path = key.partition(".")
+        *above, name = path.split("/")
+        place = state.setdefault(int(number), {})
+        for outer in above:
+            place = place.setdefault(outer, {})
+        place[name] = value
     return {"state": state, "param_groups": plain["groups"]}
 
 
@@ -245,7 +260,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
         {key: tuple(value) if isinstance(mine.get(key), tuple) else value for key, value in group.items()}
         for mine, group in zip(now, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {
+            key: like(value, parameters[number]) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+        for number, values in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import TrainSettings
 from .method import Method
+from .sharding import local
 
 __all__ = ["Estimate", "activation_bytes", "estimate", "table"]
 
@@ -65,7 +66,8 @@ def table(method: Method) -> list[str]:
 
 def activation_bytes(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
     """Runs the forward pass; returns its losses and the bytes it keeps for the backward pass, weights left out."""
-    known = {item.untyped_storage().data_ptr() for item in model.parameters()}
+    with torch.no_grad():
+        known = {local(item).untyped_storage().data_ptr() for item in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -93,11 +95,14 @@ def estimate(
     trained = method.trainable().values()
     for parameter in trained:
         parameter.grad = None
-    numbers = sum(item.numel() for item in trained)
+    with torch.no_grad():
+        numbers = sum(local(item).numel() for item in trained)
     modules = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
     held = {id(item): item for module in modules for item in module.parameters()}.values()
+    with torch.no_grad():
+        weights = sum(local(item).numel() * item.element_size() for item in held)
     return Estimate(
-        weights=sum(item.numel() * item.element_size() for item in held),
+        weights=weights,
         gradients=4 * numbers,
         optimizer=STATE_BYTES.get(settings.optimizer, 8) * numbers,
         average=4 * numbers if settings.ema else 0,

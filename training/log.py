@@ -1,9 +1,10 @@
-"""Loss and speed as lines, `log.jsonl` and tracker values; reads the loss from the device only when it writes."""
+"""Loss and speed: lines, a bar, `log.jsonl`, trackers; the loss is read from the device only when it is written."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from torch import Tensor
 
 from .errors import TrainingError
@@ -35,11 +37,14 @@ class Log:
         self._sum: Tensor | None = None
         self._count, self._since = 0, time.perf_counter()
         self._file = _reopened(path, step) if accelerator.is_main_process else None
+        # Into a file or pipe the lines say it all; a bar would fill it with itself.
+        self._bar = tqdm(total=steps, initial=step, unit="step", leave=False, disable=not sys.stderr.isatty())
 
     def add(self, loss: Tensor) -> None:
         """Takes a step's loss () on the device."""
         self._sum = loss if self._sum is None else self._sum + loss
         self._count += 1
+        self._bar.update()
 
     def write(self, step: int, rate: float, saved: Path | None) -> None:
         """Writes the mean loss since the last time.
@@ -62,7 +67,9 @@ class Log:
         self.note(step, {"loss": loss, "images_per_second": speed, "learning_rate": rate})
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
         left = (self.steps - step) * seconds / 60
-        self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  {left:.1f} min left{memory}")
+        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        with self._bar.external_write_mode():
+            self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  {left:.1f} min left{memory}")
         self._sum, self._count, self._since = None, 0, time.perf_counter()
 
     def note(self, step: int, values: dict[str, float]) -> None:
@@ -73,6 +80,7 @@ class Log:
             self.accelerator.log(values, step=step)
 
     def close(self) -> None:
+        self._bar.close()
         if self._file is not None:
             self._file.close()
 

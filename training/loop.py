@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import checkpoint, config, optim, validate
+from . import checkpoint, config, optim, sharding, validate
 from .cache import Region
 from .config import TrainSettings
 from .dreambooth import Prior
@@ -146,8 +146,12 @@ def _start(
     if not trainable:
         raise TrainingError(f"nothing trains in method {method.name}")
     stepper = Stepper(method, prepared.dtype, accelerator.device)
-    optimizer = optim.build(trainable, settings)
-    model, optimizer = accelerator.prepare(stepper, optimizer)
+    if sharding.asked(accelerator):
+        sharding.divide(method, settings, accelerator)
+        trainable = method.trainable()  # other tensors now
+        model, optimizer = stepper, optim.build(trainable, settings)
+    else:
+        model, optimizer = accelerator.prepare(stepper, optim.build(trainable, settings))
     fp16 = settings.precision == "fp16"
     return _Run(
         settings=settings,
@@ -183,7 +187,7 @@ def _resume(run: _Run) -> None:
     )
     with torch.no_grad():
         for name, parameter in run.trainable.items():
-            parameter.copy_(state.weights[name])
+            sharding.local(parameter).copy_(sharding.local(sharding.like(state.weights[name], parameter)))
     checkpoint.restore_optimizer(_bare(run.optimizer), state.optimizer)
     if run.ema is not None and state.ema is not None:
         run.ema.load([state.ema[name] for name in run.trainable], state.ema_updates)
@@ -210,7 +214,8 @@ def _loop(run: _Run) -> Result:
     stop = Signals()
     began = time.perf_counter()
     parameters = list(run.trainable.values())
-    with stop, contextlib.closing(run.prepared.feed.ahead(run.step, settings.steps, settings.workers)) as batches:
+    ahead = run.prepared.feed.ahead(run.step, settings.steps, settings.workers)
+    with stop, contextlib.closing(log), contextlib.closing(ahead) as batches:
         if run.step == 0:
             _validate(run, log)
         for micros in batches:
@@ -231,7 +236,6 @@ def _loop(run: _Run) -> Result:
                 raise Stopped(f"stopped after step {run.step}, saved {run.saved}; go on with --train.resume latest")
     seconds = time.perf_counter() - began
     folder = _ship(run)
-    log.close()
     accelerator.end_training()
     return Result(folder=folder, checkpoint=run.saved, step=run.step, losses=log.losses, seconds=seconds)
 
@@ -246,6 +250,7 @@ def _step(run: _Run, micros: list[dict[str, Any]], parameters: list[nn.Parameter
     for number, micro in enumerate(micros):
         batch = run.prepared.ready(micro)
         last = number == len(micros) - 1
+        sharding.sync(run.method, gradients=last)
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
             loss = (run.model(batch) * batch["weight"]).mean() / len(micros)
             (loss if run.scaler is None else run.scaler.scale(loss)).backward()
@@ -280,13 +285,14 @@ def _all_reached(run: _Run) -> None:
 def _save(run: _Run) -> None:
     """Writes a checkpoint from the main process; all processes learn whether that went well."""
     trouble: list[TrainingError] = []
+    weights, optimizer = sharding.whole(run.trainable), sharding.whole(_bare(run.optimizer).state_dict())
+    average = sharding.whole(dict(zip(run.trainable, run.ema.average, strict=True))) if run.ema else None
     if run.accelerator.is_main_process:
-        names = list(run.trainable)
         state = checkpoint.State(
             step=run.step,
-            weights=dict(run.trainable),
-            optimizer=_bare(run.optimizer).state_dict(),
-            ema=dict(zip(names, run.ema.average, strict=True)) if run.ema else None,
+            weights=weights,
+            optimizer=optimizer,
+            ema=average,
             ema_updates=run.ema.updates if run.ema else 0,
             scaler=run.scaler.state_dict() if run.scaler else None,
             facts=run.facts,
@@ -305,6 +311,7 @@ def _validate(run: _Run, log: Log) -> None:
     settings, prepared = run.settings, run.prepared
     if not settings.validation.prompts and not prepared.fixed:
         return
+    divided = sharding.asked(run.accelerator)
     if run.ema is not None:
         run.ema.swap()
     try:
@@ -321,8 +328,10 @@ def _validate(run: _Run, log: Log) -> None:
                 device=run.accelerator.device,
                 size=prepared.size,
                 dtype=prepared.dtype,
-                rank=run.accelerator.process_index,
-                processes=run.accelerator.num_processes,
+                # Divided weights are gathered by all at once, so all draw every picture.
+                rank=0 if divided else run.accelerator.process_index,
+                processes=1 if divided else run.accelerator.num_processes,
+                write=run.accelerator.is_main_process or not divided,
             )
     finally:
         if run.ema is not None:
@@ -333,9 +342,9 @@ def _validate(run: _Run, log: Log) -> None:
 def _ship(run: _Run) -> Path:
     """Saves the result, averaged if there is an average, whole or not at all."""
     folder = run.out / run.method.name
+    tensors = run.ema.average if run.ema else run.trainable.values()
+    weights: dict[str, Tensor] = sharding.whole(dict(zip(run.trainable, tensors, strict=True)))
     if run.accelerator.is_main_process:
-        tensors = run.ema.average if run.ema else run.trainable.values()
-        weights: dict[str, Tensor] = dict(zip(run.trainable, tensors, strict=True))
         metadata = {"settings": json.dumps(run.facts["settings"]), "step": str(run.step)}
         with checkpoint.atomic_folder(folder) as place:
             run.method.save(weights, place, metadata)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import TrainSettings
 from .errors import TrainingError
+from .sharding import like, local
 
 __all__ = ["Ema", "build", "rate"]
 
@@ -81,17 +82,19 @@ class Ema:
     def update(self) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, list(self.parameters), 1 - decay)
+        averages = [local(average) for average in self.average]
+        torch._foreach_lerp_(averages, [local(parameter) for parameter in self.parameters], 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges averages and weights; twice is none, bit for bit."""
-        for average, parameter in zip(self.average, self.parameters, strict=True):
-            kept = parameter.detach().clone()
+        for average, parameter in zip(map(local, self.average), map(local, self.parameters), strict=True):
+            kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
 
+    @torch.no_grad()
     def load(self, average: list[Tensor], updates: int) -> None:
         self.updates = updates
         for mine, saved in zip(self.average, average, strict=True):
-            mine.copy_(saved)
+            local(mine).copy_(local(like(saved, mine)))

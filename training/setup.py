@@ -62,10 +62,9 @@ def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], No
         # Nothing here has buffers that change, and gradients may share memory with the buckets they travel in.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise TrainingError(
-            f"the launcher asks for {accelerator.distributed_type.value}, whose sharded weights this loop cannot save; "
-            "use --multi_gpu (DDP), train.gradient_checkpointing and train.precision bf16"
+            "the launcher asks for DeepSpeed, whose weights this loop cannot save; use --multi_gpu (DDP) or --use_fsdp"
         )
     if there and not settings.dry_run:
         accelerator.init_trackers("tracking")

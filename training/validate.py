@@ -54,12 +54,14 @@ def samples(
     dtype: torch.dtype,
     rank: int = 0,
     processes: int = 1,
+    write: bool = True,
 ) -> list[Path]:
     """Samples this process's share of the prompts, prompt i with seed `seed + i`, into `folder/NN.png`.
 
     Args:
         texts: cached embeddings by caption; None when the text encoders are there to be asked.
         size: (height, width).
+        write: whether to keep the pictures; one of several processes that draw the same ones does.
     """
     if settings.conditioning and len(settings.conditioning) != len(settings.prompts):
         raise TrainingError(
@@ -86,7 +88,8 @@ def samples(
                 generator=torch.Generator().manual_seed(settings.seed + number),
             ).images[0]
             written.append(folder / f"{number:02d}.png")
-            image.save(written[-1])
+            if write:
+                image.save(written[-1])
     return written
 
 

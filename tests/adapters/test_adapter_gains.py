@@ -13,7 +13,8 @@ from scipy import stats as scipy_stats
 
 from adapters import gains, stats
 from adapters.errors import GainsError
-from adapters.gains import Design, Row
+from adapters.gains import Design
+from adapters.table import Row, read_csv, write_csv
 
 DESIGN = Design(
     arm="scfg",
@@ -156,20 +157,18 @@ def test_wilcoxon_with_six_clusters_cannot_go_below_a_thirtysecond():
     )
 )
 def test_the_table_survives_csv_exactly(rows):
-    assert gains.read_csv(gains.write_csv(rows)) == rows
+    assert read_csv(write_csv(rows)) == rows
 
 
 def test_everything_follows_from_the_table():
     rows = table(np.linspace(-0.1, 0.4, 12), noise=0.1)
-    assert (
-        gains.compare(gains.read_csv(gains.write_csv(rows)), DESIGN).to_dict() == gains.compare(rows, DESIGN).to_dict()
-    )
+    assert gains.compare(read_csv(write_csv(rows)), DESIGN).to_dict() == gains.compare(rows, DESIGN).to_dict()
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n", gains.write_csv(table([0.1, 0.2])) + "scfg,,p,notanumber,n,,0.0,1,1\n"])
+@pytest.mark.parametrize("text", ["", "a,b\n", write_csv(table([0.1, 0.2])) + "scfg,,p,notanumber,n,,0.0,1,1\n"])
 def test_malformed_tables_are_errors(text):
     with pytest.raises(GainsError, match="per-image table"):
-        gains.read_csv(text)
+        read_csv(text)
 
 
 def sweep_rows(effective: float) -> tuple[list[Row], dict[str, str]]:

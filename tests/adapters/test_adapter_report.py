@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from adapters import gains, report
-from adapters.gains import Design, Row
+from adapters.gains import Design
 from adapters.plot import plot
 from adapters.sample import Shot
+from adapters.table import Row
 
 EVIL = '</title></script><script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x'
 BROWSER = next(

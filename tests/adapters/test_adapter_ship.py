@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import adapters
-from adapters import attach, files, gains, keys, sample, ship, verify
+from adapters import attach, files, gains, keys, sample, ship, table, verify
 from adapters.card import Card, escape, render
 from adapters.errors import AdapterError, FileError, GainsError
 from adapters.metrics import Measure
@@ -58,7 +58,7 @@ def measured(_pipe, make_adapter):
                 return arm("adapter")(prompts, seeds)
 
     arms = {"base": arm("base"), "adapter": with_adapter}
-    rows, shots = gains.measure(arms, [BRIGHTNESS, RED], prompts=PROMPTS, seeds=SEEDS)
+    rows, shots = table.measure(arms, [BRIGHTNESS, RED], prompts=PROMPTS, seeds=SEEDS)
     return adapter, rows, shots, gains.compare(rows, DESIGN)
 
 

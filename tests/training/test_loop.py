@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -186,6 +187,18 @@ def test_gradient_checkpointing_changes_no_result(base: Path, pictures: Path, tm
     plain = train(base, pictures, tmp_path / "plain", small_lora, settings())
     again = train(base, pictures, tmp_path / "again", small_lora, settings(gradient_checkpointing=True))
     torch.testing.assert_close(again.losses, plain.losses, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiling_changes_no_result(base: Path, pictures: Path, tmp_path: Path) -> None:
+    plain, compiled = (
+        train(base, pictures, tmp_path / str(how), small_lora, settings(compile=how)) for how in (False, True)
+    )
+    torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-4, atol=1e-5)
+    ours, theirs = weights(plain), weights(compiled)
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= 0.02 * RATE * 3
 
 
 def test_no_step_waits_for_the_device_between_log_lines(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from training import estimate, optim
+from training import checkpoint, estimate, optim
 from training.config import TrainSettings
 from training.errors import TrainingError
 
@@ -41,6 +42,43 @@ def test_any_class_can_be_the_optimizer() -> None:
 def test_a_wrong_optimizer_is_named(changes: dict, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         build(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("adamw", "torch"),
+        ("torch.optim:SGD", "torch"),
+        ("torch.optim:RMSprop", "torch"),
+        ("prodigy", "prodigyopt"),
+        ("adamw8bit", "bitsandbytes"),
+    ],
+)
+def test_any_optimizer_goes_on_from_its_checkpoint_to_the_bit(name: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    settings = TrainSettings(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
+    start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+
+    def advance(weight: nn.Parameter, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (weight - target).square().mean().backward()
+            optimizer.step()
+
+    weight = nn.Parameter(start.clone())
+    optimizer = optim.build({"unet.a": weight}, settings)
+    advance(weight, optimizer, 4)
+    state = checkpoint.State(step=4, weights={"a": weight}, optimizer=optimizer.state_dict(), facts={"settings": {}})
+    saved = checkpoint.load(checkpoint.save(tmp_path, state, keep=1))
+    advance(weight, optimizer, 4)
+
+    again = nn.Parameter(saved.weights["a"].clone())
+    resumed = optim.build({"unet.a": again}, settings)
+    checkpoint.restore_optimizer(resumed, saved.optimizer)
+    advance(again, resumed, 4)
+    assert (weight - target).norm() < (start - target).norm()
+    assert torch.equal(weight, again)
 
 
 def test_the_rate_is_a_function_of_the_step() -> None:

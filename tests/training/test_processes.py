@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 RATE, STEPS = 1e-2, 20
 
 
-def launch(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def launch(asked: dict[str, Any], **environment: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch --cpu --num_processes 2` starts one process without a word; this form starts two."""
     program = "import sys; from accelerate.commands.accelerate_cli import main; sys.argv[0] = 'accelerate'; main()"
     command = [sys.executable, "-c", program, "launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [training_driver.__file__, json.dumps(asked)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=300)
 
 
 def losses(out: Path) -> list[float]:
@@ -65,6 +65,39 @@ def test_two_processes_stop_at_the_same_step_and_save_once(base: Path, pictures:
     last = f"checkpoints/step-{STEPS:06d}/weights.safetensors"
     ours, theirs = load_file(tmp_path / "whole" / last), load_file(tmp_path / "cut" / last)
     assert all(bool((ours[key] == theirs[key]).all()) for key in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "controlnet"])
+def test_divided_weights_train_and_resume_like_one_process(
+    method: str, base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """FSDP, which `accelerate launch --use_fsdp` asks for by this variable: average, accumulation and clipping on."""
+    train = {"learning_rate": RATE, "save_every": 100, "ema": 0.9, "clip": 1.0, "steps": STEPS}
+    asked = {"base": str(base), "pictures": str(pictures), "method": method}
+    one, two = tmp_path / "one", tmp_path / "two"
+    training_driver.train({**asked, "out": one, "train": {**train, "batch_size": 4}}, say=lambda line: None)
+    divided = {**asked, "out": str(two), "processes": 2}
+    for steps, more in ((STEPS // 2, {}), (STEPS, {"resume": "latest"})):
+        settings = {**train, "batch_size": 1, "accumulation": 2, **more, "steps": steps}
+        done = launch({**divided, "train": settings}, ACCELERATE_USE_FSDP="true")
+        assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(losses(one), losses(two), rtol=0, atol=1e-5)
+    shipped = "dreambooth/unet" if method == "full" else "controlnet"
+    assert (one / shipped / "config.json").read_text() == (two / shipped / "config.json").read_text()
+    for file in ("weights", "ema", "optimizer"):
+        last = f"checkpoints/step-{STEPS:06d}/{file}.safetensors"
+        ours, theirs = load_file(one / last), load_file(two / last)
+        assert ours.keys() == theirs.keys()
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= 0.02 * RATE * STEPS
+
+
+@pytest.mark.slow
+def test_dividing_mostly_frozen_weights_is_refused(base: Path, pictures: Path, tmp_path: Path) -> None:
+    asked = {"base": str(base), "pictures": str(pictures), "method": "lora", "out": str(tmp_path), "processes": 2}
+    done = launch({**asked, "train": {"steps": 1}}, ACCELERATE_USE_FSDP="true")
+    assert done.returncode != 0
+    assert "error: --use_fsdp divides networks that train whole" in done.stderr
 
 
 @pytest.mark.slow

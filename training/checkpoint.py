@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import config
 from .errors import TrainingError
@@ -269,6 +270,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
         for number, values in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            # Fused kernels read weight and moments in the order they lie in memory: moments take the weight's layout.
+            if isinstance(value, Tensor) and value.shape == parameter.shape and not isinstance(value, DTensor):
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _dense(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

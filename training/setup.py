@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from . import validate
+from . import sharding, validate
 from .cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .config import TrainSettings
 from .dreambooth import Prior
@@ -116,7 +116,7 @@ def prepare(
     store = Store(cache_folder if cache == "disk" else None)
     cast(method, device, DTYPES[settings.precision])
     height, width = data.sizes[0]
-    tune(method, settings, device, tokens=height * width // parts.factor**2)
+    tune(method, settings, device, tokens=height * width // parts.factor**2, divided=sharding.asked(accelerator))
 
     def entries(views: Views) -> Encoded | Live:
         if cache == "off":
@@ -196,11 +196,12 @@ def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
         module.train()
 
 
-def tune(method: Method, settings: TrainSettings, device: torch.device, *, tokens: int) -> None:
-    """Attention kernel, gradient checkpointing and compilation of the networks that run in every step.
+def tune(method: Method, settings: TrainSettings, device: torch.device, *, tokens: int, divided: bool = False) -> None:
+    """Attention kernel, memory layout, gradient checkpointing and compilation of the networks of every step.
 
     Args:
         tokens: latents of an image, the longest sequence that attention sees.
+        divided: weights will be divided over the processes (FSDP), which takes contiguous ones only.
     """
     small = device.type == "cpu" and tokens <= PLAIN_TOKENS
     plain = settings.attention == "plain" or (settings.attention == "auto" and small)
@@ -208,6 +209,8 @@ def tune(method: Method, settings: TrainSettings, device: torch.device, *, token
     for network in networks:
         if hasattr(network, "set_attn_processor"):
             network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+        if device.type == "cpu" and not divided:
+            network.to(memory_format=torch.channels_last)  # convolutions then run on their inputs as they lie
         if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         if settings.compile:

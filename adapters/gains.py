@@ -319,6 +319,8 @@ def _verdict(primary: Contrast, contrasts: Sequence[Contrast], design: Design) -
         return Verdict(word="harm", sentence=f"Harm. {what}.")
     if low <= 0:
         size = f"a true difference of {primary.detectable:.3g} would have shown in 80 % of runs"
+        if primary.method == "constant":
+            size = "every cluster says the same"
         sentence = f"No detectable gain. {what}; {size}."
         return Verdict(word="no detectable gain", sentence=sentence)
     if gap < design.minimum_effect:

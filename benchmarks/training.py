@@ -99,6 +99,7 @@ def base(name: str) -> Parts:
     kind = type(scheduler).__name__
     return Parts(
         folder=Path(),
+        identity="random weights",
         family="sd",
         unet=unet,
         vae=vae,

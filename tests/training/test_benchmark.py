@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
 
 
-@pytest.mark.slow
 def test_the_small_benchmark_prints_every_arm() -> None:
     done = subprocess.run([sys.executable, str(BENCHMARK), "--smoke"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

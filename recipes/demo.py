@@ -75,8 +75,7 @@ def training(options: argparse.Namespace) -> dreambooth_lora.Settings:
         train=TrainSettings(
             steps=4 if options.quick else 300,
             batch_size=4,
-            learning_rate=1e-3,
-            schedule="cosine",
+            learning_rate=3e-4,
             warmup=0 if options.quick else 20,
             save_every=100,
             resume="latest",

@@ -51,11 +51,11 @@ def test_training_lowers_the_loss_at_fixed_noise(name: str, pocket: Path, tmp_pa
     method = lora.prepare(parts) if name == "lora" else controlnet.prepare(parts)
     data = views.Views(Scenes(4), resolution=64, multiple=parts.multiple)
     settings = config.TrainSettings(
-        steps=60,
+        steps=200,
         batch_size=4,
         learning_rate=1e-3 if name == "lora" else 1e-4,
         trackers=[],
-        validation=config.ValidationSettings(loss_samples=16, every=60),
+        validation=config.ValidationSettings(loss_samples=16, every=200),
     )
     loop.train(method, data, settings, out=tmp_path, say=lambda line: None)
     before, after = validation_losses(tmp_path)
@@ -85,10 +85,11 @@ def test_pictures_come_nearer_to_the_subject(name: str, pocket: Path, tmp_path: 
     before = similarity(pictures(pipe, subject))
 
     parts = models.load(pocket)
-    method = lora.prepare(parts, config.LoraSettings(rank=16)) if name == "lora" else dreambooth.prepare(parts)
+    small = config.LoraSettings(rank=16, targets="attention+ff")
+    method = lora.prepare(parts, small) if name == "lora" else dreambooth.prepare(parts)
     data = views.Views(images.folder(subject), resolution=64, multiple=parts.multiple, flip=True)
-    rate = 1e-3 if name == "lora" else 1e-4
-    settings = config.TrainSettings(steps=200, batch_size=4, learning_rate=rate, trackers=[])
+    rate = 3e-4 if name == "lora" else 1e-4
+    settings = config.TrainSettings(steps=300, batch_size=4, learning_rate=rate, trackers=[])
     result = loop.train(method, data, settings, out=tmp_path, say=lambda line: None)
     assert result is not None
     if name == "lora":

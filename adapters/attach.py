@@ -31,6 +31,7 @@ PEFT_FILE = "adapter_model.safetensors"
 EMBEDS_FILE = "learned_embeds.safetensors"
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
 GUIDER_FILE = "guider_config.json"
+MODELS = {"ControlNetModel": "controlnet", "UNet2DConditionModel": "unet"}
 _CONFIGS = {"lora": "LoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig"}
 Guidance = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 
@@ -216,8 +217,12 @@ def _weights(pipe: Any, source: Source, name: str, weight: float) -> Iterator[No
 
 
 def _whole_model(source: Source) -> str | None:
-    kind = (source.manifest or {}).get("kind")
-    return kind if kind in ("controlnet", "unet") and source.file(MODEL_FILE) is not None else None
+    """`controlnet` or `unet` where the folder is one, as `ship` or diffusers wrote it."""
+    config = source.file("config.json")
+    if config is None or source.file(MODEL_FILE) is None:
+        return None
+    settings = files.read_json(config)
+    return MODELS.get(str(settings.get("_class_name"))) if isinstance(settings, dict) else None
 
 
 @contextmanager

@@ -90,15 +90,17 @@ def _header_bytes(path: Path) -> tuple[int, bytes]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
-        if prefix[:2] == b"PK" or prefix[:1] == b"\x80":
+        length = int.from_bytes(prefix, "little")
+        fits = length <= min(MAX_HEADER, size - 8)
+        # One header in 32 has a length that begins as a pickle does; a pickle's would be longer than the file.
+        if (prefix[:2] == b"PK" or prefix[:1] == b"\x80") and not fits:
             raise FileError(
                 f"{path}: a pickled checkpoint, which can run code when read; only .safetensors is accepted, "
                 "convert it where you trust it"
             )
         if len(prefix) < 8:
             raise FileError(f"{path}: {size} bytes is too short for a safetensors file")
-        length = int.from_bytes(prefix, "little")
-        if length > min(MAX_HEADER, size - 8):
+        if not fits:
             raise FileError(
                 f"{path}: the header claims {length} bytes, the file has {size} and at most {MAX_HEADER} are allowed; "
                 "the file is truncated or not safetensors"

@@ -8,6 +8,7 @@ products (below one grey level in float32), never by its noise; `latents` is the
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import sys
@@ -68,6 +69,7 @@ def images(
     width: int | None = None,
     arm: str = "",
     inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
+    common: Mapping[str, Any] | None = None,
     record: Callable[[Any], Sequence[Mapping[str, float]]] | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
@@ -80,10 +82,12 @@ def images(
         pipe: a diffusers text-to-image pipeline with a U-net (latent diffusion; ControlNet too, with `inputs`).
         around: entered once around all sampling; a context manager, or a function that makes one.
         inputs: further pipeline arguments of one image, such as ControlNet's `image`; passed on as lists.
+        common: further pipeline arguments of every call, passed on as they are.
         record: called after each batch with what `around` yielded; returns one mapping of numbers per image.
         settings: anything that tells this arm apart (guidance, adapter hash); written to the PNGs, compared on resume.
-        folder: where PNGs go. Images found there with equal settings are read, not sampled again; a PNG of other
-            settings under the same name is an error.
+        folder: where PNGs go. Images found there with equal settings are read, not sampled again (a batch that was cut
+            short is made anew as a whole, so that a resumed run ends with the same bits); a PNG of other settings under
+            the same name is an error.
         rank, world: this process samples every `world`-th image, starting at `rank`; `shots_in(folder)` gathers.
 
     Returns: the shots of this rank, in order.
@@ -104,14 +108,14 @@ def images(
     }
     units = list(product(prompts, seeds))[rank::world]
     done = {unit: shot for unit in units if (shot := _resume(folder, unit, facts)) is not None}
-    todo = [unit for unit in units if unit not in done]
+    batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
+    todo = [batch for batch in batches if any(unit not in done for unit in batch)]
     if todo:
         with around if isinstance(around, AbstractContextManager) else around() as run:
             hidden = rank != 0 or not sys.stderr.isatty()
-            bar = tqdm(range(0, len(todo), batch_size), desc=arm or None, unit="batch", leave=False, disable=hidden)
-            for start in bar:
-                batch = todo[start : start + batch_size]
-                arguments = {**_arguments(negative_prompt, height, width, len(batch)), **_inputs(inputs, batch)}
+            for batch in tqdm(todo, desc=arm or None, unit="batch", leave=False, disable=hidden):
+                own = _arguments(negative_prompt, height, width, len(batch))
+                arguments = {**own, **(common or {}), **_inputs(inputs, batch)}
                 shots = _batch(pipe, batch, arm, steps=steps, guidance_scale=guidance_scale, arguments=arguments)
                 notes = record(run) if record is not None else [{}] * len(batch)
                 if len(notes) != len(batch):
@@ -123,11 +127,13 @@ def images(
 
 def initial_latents(pipe: Any, seed: int, *, height: int | None = None, width: int | None = None) -> tuple[Any, Any]:
     """(latents of shape (1, channels, h, w), the generator that drew them) of one seed; float32 on the CPU."""
-    config, factor = pipe.unet.config, pipe.vae_scale_factor
+    config, vae = pipe.unet.config, getattr(pipe, "vae", None)
+    factor = 1 if vae is None else pipe.vae_scale_factor
     sample = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
     rows = height // factor if height else sample[0]
     columns = width // factor if width else sample[1]
-    channels = pipe.vae.config.latent_channels  # not the U-net's: inpainting U-nets take more
+    # Not the U-net's channels: inpainting U-nets take more. Pixel-space ones (DeepFloyd IF) make colours.
+    channels = 3 if vae is None else vae.config.latent_channels
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, rows, columns), generator=generator), generator
 
@@ -157,12 +163,16 @@ def _batch(
     size = {name: arguments.get(name) for name in ("height", "width")}
     drawn = [initial_latents(pipe, seed, **size) for _, seed in batch]
     hashes = [hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:16] for noise, _ in drawn]
-    latents = torch.cat([noise for noise, _ in drawn]).to(device=pipe.unet.device, dtype=pipe.unet.dtype)
+    generators = [generator for _, generator in drawn]
+    if "latents" in inspect.signature(pipe.__call__).parameters:
+        latents = torch.cat([noise for noise, _ in drawn])
+        arguments = {**arguments, "latents": latents.to(device=pipe.unet.device, dtype=pipe.unet.dtype)}
+    else:  # DeepFloyd IF draws the same noise itself, from the same seeds
+        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
     start = time.perf_counter()
     result = pipe(
         prompt=[prompt for prompt, _ in batch],
-        latents=latents,
-        generator=[generator for _, generator in drawn],
+        generator=generators,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         output_type="pil",

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from . import files, report
-from .attach import EMBEDS_FILE, GUIDER_FILE, LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
+from .attach import EMBEDS_FILE, GUIDER_FILE, LORA_FILE, MODEL_FILE, MODELS, PEFT_FILE, open_source, read_adapter
 from .card import Card, render, slug
 from .errors import AdapterError, FileError
 from .gains import Gains
@@ -24,7 +23,6 @@ from .table import Row, write_csv
 
 __all__ = ["push", "ship", "versions"]
 
-_MODELS = {"ControlNetModel": "controlnet", "UNet2DConditionModel": "unet"}
 _PACKAGES = ("scfg-toolkit", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
 SAMPLES = 8
 
@@ -41,7 +39,7 @@ def ship(
     guider: Mapping[str, Any] | None = None,
     embeds: Mapping[str, torch.Tensor] | None = None,
     config: str | None = None,
-    overlay: Callable[[Shot], Mapping[str, Image.Image]] | None = None,
+    page: str | None = None,
     facts: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> Path:
@@ -56,6 +54,7 @@ def ship(
         guider: the settings that measured best; what `load` hands to its guidance callable.
         embeds: learned tokens, token -> (vectors, width).
         config: the resolved training settings as YAML text.
+        page: the report, where it was rendered with the comparison; otherwise it is made here.
         facts: measured things without a column in the table: peak memory, Fréchet distances, tuning.
         name: of the kohya file; by default made from the card's title.
 
@@ -75,7 +74,7 @@ def ship(
             (stage / "config.yaml").write_text(config, "utf-8")
         _samples(stage / "samples", shots, made)
         if gains is not None:
-            _gains(stage, gains, rows, shots, card, base, made, overlay)
+            _gains(stage, gains, rows, shots, card, base, made, page)
         names = sorted(p.name for p in stage.iterdir())
         (stage / "README.md").write_text(render(card, kinds=kinds, gains=gains, has=names, notes=notes), "utf-8")
         kind = kinds[0] if len(kinds) == 1 else "mixed"
@@ -109,7 +108,7 @@ def _weights(stage: Path, weights: Adapter | str | Path, name: str) -> tuple[lis
 
 
 def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]]:
-    kind = _MODELS.get(str(config.get("_class_name"))) if isinstance(config, dict) else None
+    kind = MODELS.get(str(config.get("_class_name"))) if isinstance(config, dict) else None
     weights = folder / MODEL_FILE
     if kind is None or not weights.is_file():
         raise FileError(f"{folder}: config.json without a ControlNet or U-net and its {MODEL_FILE}")
@@ -161,15 +160,14 @@ def _gains(
     card: Card,
     base: Mapping[str, str],
     facts: Mapping[str, Any],
-    overlay: Callable[[Shot], Mapping[str, Image.Image]] | None,
+    page: str | None,
 ) -> None:
     weights = {p.name: files.sha256(p) for p in sorted(stage.glob("*.safetensors"))}
     identity = {"weights": weights, "base": dict(base), "command": card.command, "facts": dict(facts)}
     _json(stage / "gains.json", {"format": 1, "identity": identity, **gains.to_dict()})
     (stage / "per_image.csv").write_bytes(write_csv(rows).encode())
-    page = report.render(
-        gains, shots, title=card.title, command=card.command, overlay=overlay, facts={**card.facts, **facts}
-    )
+    if page is None:
+        page = report.render(gains, shots, title=card.title, command=card.command, facts={**card.facts, **facts})
     (stage / "report.html").write_text(page, "utf-8")
 
 

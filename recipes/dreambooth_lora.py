@@ -1,4 +1,4 @@
-"""Teach a base model one subject with a LoRA: config -> data -> models -> train.
+"""Teach a base model one subject with a LoRA: config -> data -> models -> train -> tune -> measure -> ship.
 
 accelerate launch recipes/dreambooth_lora.py --config recipes/configs/dreambooth_lora/pocket_dog.yaml
 """
@@ -8,15 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.config import BaseSettings, DataSettings, LoraSettings, ObjectiveSettings, TrainSettings, parse, resolved
-from training.errors import exit_on_error
-from training.pocket import PocketError, base_path
+from recipes.finish import Finish, finish
+from recipes.wiring import class_prior, data, launch, load_parts
+from training.config import (
+    BaseSettings,
+    DataSettings,
+    DreamBoothSettings,
+    LoraSettings,
+    ObjectiveSettings,
+    TrainSettings,
+    resolved,
+)
 
 __all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Finish):
     """A LoRA of one subject."""
 
     base: BaseSettings
@@ -25,21 +33,27 @@ class Settings:
     """The subject's pictures."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter."""
+    dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
+    """Prior preservation; off without a class prompt."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     """The loss."""
+    region: str | None = None
+    """Words of the captions whose attention regions replace masks in the region-aware loss, such as sks dog."""
     train: TrainSettings = field(default_factory=TrainSettings)
     """The loop."""
     out: str
-    """Folder for checkpoints, samples and the trained adapter."""
+    """Folder for checkpoints, the trained adapter in `lora`, and what the later stages make."""
 
 
 def run(settings: Settings) -> Path | None:
-    """Train; returns the folder of the LoRA, or None after a dry run."""
-    from training import images, loop, lora, models, views
+    """Train and finish; returns the last stage's folder, or None after a dry run."""
+    from recipes.region import region_of
+    from training import loop, lora
 
-    path = base_path() if settings.base.path == "pocket" else settings.base.path
-    parts = models.load(path, revision=settings.base.revision, variant=settings.base.variant)
-    pictures = views.views(images.load(settings.data), settings.data, multiple=parts.multiple)
+    parts = load_parts(settings.base)
+    pictures = data(settings.data, parts=parts)
+    prior = class_prior(parts, settings)
+    region = region_of(settings.region) if settings.region else None
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
     result = loop.train(
         method,
@@ -47,12 +61,13 @@ def run(settings: Settings) -> Path | None:
         settings.train,
         out=settings.out,
         record=resolved(settings),
+        prior=prior,
+        region=region,
         cache=settings.data.cache,
         cache_folder=settings.data.cache_folder,
     )
-    return result.folder if result else None
+    return finish(settings.base, settings, result.folder, settings.out) if result else None
 
 
 if __name__ == "__main__":
-    with exit_on_error(PocketError):
-        run(parse(Settings))
+    launch(Settings, run)

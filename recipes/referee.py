@@ -1,25 +1,155 @@
-"""The pocket judge's answers as metrics for ``adapters``: does a picture keep its prompt, does it show the subject."""
+"""Metrics by name, for a case and a base: the pocket judge offline, CLIP, DINO and others where their weights are.
+
+| name | what | needs |
+|---|---|---|
+| prompt accuracy | share of what the prompt says that the judge sees | pocket |
+| subject similarity | the subject's region against its pictures, in the judge's features | pocket, subject |
+| class IoU | the condition's classes against those the judge sees | pocket, targets |
+| canny F1, MS-SSIM | edges against the condition, structure against the target | targets |
+| alignment (clip) | cosine of picture and prompt, identifier left out | clip |
+| similarity (SPACE), masked similarity (judge) | cosine to the subject's pictures | subject |
+| diversity (SPACE) | distance to the other pictures of a prompt | two seeds |
+| kernel distance (SPACE) | to `reference`; the mean over pictures is KID | reference |
+| saturation, contrast, clipped share | burnt pictures | |
+
+SPACE is clip, dino, judge, lite0 (EfficientNet-Lite0) or colour.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from adapters.metrics import Measure
+from adapters import metrics as kinds
+from adapters.metrics import Measure, Metric
+from adapters.metrics.networks import Clip, TextAlignment, Vit, efficientnet_lite0
 from adapters.sample import Shot
+from training import images
+from training.config import require
+from training.errors import TrainingError
 from training.pocket import judge, scenes
+from training.pocket.control import Scenes
 from training.pocket.fitting import pixels
 from training.pocket.judging import to_pixels
 from training.pocket.world import CLASSES
 
-__all__ = ["PROMPT", "SUBJECT", "prompt_accuracy", "subject_similarity"]
+from .settings import MeasureSettings
+from .wiring import POCKET, Case
+
+__all__ = ["PROMPT", "SUBJECT", "defaults", "frechet", "metrics", "prompt_accuracy", "space", "subject_similarity"]
 
 PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
+IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|kernel distance) \((\w+)\)")
+
+
+def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
+    """What is measured where the settings name nothing; the first decides."""
+    if settings.metrics:
+        return settings.metrics
+    if settings.targets:
+        own = ["class IoU"] if settings.control == "segmentation" else ["canny F1"]
+        return [*own, PROMPT] if pocket else [*own, "alignment (clip)"]
+    if pocket:
+        return [PROMPT, SUBJECT] if settings.subjects else [PROMPT]
+    return ["alignment (clip)", *(["similarity (dino)", "similarity (clip)"] if settings.subjects else [])]
+
+
+def metrics(settings: MeasureSettings, case: Case, *, pocket: bool) -> list[Metric]:
+    """The metrics of the settings, made for one case."""
+    return [_metric(name, settings, case) for name in defaults(settings, pocket=pocket)]
+
+
+def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
+    plain: dict[str, Callable[[], Metric]] = {
+        PROMPT: lambda: prompt_accuracy(case.identifier),
+        SUBJECT: lambda: subject_similarity(_folder(name, case), case.noun),
+        "class IoU": lambda: Measure(name, True, lambda shots: _class_iou(shots, case)),
+        "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot)),
+        "MS-SSIM": lambda: kinds.MsSsim(target=lambda shot: _target(name, case, shot)),
+        "saturation": kinds.Saturation,
+        "contrast": kinds.Contrast,
+        "clipped share": kinds.Clipped,
+    }
+    if name in plain:
+        return plain[name]()
+    found = IN_SPACE.fullmatch(name)
+    if found is None:
+        raise TrainingError(
+            f"measure.metrics: {name!r} is unknown; there are {', '.join(plain)}, and alignment, similarity, masked "
+            "similarity, diversity, kernel distance of a space, such as 'similarity (dino)'"
+        )
+    what, where = found.groups()
+    features = space(where, settings.spaces.get(where))
+    if what == "alignment":
+        require(isinstance(features, Clip), f"{name}: only clip knows words")
+        without = lambda shot: _without(shot.prompt, case.identifier)  # noqa: E731
+        return TextAlignment(name=name, clip=features, prompt=without)
+    if what == "diversity":
+        return kinds.Diversity(name=name, features=features)
+    if what == "kernel distance":
+        return kinds.Kid(name=name, features=features, references=_reference(settings, name))
+    pictures, masks = _pictures(_folder(name, case))
+    if what == "similarity":
+        return kinds.Similarity(name=name, features=features, references=pictures)
+    require(masks is not None, f"{name} needs {case.folder}/masks")
+    label = _label(name, case.noun)
+    found_in = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
+    return kinds.Similarity(name=name, features=features, references=pictures, reference_masks=masks, mask=found_in)
+
+
+@lru_cache(maxsize=8)
+def space(name: str, path: str | None = None) -> Any:
+    """A feature space: pictures -> (n, d)."""
+    from training.ranks import state
+
+    free: dict[str, Callable[[], Any]] = {
+        "judge": lambda: judge().features,
+        "colour": lambda: kinds.color_histogram,
+        "lite0": efficientnet_lite0,
+    }
+    if name in free:
+        return free[name]()
+    require(name in ("clip", "dino"), f"feature space {name!r} is unknown; there are clip, dino, {', '.join(free)}")
+    require(
+        path is not None, f"feature space {name} needs its network: set measure.spaces.{name} to a folder or hub id"
+    )
+    assert path is not None
+    device = str(state().device)
+    return Clip(name=path, device=device) if name == "clip" else Vit(name=path, device=device)
+
+
+def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
+    """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
+    assert settings.frechet is not None
+    features = space(settings.frechet, settings.spaces.get(settings.frechet))
+    real = _reference(settings, "measure.frechet")
+    return kinds.frechet(features([shot.image for shot in shots]), _reference_features(settings, features, real))
+
+
+def _reference_features(settings: MeasureSettings, features: Any, pictures: Sequence[Image.Image]) -> Any:
+    rows = features(list(pictures))
+    require(len(rows) >= 2, f"measure.reference {settings.reference} has fewer than two pictures")
+    return rows
+
+
+def _reference(settings: MeasureSettings, what: str) -> list[Image.Image]:
+    require(settings.reference is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
+    assert settings.reference is not None
+    if settings.reference == POCKET:
+        drawn = Scenes(count=settings.limit or 1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
+        return [drawn[i].image for i in range(len(drawn))]
+    return _pictures(Path(settings.reference))[0]
+
+
+# ---------------------------------------------------------------------------------------------- the pocket world
 
 
 def prompt_accuracy(identifier: str) -> Measure:
@@ -29,32 +159,36 @@ def prompt_accuracy(identifier: str) -> Measure:
     """
 
     def measure(shots: Sequence[Shot]) -> list[float]:
-        prompts = [" ".join(word for word in shot.prompt.split() if word != identifier) for shot in shots]
+        prompts = [_without(shot.prompt, identifier) for shot in shots]
         return [score.mean for score in judge().scores([shot.image for shot in shots], prompts)]
 
     return Measure(PROMPT, True, measure)
 
 
-def subject_similarity(folder: Path, name: str) -> Measure:
+def subject_similarity(folder: Path, noun: str) -> Measure:
     """Mean cosine between the subject in a picture and in each reference of ``folder``, in the judge's features.
 
     Features are standardised over the objects of 256 drawn scenes, or the cosine of any two things would be near one.
-    The region is where the judge sees the class ``name``; a picture in which it sees none scores 0.
+    The region is where the judge sees the class ``noun``; a picture in which it sees none scores 0.
     """
     mean, spread = _statistics()
-    wanted = _unit((_references(folder) - mean) / spread)
-    label = list(CLASSES).index(name) + 1
+    pictures, given = _pictures(folder)
+    require(given is not None, f"{SUBJECT} needs {folder / 'masks'}, white where the subject is")
+    assert given is not None
+    wanted = _unit((judge().features(pictures, torch.from_numpy(np.stack(given))) - mean) / spread)
+    label = _label(SUBJECT, noun)
 
     def measure(shots: Sequence[Shot]) -> list[float]:
-        images = to_pixels([shot.image for shot in shots])
-        masks = judge().segment(images) == label
-        features = _unit((judge().features(images, masks) - mean) / spread)
+        shown = to_pixels([shot.image for shot in shots])
+        masks = judge().segment(shown) == label
+        features = _unit((judge().features(shown, masks) - mean) / spread)
         there = masks.float().mean((1, 2)) > 0.01
         return ((features @ wanted.T).mean(1) * there).tolist()
 
     return Measure(SUBJECT, True, measure)
 
 
+@lru_cache(maxsize=1)
 def _statistics() -> tuple[Tensor, Tensor]:
     drawn = [scenes.sample(scenes.HELD_OUT_SEED, i) for i in range(256)]
     masks = torch.from_numpy(np.stack([scene.masks[0] for scene in drawn]))
@@ -62,10 +196,60 @@ def _statistics() -> tuple[Tensor, Tensor]:
     return features.mean(0), features.std(0) + 1e-6
 
 
-def _references(folder: Path) -> Tensor:
-    paths = sorted(folder.glob("*.png"))
-    masks = [np.asarray(Image.open(folder / "masks" / path.name).convert("L")) > 127 for path in paths]
-    return judge().features([Image.open(path) for path in paths], torch.from_numpy(np.stack(masks)))
+def _class_iou(shots: Sequence[Shot], case: Case) -> list[float]:
+    """Mean IoU over the classes of a condition in the palette's colours, at the judge's 32 x 32."""
+    seen = judge().segment([shot.image for shot in shots]).numpy()
+    colours = scenes.palette().astype(int)
+    values = []
+    for shot, found in zip(shots, seen, strict=True):
+        small = _condition("class IoU", case, shot).convert("RGB").resize(found.shape[::-1], Image.Resampling.NEAREST)
+        wanted = np.abs(np.asarray(small, int)[:, :, None] - colours).sum(-1).argmin(-1)
+        ious = [
+            ((wanted == k) & (found == k)).sum() / ((wanted == k) | (found == k)).sum() for k in np.unique(wanted)[1:]
+        ]
+        values.append(float(np.mean(ious)) if ious else float("nan"))
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- small things
+
+
+def _without(prompt: str, identifier: str) -> str:
+    return " ".join(word for word in prompt.split() if word != identifier)
+
+
+def _label(what: str, noun: str) -> int:
+    require(noun in CLASSES, f"{what}: the pocket judge knows no {noun!r}; it knows {', '.join(CLASSES)}")
+    return list(CLASSES).index(noun) + 1
+
+
+def _folder(what: str, case: Case) -> Path:
+    require(case.folder is not None, f"{what} needs a subject: set measure.subjects")
+    assert case.folder is not None
+    return case.folder
+
+
+def _condition(what: str, case: Case, shot: Shot) -> Image.Image:
+    require(shot.prompt in case.conditions, f"{what} needs conditions: set measure.targets and measure.control")
+    return case.conditions[shot.prompt].resize(shot.image.size, Image.Resampling.NEAREST)
+
+
+def _target(what: str, case: Case, shot: Shot) -> Image.Image:
+    require(shot.prompt in case.targets, f"{what} needs target pictures: set measure.targets")
+    return case.targets[shot.prompt].resize(shot.image.size, Image.Resampling.LANCZOS)
+
+
+def _pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
+    """The pictures of a folder, and their masks where it has a folder `masks`."""
+    masks = folder / "masks"
+    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1)
+    samples = [source[i] for i in range(len(source))]
+    given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
+    return [sample.image for sample in samples], given or None
+
+
+def _resized(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 127
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -27,12 +27,14 @@ __all__ = [
     "TrainSettings",
     "ValidationSettings",
     "parse",
+    "require",
     "resolved",
     "write",
 ]
 
 
-def _require(holds: bool, message: str) -> None:
+def require(holds: bool, message: str) -> None:
+    """A setting that does not hold is a `TrainingError`."""
     if not holds:
         raise TrainingError(message)
 
@@ -54,7 +56,7 @@ class DataSettings:
     """Images, captions, masks and conditioning, and how they become training views."""
 
     source: str
-    """Folder of images, or a `datasets` dataset: folder, parquet file or hub id."""
+    """Folder of images, or a `datasets` dataset: folder, parquet file, hub id; `pocket`: scenes of the pocket world."""
     kind: Literal["auto", "folder", "dataset"] = "auto"
     """auto: a folder that holds images is a folder, anything else a dataset."""
     prompt: str | None = None
@@ -63,8 +65,10 @@ class DataSettings:
     """Folder of masks named like the images (white = subject)."""
     conditioning: str | None = None
     """Folder of conditioning images named like the images (ControlNet)."""
-    annotator: Literal["canny"] | None = None
-    """Makes the conditioning from the image instead of reading it."""
+    annotator: Literal["canny", "lineart", "depth", "segmentation"] | None = None
+    """Makes the conditioning from the image instead of reading it; see training/annotators.py."""
+    annotator_model: str | None = None
+    """Folder or hub id of the annotator's network (depth, segmentation); pocket scenes know their classes."""
     split: str = "train"
     """Split of the dataset."""
     image_column: str = "image"
@@ -79,6 +83,8 @@ class DataSettings:
     """Side of the square crop in pixels; with buckets, the square root of every bucket's area."""
     minimum: int = 64
     """Images with a shorter side than this are refused (smaller than `resolution` is enlarged)."""
+    count: int | None = None
+    """How many scenes, where `source` is the pocket world; default: 6,000."""
     buckets: int = 1
     """Number of aspect ratios; 1 trains on squares."""
     flip: bool = False
@@ -91,10 +97,10 @@ class DataSettings:
     """Folder for `cache: disk`; default: `cache` beside the output folder."""
 
     def __post_init__(self) -> None:
-        _require(self.resolution >= 8, f"data.resolution must be at least 8 pixels, got {self.resolution}")
-        _require(self.buckets >= 1, f"data.buckets must be at least 1, got {self.buckets}")
-        _require(self.crops >= 1, f"data.crops must be at least 1, got {self.crops}")
-        _require(
+        require(self.resolution >= 8, f"data.resolution must be at least 8 pixels, got {self.resolution}")
+        require(self.buckets >= 1, f"data.buckets must be at least 1, got {self.buckets}")
+        require(self.crops >= 1, f"data.crops must be at least 1, got {self.crops}")
+        require(
             not (self.annotator and (self.conditioning or self.conditioning_column)),
             "data.annotator makes the conditioning and data.conditioning reads it: give one of the two",
         )
@@ -124,15 +130,13 @@ class ObjectiveSettings:
     """Loss weight outside the mask or region, from 0 to 1; 1 ignores masks."""
 
     def __post_init__(self) -> None:
-        _require(self.snr_gamma is None or self.snr_gamma > 0, f"objective.snr_gamma must be > 0, got {self.snr_gamma}")
-        _require(
-            not (self.snr_gamma and self.debiased), "objective.snr_gamma and objective.debiased exclude each other"
-        )
-        _require(self.huber_c > 0, f"objective.huber_c must be > 0, got {self.huber_c}")
-        _require(self.noise_offset >= 0, f"objective.noise_offset must be >= 0, got {self.noise_offset}")
+        require(self.snr_gamma is None or self.snr_gamma > 0, f"objective.snr_gamma must be > 0, got {self.snr_gamma}")
+        require(not (self.snr_gamma and self.debiased), "objective.snr_gamma and objective.debiased exclude each other")
+        require(self.huber_c > 0, f"objective.huber_c must be > 0, got {self.huber_c}")
+        require(self.noise_offset >= 0, f"objective.noise_offset must be >= 0, got {self.noise_offset}")
         for name in ("caption_dropout", "background"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"objective.{name} must be from 0 to 1, got {value}")
+            require(0 <= value <= 1, f"objective.{name} must be from 0 to 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +163,10 @@ class LoraSettings:
     """New tokens and the word each starts from, such as {"<rex>": "dog"}; their embeddings train and are saved."""
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
-        _require(self.alpha is None or self.alpha > 0, f"lora.alpha must be > 0, got {self.alpha}")
-        _require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
-        _require(
+        require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha must be > 0, got {self.alpha}")
+        require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        require(
             self.kind == "lora" or not (self.rslora or self.dora),
             f"lora.rslora and lora.dora belong to lora.kind: lora, not {self.kind}",
         )
@@ -190,9 +194,9 @@ class DreamBoothSettings:
     """Classifier-free guidance of a class image."""
 
     def __post_init__(self) -> None:
-        _require(self.class_images >= 1, f"dreambooth.class_images must be at least 1, got {self.class_images}")
-        _require(self.prior_ratio > 0, f"dreambooth.prior_ratio must be > 0, got {self.prior_ratio}")
-        _require(self.prior_weight >= 0, f"dreambooth.prior_weight must be >= 0, got {self.prior_weight}")
+        require(self.class_images >= 1, f"dreambooth.class_images must be at least 1, got {self.class_images}")
+        require(self.prior_ratio > 0, f"dreambooth.prior_ratio must be > 0, got {self.prior_ratio}")
+        require(self.prior_weight >= 0, f"dreambooth.prior_weight must be >= 0, got {self.prior_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +211,7 @@ class ControlNetSettings:
     """Share of samples whose conditioning image is emptied."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.dropout < 1, f"controlnet.dropout must be in [0, 1), got {self.dropout}")
+        require(0 <= self.dropout < 1, f"controlnet.dropout must be in [0, 1), got {self.dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +234,7 @@ class ValidationSettings:
     """Number of training views whose loss at fixed timesteps and noise is logged; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"train.validation.every must be at least 1, got {self.every}")
+        require(self.every >= 1, f"train.validation.every must be at least 1, got {self.every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,8 +281,10 @@ class TrainSettings:
     """Steps between checkpoints; the last step always saves one."""
     keep: int = 2
     """Checkpoints kept."""
-    resume: str | None = None
-    """`latest`, or a checkpoint folder; `latest` starts anew where there is none."""
+    snapshot_every: int | None = None
+    """Steps between results kept in `snapshots/`, of which `recipes/tune.py` can find the best; null: none."""
+    resume: str | None = "latest"
+    """`latest` (starts anew where there is none), a checkpoint folder, or null for a start from nothing."""
     log_every: int = 10
     """Steps between log lines; the loss is read from the device only then."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -290,12 +296,16 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every", "log_every", "keep"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            self.snapshot_every is None or self.snapshot_every >= 1,
+            f"train.snapshot_every must be at least 1 or null, got {self.snapshot_every}",
+        )
         for name in ("warmup", "workers"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
-        _require(self.learning_rate > 0, f"train.learning_rate must be > 0, got {self.learning_rate}")
-        _require(self.clip is None or self.clip > 0, f"train.clip must be > 0 or null, got {self.clip}")
-        _require(self.ema is None or 0 < self.ema < 1, f"train.ema must be between 0 and 1 or null, got {self.ema}")
+            require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
+        require(self.learning_rate > 0, f"train.learning_rate must be > 0, got {self.learning_rate}")
+        require(self.clip is None or self.clip > 0, f"train.clip must be > 0 or null, got {self.clip}")
+        require(self.ema is None or 0 < self.ema < 1, f"train.ema must be between 0 and 1 or null, got {self.ema}")
 
 
 SettingsT = TypeVar("SettingsT")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
-from safetensors.torch import save_file
 from torch import Tensor
+
+from adapters.files import write_tensors
 
 from .config import ControlNetSettings, ObjectiveSettings
 from .errors import TrainingError
@@ -96,5 +97,5 @@ def _step(models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts:
 def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, network: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     network.save_config(folder)
-    state = {key.removeprefix("controlnet."): value.detach().cpu().contiguous() for key, value in weights.items()}
-    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={**metadata, "format": "pt"})
+    state = {key.removeprefix("controlnet."): value for key, value in weights.items()}
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", state, metadata)

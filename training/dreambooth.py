@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+
+from adapters.files import write_tensors
 
 from . import images
 from .config import DreamBoothSettings, ObjectiveSettings
@@ -65,8 +66,7 @@ def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, parts: Pa
         place.mkdir(exist_ok=True)
         state = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         file = "diffusion_pytorch_model.safetensors" if name == "unet" else "model.safetensors"
-        dense = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(dense, place / file, metadata={**metadata, "format": "pt"})
+        write_tensors(place / file, state, metadata)
         (module.save_config if name == "unet" else module.config.save_pretrained)(place)
 
 

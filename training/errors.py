@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 __all__ = ["Stopped", "TrainingError", "exit_on_error"]
@@ -17,23 +18,34 @@ class Stopped(Exception):
     """Training was asked to stop (SIGTERM, SIGINT) and has saved; the message says how to resume."""
 
 
-@contextmanager
-def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Runs a recipe's body; a `TrainingError` (or one of `kinds`) becomes `error: ...` on stderr and exit code 2.
+# What the machine, not the code, is to be asked about.
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 
-    So does what `training.environment` finds wrong with the installation, before the body starts.
-    `Stopped` becomes its message on stderr and exit code 130, the shell's code for an interrupted command.
-    Any other exception is a bug of ours and keeps its traceback.
+
+@contextmanager
+def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> Iterator[None]:
+    """Runs a recipe's body; a `TrainingError` or one of `others()` becomes `error: ...` on stderr and exit code 2.
+
+    So do a full disk, a place that cannot be written, and what `training.environment` finds wrong with the installation
+    before the body starts. `Stopped` and Ctrl-C become a line on stderr and exit code 130, the shell's code for an
+    interrupted command. Any other exception is a bug of ours and keeps its traceback.
+
+    Args:
+        others: asked only once something went wrong, so that a recipe need not import its rooms to say `--help`.
     """
     from . import environment  # which takes its error from here
 
-    reported: tuple[type[Exception], ...] = (TrainingError, *kinds)
     try:
         environment.check()
         yield
-    except reported as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
     except Stopped as stop:
         print(stop, file=sys.stderr, flush=True)
         raise SystemExit(130) from stop
+    except KeyboardInterrupt as stop:
+        print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
+        raise SystemExit(130) from stop
+    except Exception as error:
+        if not isinstance(error, (TrainingError, *others())) and getattr(error, "errno", None) not in _MACHINE:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from .annotators import annotator
 from .config import DataSettings
 from .errors import TrainingError
 from .pictures import canny, decode, inspect, rgb
@@ -339,7 +340,10 @@ def load(settings: DataSettings) -> Source:
             prompt=settings.prompt,
             minimum=settings.minimum,
         )
-    return Annotated(source, canny, "canny") if settings.annotator == "canny" else source
+    if settings.annotator is None:
+        return source
+    made = annotator(settings.annotator, settings.annotator_model)
+    return Annotated(source, made, f"{settings.annotator} {settings.annotator_model or ''}".strip())
 
 
 def _looks_local(source: str) -> bool:

@@ -177,8 +177,6 @@ def _resume(run: _Run) -> None:
     """
     path = checkpoint.find(run.settings.resume, run.out / "checkpoints") if run.settings.resume else None
     if path is None:
-        if run.settings.resume:
-            run.say(f"train.resume latest: no checkpoint in {run.out / 'checkpoints'} yet, starting anew")
         return
     state = checkpoint.load(path)
     # The number of steps is free unless the learning rate depends on it.
@@ -230,12 +228,14 @@ def _loop(run: _Run) -> Result:
                 log.write(run.step, _bare(run.optimizer).param_groups[0]["lr"], run.saved)
             if saving:
                 _save(run)
+            if settings.snapshot_every and run.step % settings.snapshot_every == 0:
+                _ship(run, run.out / "snapshots" / f"step-{run.step:06d}")
             if last or run.step % settings.validation.every == 0:
                 _validate(run, log)
             if stopping and not last:
                 raise Stopped(f"stopped after step {run.step}, saved {run.saved}; go on with --train.resume latest")
     seconds = time.perf_counter() - began
-    folder = _ship(run)
+    folder = _ship(run, run.out / run.method.name)
     accelerator.end_training()
     return Result(folder=folder, checkpoint=run.saved, step=run.step, losses=log.losses, seconds=seconds)
 
@@ -339,9 +339,8 @@ def _validate(run: _Run, log: Log) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _ship(run: _Run) -> Path:
-    """Saves the result, averaged if there is an average, whole or not at all."""
-    folder = run.out / run.method.name
+def _ship(run: _Run, folder: Path) -> Path:
+    """Saves what was trained, averaged if there is an average, whole or not at all."""
     tensors = run.ema.average if run.ema else run.trainable.values()
     weights: dict[str, Tensor] = sharding.whole(dict(zip(run.trainable, tensors, strict=True)))
     if run.accelerator.is_main_process:

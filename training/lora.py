@@ -7,7 +7,6 @@ the file's `lora_adapter_metadata`. LoHa and LoKr, which diffusers pipelines do 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
+
+from adapters.files import write_tensors
 
 from .config import LoraSettings, ObjectiveSettings
 from .errors import TrainingError
@@ -148,7 +148,7 @@ def _save(
     if settings.kind != "lora":
         for name, state in states.items():
             (folder / name).mkdir(exist_ok=True)
-            save_file(_dense(state), folder / name / "adapter_model.safetensors", metadata=metadata)
+            write_tensors(folder / name / "adapter_model.safetensors", state, metadata)
             configs[name].save_pretrained(folder / name)
         return
     tensors: Weights = {}
@@ -156,12 +156,8 @@ def _save(
     for name, state in states.items():
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
         described |= {f"{name}.{key}": value for key, value in _plain(configs[name].to_dict()).items()}
-    header = {**metadata, "format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
-    save_file(_dense(tensors), folder / WEIGHTS_NAME, metadata=header)
-
-
-def _dense(state: Mapping[str, Tensor]) -> Weights:
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    header = {**metadata, LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
+    write_tensors(folder / WEIGHTS_NAME, tensors, header)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from adapters.files import write_tensors
 
 from .errors import TrainingError
 from .models import Parts
@@ -81,5 +82,4 @@ def save_tokens(
         tensors = dict(zip(SLOTS, rows, strict=True))
     else:
         tensors = {token: rows[0][number] for number, token in enumerate(tokens)}
-    dense = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    save_file(dense, folder / EMBEDDINGS_NAME, metadata=metadata)
+    write_tensors(folder / EMBEDDINGS_NAME, tensors, metadata)

@@ -340,3 +340,13 @@ def test_memory_stays_bounded_by_the_file(tmp_path):
     with pytest.raises(FileError):
         files.read_tensors(put(tmp_path / "x.safetensors", with_header(header, b"\0" * 64)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_s_beginning_is_read(tmp_path: Path, length: int) -> None:
+    """One header in 32 has a length ending in 0x80, a pickle's first byte; 0x4B50 is an archive's PK."""
+    entry = {"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header = json.dumps(entry).encode().ljust(length)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    assert files.read_tensors(path)[0]["weight"].item() == 1.0

@@ -25,18 +25,21 @@ def condition(scene: Scene, control: str) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """``count`` scenes of the split ``seed`` from index ``begin`` on, as ``training.images`` sources are."""
+    """``count`` scenes of the split ``seed`` from index ``begin`` on, as ``training.images`` sources are.
 
-    control: str
+    With a ``control`` each has its condition; ``look`` is that of the drawings, see ``sprites.LOOKS``.
+    """
+
+    control: str | None = None
     count: int
     seed: int = TRAIN_SEED
     begin: int = 20_000_000
+    look: str = "noto"
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
-        scene = sample(self.seed, self.begin + index)
-        return Sample(
-            image=Image.fromarray(scene.image), caption=scene.caption, conditioning=condition(scene, self.control)
-        )
+        scene = sample(self.seed, self.begin + index, look=self.look)
+        shown = condition(scene, self.control) if self.control else None
+        return Sample(image=Image.fromarray(scene.image), caption=scene.caption, conditioning=shown)

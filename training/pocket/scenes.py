@@ -66,15 +66,15 @@ class Scene:
         return out
 
 
-def sample(seed: int, index: int, size: int = SIZE) -> Scene:
-    """The ``index``-th scene of the split ``seed``: 50 % one object, 40 % two, 10 % three."""
+def sample(seed: int, index: int, size: int = SIZE, look: str = "noto") -> Scene:
+    """The ``index``-th scene of the split ``seed``: 50 % one object, 40 % two, 10 % three; the same in every look."""
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     count = int(rng.choice(3, p=(0.5, 0.4, 0.1))) + 1
     names = rng.choice(len(CLASSES), count, replace=False)
     nouns = tuple(_noun(list(CLASSES)[i], rng) for i in names)
     relation = list(RELATIONS)[rng.integers(len(RELATIONS))] if count == 2 and rng.random() < 0.5 else None
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    return _scene(Description(nouns=nouns, relation=relation, background=background), rng, size)
+    return _scene(Description(nouns=nouns, relation=relation, background=background), rng, size, look=look)
 
 
 def from_prompt(prompt: str, seed: int, size: int = SIZE) -> Scene:
@@ -91,14 +91,16 @@ def _noun(name: str, rng: np.random.Generator) -> Noun:
     return Noun(name=name, colour=str(rng.choice(list(COLOURS))) if tinted else None)
 
 
-def _scene(said: Description, rng: np.random.Generator, size: int, caption: str | None = None) -> Scene:
+def _scene(
+    said: Description, rng: np.random.Generator, size: int, caption: str | None = None, look: str = "noto"
+) -> Scene:
     objects = _place(said, rng, size)
     if caption is None:
         silent = rng.random() < 0.06  # some captions leave the background out
         words = Description(nouns=said.nouns, relation=said.relation, background=None if silent else said.background)
         caption = describe(words, rng)
     assert said.background is not None
-    image, masks = render(backgrounds.draw(said.background, size, rng), objects)
+    image, masks = render(backgrounds.draw(said.background, size, rng), objects, look)
     return Scene(image=image, caption=caption, description=said, objects=objects, masks=masks)
 
 
@@ -152,11 +154,11 @@ def _overlap(a: Placed, b: Placed) -> float:
     return max(width, 0) * max(height, 0) / min(a.side, b.side) ** 2
 
 
-def render(background: np.ndarray, objects: tuple[Placed, ...]) -> tuple[np.ndarray, np.ndarray]:
+def render(background: np.ndarray, objects: tuple[Placed, ...], look: str = "noto") -> tuple[np.ndarray, np.ndarray]:
     """Draw ``objects`` onto ``background`` (S, S, 3) float32: the picture (S, S, 3) uint8, masks (n, S, S) bool."""
     layers = []
     for placed in objects:
-        colour, alpha = sprite(placed.noun.name, placed.noun.colour, placed.side)
+        colour, alpha = sprite(placed.noun.name, placed.noun.colour, placed.side, look)
         layers.append((colour[:, ::-1], alpha[:, ::-1]) if placed.flip else (colour, alpha))
     return compose(background, layers, [(placed.x, placed.y) for placed in objects])
 

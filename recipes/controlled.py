@@ -1,0 +1,111 @@
+"""Control generation: conditions made from your pictures, an existing ControlNet, an adapter if you like, and S-CFG.
+
+accelerate launch recipes/controlled.py --config recipes/configs/controlled/pocket_canny.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from recipes.sample import draw, sheet
+from recipes.settings import GuidanceSettings, SamplingSettings
+from recipes.wiring import adapted, guided, launch, pipeline, say
+from training.config import BaseSettings, require
+
+__all__ = ["Settings", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Pictures of conditions and prompts to pictures."""
+
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    controlnet: str
+    """ControlNet folder or hub id; pocket-canny and pocket-segmentation are the embedded ones."""
+    adapter: str | None = None
+    """An adapter on top; see recipes/sample.py."""
+    weight: float = 1.0
+    """Scale of the adapter's change."""
+    pictures: str
+    """Folder of captioned pictures; a caption is the prompt."""
+    prompt: str | None = None
+    """One prompt for all pictures instead of their captions; the file's name keeps them apart."""
+    annotator: Literal["canny", "lineart", "depth", "segmentation", "none"] = "canny"
+    """How a condition is made; none: the pictures are conditions already."""
+    annotator_model: str | None = None
+    """Folder or hub id of the annotator's network (depth, segmentation)."""
+    conditioning_scale: float = 1.0
+    """Strength of the ControlNet."""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """Seeds of every picture."""
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
+    """The guidance; it stands beside plain CFG at the same scale."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How pictures are sampled."""
+    dry_run: bool = False
+    """Loads and checks everything, and stops."""
+    out: str
+    """Folder of the pictures."""
+
+
+def run(settings: Settings) -> Path | None:
+    """Sample with plain CFG and with the guidance; returns the sheet, or None after a dry run."""
+    from adapters import Shot
+    from adapters.metrics import CannyF1
+    from training import images
+    from training.annotators import annotator
+
+    make = annotator(settings.annotator, settings.annotator_model) if settings.annotator != "none" else images.rgb
+    source = images.folder(settings.pictures, prompt=settings.prompt, minimum=1)
+    conditions: dict[str, Image.Image] = {}
+    for index in range(len(source)):
+        conditions.setdefault(source[index].caption, make(source[index].image))
+    if settings.prompt is not None:
+        require(len(source) == 1, "prompt fits one picture; give several ones captions (.txt files)")
+    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+
+    def condition(prompt: str, seed: int) -> dict[str, Any]:
+        return {"image": conditions[prompt]}
+
+    with adapted(pipe, settings.adapter, settings.weight):
+        if settings.dry_run:
+            with guided(pipe, settings.guidance)():
+                say(f"would draw {2 * len(conditions) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            return None
+        plain = GuidanceSettings(method="cfg", scale=settings.guidance.scale)
+        arms = {"CFG": plain, settings.guidance.method: settings.guidance}
+        common = {"controlnet_conditioning_scale": settings.conditioning_scale}
+        weights = f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g}"
+        shots: dict[str, list[Any]] = {
+            "condition": [Shot(prompt=text, seed=0, latents="", image=picture) for text, picture in conditions.items()]
+        }
+        for name, arm in arms.items():
+            folder = Path(settings.out) / name
+            shots[name] = draw(
+                pipe,
+                list(conditions),
+                settings.seeds,
+                arm,
+                settings.sampling,
+                folder,
+                weights,
+                arm=name,
+                inputs=condition,
+                common=common,
+            )
+            if settings.annotator == "canny":
+                scores = CannyF1(condition=lambda shot: conditions[shot.prompt].resize(shot.image.size))(shots[name])
+                say(f"{name}: canny F1 {sum(scores) / len(scores):.3f} over {len(scores)} pictures")
+    page = Path(settings.out) / "sheet.png"
+    sheet(shots).save(page)
+    say(f"pictures in {settings.out}; side by side: {page}")
+    return page
+
+
+if __name__ == "__main__":
+    launch(Settings, run)

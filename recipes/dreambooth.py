@@ -1,0 +1,76 @@
+"""Teach a base model one subject by fine-tuning its whole U-net, with prior preservation (DreamBooth).
+
+accelerate launch recipes/dreambooth.py --config recipes/configs/dreambooth/pocket_dog.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipes.finish import Finish, finish
+from recipes.wiring import class_prior, data, launch, load_parts
+from training.config import (
+    BaseSettings,
+    DataSettings,
+    DreamBoothSettings,
+    ObjectiveSettings,
+    TrainSettings,
+    require,
+    resolved,
+)
+
+__all__ = ["Settings", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Finish):
+    """Full fine-tuning on one subject."""
+
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    data: DataSettings
+    """The subject's pictures."""
+    dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
+    """Prior preservation, and whether the text encoder trains too."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    """The loss."""
+    region: str | None = None
+    """Words of the captions whose attention regions replace masks in the region-aware loss, such as sks dog."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """The loop."""
+    out: str
+    """Folder for checkpoints, the trained pipeline in `dreambooth`, and what the later stages make."""
+
+
+def run(settings: Settings) -> Path | None:
+    """Train and finish; returns the last stage's folder, or None after a dry run."""
+    from recipes.region import region_of
+    from training import dreambooth, loop
+
+    require(
+        not (settings.dreambooth.text_encoder and settings.measure),
+        "a release holds the U-net alone: with dreambooth.text_encoder the pipeline in `dreambooth` is the result; "
+        "leave measure out",
+    )
+    parts = load_parts(settings.base)
+    pictures = data(settings.data, parts=parts)
+    prior = class_prior(parts, settings)
+    region = region_of(settings.region) if settings.region else None
+    method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)
+    result = loop.train(
+        method,
+        pictures,
+        settings.train,
+        out=settings.out,
+        record=resolved(settings),
+        prior=prior,
+        region=region,
+        cache=settings.data.cache,
+        cache_folder=settings.data.cache_folder,
+    )
+    return finish(settings.base, settings, result.folder / "unet", settings.out) if result else None
+
+
+if __name__ == "__main__":
+    launch(Settings, run)

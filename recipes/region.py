@@ -1,0 +1,68 @@
+"""Where the base's attention sees a word in a training picture: the mask of the region-aware loss, without masks.
+
+The picture is noised to a few middle timesteps, where cross-attention is clear; the words of its caption compete for
+every position, as they do in S-CFG, and the region is what the wanted words win in most of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import scfg
+from scfg.segment import Segmenter, background_positions, grouping
+from training.errors import TrainingError
+from training.method import conditions_of
+from training.models import Parts, encode_text, tokenize
+from training.objective import add_noise, alpha_sigma, alphas_cumprod
+
+__all__ = ["region_of"]
+
+FRACTIONS = (0.2, 0.35, 0.5)  # of the schedule, from clean to noise
+
+
+def region_of(phrase: str) -> Any:
+    """The region of the words of ``phrase`` as `training.loop.train` takes it; its name is part of the cache's key."""
+    asked = set(phrase.split())
+
+    @torch.no_grad()
+    def region(parts: Parts, entry: dict[str, Tensor], caption: str) -> Tensor:
+        words = scfg.prompt_words(parts.tokenizers[0], caption, parts.tokenizers[0].model_max_length)
+        wanted = [index for index, item in enumerate(words) if item.text in asked]
+        if not wanted:
+            raise TrainingError(f"region {phrase!r}: none of its words is in the caption {caption!r}")
+        unet: Any = parts.unet
+        text = encode_text(parts.text_encoders, tokenize(parts, [caption]), family=parts.family)
+        conditions = conditions_of(
+            {name: value.to(unet.device) for name, value in text.items()},
+            entry["frame"][None].to(unet.device),
+            unet.dtype,
+        )
+        length = text["embeds"].shape[1]
+        segmenter = Segmenter(unet, scfg.SemanticCFG(tokens="prompt", reference="mean"))
+        mean = entry["mean"][None].to(unet.device)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
+        products = alphas_cumprod(parts.scheduler).to(mean)
+        votes = torch.zeros(mean.shape[-2:])
+        for fraction in FRACTIONS:
+            timestep = torch.tensor([int(fraction * len(products))], device=mean.device)
+            segmenter.start(
+                (mean.shape[-2], mean.shape[-1]),
+                tokens=slice(0, 1),
+                foreground=None,
+                background=background_positions(length, length),
+                groups=grouping([[item.positions for item in words]], length, mean.device),
+            )
+            unet(add_noise(mean, noise, *alpha_sigma(products, timestep)), timestep, **conditions)
+            average = segmenter.finish()
+            if average is None:
+                raise TrainingError("region: this base's attention gives no maps; use masks instead")
+            index = average.regions().index[0].cpu()
+            owned = torch.isin(index, torch.tensor(wanted)).float()[None, None]
+            votes += torch.nn.functional.interpolate(owned, votes.shape, mode="nearest")[0, 0]
+        return (votes > len(FRACTIONS) / 2).float()[None]
+
+    region.__name__ = f"attention-{phrase}"
+    return region

@@ -1,0 +1,148 @@
+"""Ship an adapter: weights in every useful spelling, card, guider, measured gains, report; whole or not at all.
+
+accelerate launch recipes/ship.py --base.path pocket --adapter runs/dog/lora --measured runs/dog/measured --out runs/dog
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.measure import BASE, arms_of
+from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
+from recipes.wiring import POCKET, cases, guidance_of, launch, pipeline, say
+from training.config import BaseSettings, require
+
+__all__ = ["Settings", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A release folder from what was trained and what was measured."""
+
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    adapter: str
+    """What ships: the folder that training wrote, or any LoRA file; of a full fine-tune its `unet` folder."""
+    measured: str | None = None
+    """Folder that recipes/measure.py wrote; null: the card says that nothing was measured."""
+    ship: ShipSettings = field(default_factory=ShipSettings)
+    """What only the maker knows."""
+    out: str
+    """Folder of the run; the release lies in its `release`."""
+
+
+def run(settings: Settings) -> Path | None:
+    """Ship; returns the release folder on the main process."""
+    import adapters
+    from training.ranks import state
+
+    if not state().is_main_process:
+        return None
+    measured = Path(settings.measured) if settings.measured else None
+    plan, gains, rows, shots, guider, facts = _measured(measured)
+    pipe = pipeline(settings.base, SamplingSettings())
+    weights = Path(settings.adapter)
+    card = _card(settings, plan)
+    folder = adapters.ship.ship(
+        Path(settings.out) / "release",
+        weights=weights,
+        base=adapters.describe(pipe) | ({"name": card.base_model} if settings.base.path == POCKET else {}),
+        card=card,
+        gains=gains,
+        rows=rows,
+        shots=shots,
+        guider=guider,
+        embeds=_embeds(weights),
+        config=_config(weights),
+        facts=facts,
+        page=(measured / "report.html").read_text("utf-8") if measured else None,
+    )
+    say(f"shipped {folder}; open {folder / ('report.html' if measured else 'README.md')}")
+    if settings.ship.push:
+        names = adapters.ship.push(folder, settings.ship.push, private=settings.ship.private)
+        say(f"pushed {len(names)} files to {settings.ship.push}")
+    return folder
+
+
+def _measured(folder: Path | None) -> tuple[Any, ...]:
+    """Plan, gains, rows, shots, the guider that measured best, and the facts of a comparison."""
+    import adapters
+    import scfg
+    from recipes import measure
+    from training.config import parse
+
+    if folder is None:
+        return MeasureSettings(prompts=["a photo"]), None, (), {}, None, {}
+    require(
+        (folder / "settings.yaml").is_file(), f"measured {folder} has no settings.yaml; run recipes/measure.py first"
+    )
+    made = parse(measure.Settings, ["--config", str(folder / "settings.yaml")])
+    gains = adapters.verify.recompute(folder)
+    rows = adapters.table.read_csv(folder / "per_image.csv")
+    arms = arms_of(made.measure, made.tuned)
+    # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
+    best = arms[made.measure.arm if gains.verdict.word == "gain" else made.measure.baseline]
+    guider = scfg.to_config(guidance_of(best), guidance_scale=best.scale)
+    facts = json.loads((folder / "gains.json").read_text())["facts"]
+    return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, arms), guider, facts
+
+
+def _shots(folder: Path, plan: MeasureSettings, arms: dict[str, GuidanceSettings]) -> dict[str, list[Any]]:
+    """The sampled pictures by arm, as far as they are still there."""
+    import adapters
+
+    found: dict[str, list[Any]] = {name: [] for name in (BASE, *arms)}
+    wanted = {shot for case in cases(plan, None) for shot in case.prompts} if not plan.targets else None
+    for shot in adapters.sample.shots_in(folder):
+        if shot.arm in found and (wanted is None or shot.prompt in wanted):
+            found[shot.arm].append(shot)
+    return {name: shots for name, shots in found.items() if shots}
+
+
+def _card(settings: Settings, plan: MeasureSettings) -> Any:
+    import adapters
+    from training.pocket import VERSION, base_hash
+
+    ship, pocket = settings.ship, settings.base.path == POCKET
+    case = None if plan.targets else cases(plan, None)[0]
+    name = VERSION if pocket else settings.base.path
+    calls = case.calls if case else ""
+    limits = list(ship.limits)
+    if pocket:
+        limits.append("Made for a 64-pixel base model of drawn scenes: to learn and to test with, not for pictures.")
+    facts = {"base hash": base_hash()} if pocket else {}
+    if case and case.folder:
+        facts["subject"] = json.loads((case.folder / "subject.json").read_text()).get("origin", "the maker's pictures")
+    return adapters.Card(
+        title=ship.title or f"{calls or Path(settings.adapter).name} on {Path(name).name}",
+        base_model=name,
+        licence=ship.licence,
+        description=ship.description,
+        trigger_words=ship.trigger_words or ([calls] if calls else []),
+        prompts=case.prompts[:3] if case and settings.measured else [],
+        limits=limits,
+        command=f"python recipes/measure.py --config {settings.measured}/settings.yaml" if settings.measured else "",
+        facts=facts,
+    )
+
+
+def _embeds(weights: Path) -> dict[str, Any] | None:
+    from safetensors.torch import load_file
+
+    path = weights / "learned_embeds.safetensors"
+    return load_file(path) if path.is_file() else None
+
+
+def _config(weights: Path) -> str | None:
+    """The settings that training wrote beside its result."""
+    for path in (weights / "settings.yaml", weights.parent / "settings.yaml"):
+        if path.is_file():
+            return path.read_text("utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    launch(Settings, run)

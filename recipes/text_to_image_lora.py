@@ -1,0 +1,56 @@
+"""Teach a base model a style or a domain with a LoRA on captioned pictures.
+
+accelerate launch recipes/text_to_image_lora.py --config recipes/configs/text_to_image_lora/pocket_fluent.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipes.finish import Finish, finish
+from recipes.wiring import data, launch, load_parts
+from training.config import BaseSettings, DataSettings, LoraSettings, ObjectiveSettings, TrainSettings, resolved
+
+__all__ = ["Settings", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Finish):
+    """A LoRA of captioned pictures."""
+
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    data: DataSettings
+    """The captioned pictures."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The adapter."""
+    objective: ObjectiveSettings = field(default_factory=lambda: ObjectiveSettings(caption_dropout=0.1))
+    """The loss."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """The loop."""
+    out: str
+    """Folder for checkpoints, the trained adapter in `lora`, and what the later stages make."""
+
+
+def run(settings: Settings) -> Path | None:
+    """Train and finish; returns the last stage's folder, or None after a dry run."""
+    from training import loop, lora
+
+    parts = load_parts(settings.base)
+    pictures = data(settings.data, parts=parts)
+    method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
+    result = loop.train(
+        method,
+        pictures,
+        settings.train,
+        out=settings.out,
+        record=resolved(settings),
+        cache=settings.data.cache,
+        cache_folder=settings.data.cache_folder,
+    )
+    return finish(settings.base, settings, result.folder, settings.out) if result else None
+
+
+if __name__ == "__main__":
+    launch(Settings, run)

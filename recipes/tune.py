@@ -1,0 +1,150 @@
+"""Find the guidance (and the checkpoint) that measures best, on prompts and seeds that the report never sees.
+
+accelerate launch recipes/tune.py --config recipes/configs/measure/pocket_subject.yaml --adapter runs/dog/lora
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from recipes.measure import _digest
+from recipes.sample import draw
+from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
+from recipes.wiring import POCKET, Case, adapted, cases, guidance_of, launch, pipeline, say, texts
+from training.config import BaseSettings, require
+
+__all__ = ["Settings", "chosen", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A search with the same budget for arm and baseline of the comparison to come."""
+
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    adapter: str | None = None
+    """What is tuned for; see recipes/measure.py."""
+    weight: float = 1.0
+    """Scale of the adapter's change."""
+    measure: MeasureSettings = field(default_factory=MeasureSettings)
+    """The comparison to come: its prompts and seeds are kept out of the search."""
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    """The search."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How pictures are sampled."""
+    out: str
+    """Folder of `tuned/`: tuned.json and guider_config.json."""
+
+
+def run(settings: Settings) -> Path:
+    """Tune; returns the folder of what was found."""
+    import adapters
+    import scfg
+    from recipes import referee
+    from training.ranks import state
+
+    plan, search = settings.measure, settings.tune
+    require(plan.targets is None and len(plan.subjects) <= 1, "recipes/tune.py tunes one subject or prompts at a time")
+    held = cases(plan, settings.adapter)[0]
+    prompts = texts(search.prompts, search.prompt_file, name=held.calls)
+    case = replace(held, prompts=prompts)
+    pocket = settings.base.path == POCKET
+    known = {metric.name: metric for metric in referee.metrics(plan, case, pocket=pocket)}
+    wanted = search.metric or plan.primary or next(iter(known))
+    require(wanted in known, f"tune.metric {wanted!r} is none of {', '.join(known)}")
+    pipe = pipeline(settings.base, settings.sampling)
+    found = {}
+    for name in (plan.baseline, plan.arm):
+        candidates = _candidates(settings, name)
+        best = adapters.tune.search(
+            candidates,
+            lambda values, texts_, seeds: _try(pipe, case, values, texts_, seeds, settings),
+            known[wanted],
+            prompts=prompts,
+            seeds=search.seeds,
+            held_out_prompts=held.prompts,
+            held_out_seeds=plan.seeds,
+        )
+        found[name] = best
+        say(f"{name}: {best.best} of {len(candidates)} tried, {best.images} pictures")
+    out = Path(settings.out) / "tuned"
+    if state().is_main_process:
+        with adapters.files.write_folder(out) as stage:
+            record = {
+                "metric": wanted,
+                "best": {name: _without_adapter(item.best) for name, item in found.items()},
+                "adapter": found[plan.arm].best["adapter"],
+                "prompts": prompts,
+                "seeds": search.seeds,
+                "rounds": {name: item.rounds for name, item in found.items()},
+                "pictures": {name: item.images for name, item in found.items()},
+            }
+            (stage / "tuned.json").write_text(json.dumps(record, indent=1))
+            winner = GuidanceSettings(**_without_adapter(found[plan.arm].best))
+            guider = scfg.to_config(guidance_of(winner), guidance_scale=winner.scale)
+            (stage / "guider_config.json").write_text(json.dumps(guider, indent=1))
+    state().wait_for_everyone()
+    return out
+
+
+def chosen(tuned: Path) -> str:
+    """The adapter, or its checkpoint, that measured best."""
+    return json.loads((tuned / "tuned.json").read_text())["adapter"]
+
+
+def _candidates(settings: Settings, name: str) -> list[dict[str, Any]]:
+    """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
+    plan, search = settings.measure, settings.tune
+    arm = plan.arms[name]
+    grid = [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
+    scales = list(search.scales)
+    if name == plan.baseline and len(grid) > 1:
+        low, high, count = min(scales), max(scales), len(scales) * len(grid)
+        scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
+        grid = [{}]
+    folders: list[str | None] = [*_snapshots(settings)] or [settings.adapter]
+    return [
+        {**asdict(replace(arm, scale=scale, options={**arm.options, **more}, weight=weight)), "adapter": folder}
+        for folder in folders
+        for weight in search.weights
+        for scale in scales
+        for more in grid
+    ]
+
+
+def _snapshots(settings: Settings) -> list[str]:
+    """The adapter and its earlier checkpoints, where the training kept some."""
+    if settings.adapter is None:
+        return []
+    beside = Path(settings.tune.snapshots or Path(settings.adapter).parent / "snapshots")
+    return [*(str(folder) for folder in sorted(beside.glob("step-*"))), settings.adapter]
+
+
+def _without_adapter(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "adapter"}
+
+
+def _try(
+    pipe: Any, case: Case, values: Mapping[str, Any], prompts: Sequence[str], seeds: Sequence[int], settings: Settings
+) -> list[Any]:
+    guidance, adapter = GuidanceSettings(**_without_adapter(values)), values["adapter"]
+    weight = settings.weight if guidance.weight is None else guidance.weight
+    label = json.dumps({**values, "adapter": _digest(adapter)}, sort_keys=True)
+    folder = Path(settings.out) / "tuning" / _short(label)
+    with adapted(pipe, adapter, weight):
+        return draw(pipe, prompts, seeds, guidance, settings.sampling, folder, f"{_digest(adapter)} {weight:g}")
+
+
+def _short(label: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(label.encode()).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    launch(Settings, run)

@@ -1,9 +1,11 @@
-"""Subjects to personalize: things drawn in the look the base has never seen, with captions, masks and held-out prompts.
+"""Subjects to personalize, in looks the base has never seen, with captions, masks and held-out prompts.
 
     python -m training.pocket.subjects recipes/subjects
 
-Each folder holds what a user's own would: five pictures with ``.txt`` captions, ``masks/`` (white = subject), and
-``subject.json`` with the class, the identifier and prompts that share no background with the pictures.
+Some are drawings of the look "fluent", one drawing each; the others are rendered toys (see ``rendered``), five views
+each, and made anew only where pybullet is installed. Each folder holds what a user's own would: five pictures with
+``.txt`` captions, ``masks/`` (white = subject), and ``subject.json`` with the class, the identifier and prompts that
+share no background with the pictures.
 """
 
 from __future__ import annotations
@@ -17,14 +19,39 @@ from PIL import Image
 
 from . import backgrounds
 from .captions import article
+from .errors import PocketError
+from .rendered import TOYS, rendering
 from .scenes import compose
-from .sprites import sprite
+from .sprites import scaled, sprite
 from .world import BACKGROUNDS, SIZE
 
 __all__ = ["IDENTIFIER", "SUBJECTS", "write"]
 
-SUBJECTS = ("dog", "bird", "teapot", "robot")
+# Folder names. A drawn subject's is its class; a rendered one's class is in ``TOYS``. A subject's place seeds its
+# pictures: new ones go to the end.
+SUBJECTS = (
+    "dog",
+    "bird",
+    "teapot",
+    "robot",
+    "rabbit",
+    "fish",
+    "penguin",
+    "butterfly",
+    "crab",
+    "turtle",
+    "toy_car",
+    "toy_boat",
+    "gift_box",
+    "parasol",
+    "plump_star",
+    "plump_heart",
+)
 IDENTIFIER = "sks"
+ORIGINS = {
+    "drawn": "Fluent Emoji (Microsoft), MIT",
+    "rendered": "rendered with pybullet from meshes of this project, Apache-2.0",
+}
 SHOWN = ("grass", "wood", "snow", "sand", "sky")
 # The class noun of each prompt is filled in; the other objects are ones the base can draw.
 HELD_OUT = (
@@ -42,29 +69,63 @@ HELD_OUT = (
     "{} below a red crown in the night sky",
 )
 
+# What stands in a prompt in place of the subject's own class: a prompt must not ask for it twice.
+INSTEAD = {
+    "a red balloon": "a red teapot",
+    "a blue car": "a blue bus",
+    "a yellow star": "a yellow butterfly",
+    "a green apple": "a green turtle",
+    "a purple umbrella": "a purple balloon",
+    "a pink heart": "a pink bear",
+    "a mushroom": "a tree",
+    "a red crown": "a red star",
+}
+
 
 def write(root: Path, name: str) -> Path:
-    """Draw the subject of class ``name`` into ``root/name``."""
+    """Make the pictures of the subject ``name`` in ``root/name``.
+
+    Raises:
+        PocketError: no such subject; a rendered one without pybullet.
+    """
+    if name not in SUBJECTS:
+        raise PocketError(f"there is no subject {name!r}; there are {', '.join(SUBJECTS)}")
+    noun = TOYS[name].name if name in TOYS else name
+    called = article(f"{IDENTIFIER} {noun}")
     folder = root / name
-    (folder / "masks").mkdir(parents=True, exist_ok=True)
     rng = np.random.Generator(np.random.Philox(key=[5, SUBJECTS.index(name)]))
     for index, background in enumerate(SHOWN):
         side = int(rng.integers(round(0.55 * SIZE), round(0.8 * SIZE)))
         x, y = (int(value) for value in rng.integers(0, SIZE - side + 1, 2))
-        colour, alpha = sprite(name, None, side, "fluent")
-        layer = (colour[:, ::-1], alpha[:, ::-1]) if index % 2 else (colour, alpha)
-        image, masks = compose(backgrounds.draw(background, SIZE, rng), [layer], [(x, y)])
+        image, masks = compose(backgrounds.draw(background, SIZE, rng), [_layer(name, index, side)], [(x, y)])
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png", optimize=True)
         Image.fromarray(masks[0].astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png", optimize=True)
-        (folder / f"{index}.txt").write_text(f"{article(f'{IDENTIFIER} {name}')} {BACKGROUNDS[background][0]}\n")
+        (folder / f"{index}.txt").write_text(f"{called} {BACKGROUNDS[background][0]}\n")
     facts = {
-        "class": name,
+        "class": noun,
         "identifier": IDENTIFIER,
-        "origin": "Fluent Emoji (Microsoft), MIT",
-        "prompts": [prompt.format(article(f"{IDENTIFIER} {name}")) for prompt in HELD_OUT],
+        "origin": ORIGINS["rendered" if name in TOYS else "drawn"],
+        "prompts": [_prompt(prompt, noun).format(called) for prompt in HELD_OUT],
     }
     (folder / "subject.json").write_text(json.dumps(facts, indent=1) + "\n")
     return folder
+
+
+def _layer(name: str, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The subject as it stands in its ``index``-th picture: colour and alpha, as ``sprite`` returns them."""
+    if name in TOYS:
+        return scaled(rendering(name, index), side)
+    colour, alpha = sprite(name, None, side, "fluent")
+    return (colour[:, ::-1], alpha[:, ::-1]) if index % 2 else (colour, alpha)
+
+
+def _prompt(prompt: str, noun: str) -> str:
+    """``prompt`` with another object in place of one of the class ``noun``."""
+    for said, other in INSTEAD.items():
+        if said.split()[-1] == noun:
+            prompt = prompt.replace(said, other)
+    return prompt
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""The subjects that ship: enough of them, true to their captions and masks, and made anew by the code that ships."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.pocket import PocketError, rendered, subjects
+from training.pocket.captions import parse
+from training.pocket.rendered import TOYS
+from training.pocket.subjects import SUBJECTS
+from training.pocket.world import CLASSES, SIZE
+
+SHIPPED = Path(__file__).parents[2] / "recipes" / "subjects"
+OLD = ("dog", "bird", "teapot", "robot")
+DRAWN = [name for name in SUBJECTS if name not in TOYS]
+
+
+def facts(name: str) -> dict:
+    return json.loads((SHIPPED / name / "subject.json").read_text())
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@lru_cache
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def without_identifier(text: str) -> str:
+    assert f" {subjects.IDENTIFIER} " in text
+    return text.replace(f"{subjects.IDENTIFIER} ", "", 1)
+
+
+def test_there_are_twelve_or_more_and_the_first_four_stay_first() -> None:
+    assert SUBJECTS[:4] == OLD
+    assert len(SUBJECTS) == len(set(SUBJECTS)) >= 12
+    assert len(TOYS) >= 4
+    assert set(TOYS) < set(SUBJECTS)
+    assert sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) == sorted(SUBJECTS)
+    assert len({facts(name)["class"] for name in SUBJECTS}) == len(SUBJECTS), "one subject a class"
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_subject_is_whole(name: str) -> None:
+    pictures = [f"{i}.png" for i in range(5)]
+    texts = [f"{i}.txt" for i in range(5)]
+    assert files(SHIPPED / name) == sorted([*pictures, *texts, *(f"masks/{p}" for p in pictures), "subject.json"])
+    for picture in pictures:
+        image, mask = pixels(SHIPPED / name / picture), pixels(SHIPPED / name / "masks" / picture)
+        assert image.shape == (SIZE, SIZE, 3)
+        assert mask.shape == (SIZE, SIZE)
+        assert set(np.unique(mask)) == {0, 255}
+        assert 0.05 < (mask > 0).mean() < 0.7
+    assert sum((SHIPPED / name / file).stat().st_size for file in files(SHIPPED / name)) < 60_000
+    said = facts(name)
+    assert set(said) == {"class", "identifier", "origin", "prompts"}
+    assert said["class"] in CLASSES
+    assert said["class"] == (TOYS[name].name if name in TOYS else name)
+    assert said["origin"].startswith("rendered" if name in TOYS else "Fluent Emoji")
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_prompts_are_read_and_share_no_background_with_the_pictures(name: str) -> None:
+    said = facts(name)
+    captions = [parse(without_identifier((SHIPPED / name / f"{i}.txt").read_text())) for i in range(5)]
+    prompts = [parse(without_identifier(prompt)) for prompt in said["prompts"]]
+    assert len(set(said["prompts"])) == 12
+    for caption in captions:
+        assert [noun.name for noun in caption.nouns] == [said["class"]]
+    for prompt in prompts:
+        names = [noun.name for noun in prompt.nouns]
+        assert names[0] == said["class"]
+        assert len(set(names)) == len(names), f"{names} asks for one class twice"
+    shown, held_out = ({one.background for one in some} for some in (captions, prompts))
+    assert None not in shown | held_out
+    assert not shown & held_out
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_the_pictures_differ_from_each_other(name: str) -> None:
+    masks = [pixels(SHIPPED / name / "masks" / f"{i}.png").tobytes() for i in range(5)]
+    assert len(set(masks)) == 5
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_drawn_subject_is_made_anew(name: str, tmp_path: Path) -> None:
+    made = subjects.write(tmp_path, name)
+    assert files(made) == files(SHIPPED / name)
+    for file in files(made):
+        if file.endswith(".png"):
+            assert np.abs(pixels(made / file) - pixels(SHIPPED / name / file)).max() <= 1, file
+        else:
+            assert (made / file).read_bytes() == (SHIPPED / name / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_rendered_subject_is_made_anew(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("pybullet")
+    made = subjects.write(tmp_path, name)
+    assert files(made) == files(SHIPPED / name)
+    for file in files(made):
+        if file.endswith(".png"):
+            # Another processor may put a sample on the other side of an edge.
+            apart = np.abs(pixels(made / file) - pixels(SHIPPED / name / file))
+            assert (apart > 8).mean() < 0.005, file
+        else:
+            assert (made / file).read_bytes() == (SHIPPED / name / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_a_toy_is_closed_coloured_and_seen_five_times(name: str) -> None:
+    toy = TOYS[name]
+    assert len(set(toy.views)) == 5
+    for part in toy.build():
+        assert np.isfinite(part.vertices).all()
+        assert part.faces.min() >= 0
+        assert part.faces.max() < len(part.vertices)
+        assert part.colours.shape == part.faces.shape
+        assert part.colours.min() >= 0
+        assert part.colours.max() <= 1
+
+
+def test_surfaces_face_outwards() -> None:
+    shapes = {
+        "ball": rendered._ball((1.0, 0.7, 0.5), (1, 1, 1)),
+        "box": rendered._box((1.0, 0.7, 0.5), (1, 1, 1), 0.2),
+        "tube": rendered._tube(np.array([(0, 0, z) for z in np.linspace(-1, 1, 9)]), 0.3, (1, 1, 1)),
+        "cushion": rendered._cushion(lambda angle: 1 + 0 * angle, 0.4, (1, 1, 1)),
+    }
+    for name, shape in shapes.items():
+        outwards = (shape.normals() * shape.vertices).sum(1)
+        assert outwards.min() > 0, name
+
+
+def test_without_pybullet_the_message_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pybullet", None)
+    with pytest.raises(PocketError, match="pip install pybullet"):
+        subjects.write(tmp_path, next(iter(TOYS)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_subject_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(PocketError, match="zebra"):
+        subjects.write(tmp_path, "zebra")
+    with pytest.raises(PocketError, match="zebra"):
+        rendered.rendering("zebra", 0)
+
+
+def test_the_names_come_without_torch_and_pybullet() -> None:
+    script = (
+        "import sys; from training.pocket.subjects import SUBJECTS; "
+        "print(len(SUBJECTS), 'torch' in sys.modules, 'pybullet' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(len(SUBJECTS)), "False", "False"]

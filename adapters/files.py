@@ -167,6 +167,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     ordered = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     save_file(ordered, path, metadata={"format": "pt", **(metadata or {})})
     _sort_metadata(path)
+    path.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner; these are to be shared
+
+
+def _umask() -> int:
+    """The process's, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _sort_metadata(path: Path) -> None:

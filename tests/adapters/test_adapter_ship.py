@@ -282,3 +282,10 @@ def test_push_checks_first_and_a_dry_run_contacts_nobody(pipe, measured, tmp_pat
     (folder / "README.md").write_text("changed")
     with pytest.raises(FileError, match="README"):
         ship.push(folder, "me/mug", dry_run=True)
+
+
+def test_others_may_read_the_weights(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    files.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == plain.stat().st_mode

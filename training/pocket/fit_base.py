@@ -56,20 +56,20 @@ def scale(vae: AutoencoderKL) -> float:
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
-    images = pixels(sample(seed, i).image for i in indices).to(vae.device)
+    images = pixels(sample(seed, i, aligned=True).image for i in indices).to(vae.device)
     return vae.encode(images).latent_dist.mean
 
 
 def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
     """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16."""
-    path = folder / f"{seed}-{index:05d}.safetensors"
+    path = folder / f"aligned-{seed}-{index:05d}.safetensors"
     if path.exists():
         return load_file(path)
     words = tokenizer.build()
     begin = index * SHARD
     pieces = [range(i, min(i + 64, begin + SHARD)) for i in range(begin, begin + SHARD, 64)]
     latents = [_encode(vae, seed, piece) * vae.config.scaling_factor for piece in pieces]
-    captions = [sample(seed, i).caption for i in range(begin, begin + SHARD)]
+    captions = [sample(seed, i, aligned=True).caption for i in range(begin, begin + SHARD)]
     tokens = words(captions, padding="max_length", return_tensors="pt").input_ids
     shard = {"latents": torch.cat(latents).half().cpu().contiguous(), "tokens": tokens.to(torch.int16)}
     folder.mkdir(parents=True, exist_ok=True)

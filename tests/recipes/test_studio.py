@@ -1,0 +1,224 @@
+"""The studio: pictures of one noise, a guider that ships with its adapter, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import adapters
+import scfg
+from adapters import files
+from recipes.settings import GuidanceSettings, SamplingSettings
+from recipes.studio import Settings, build, draw_pair, run, save_guider
+from recipes.wiring import pipeline
+from training.config import BaseSettings
+from training.errors import TrainingError
+
+ROOT = Path(__file__).resolve().parents[2]
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+PROMPT, FEW = "a red dog and a blue cat on the grass", SamplingSettings(steps=2)
+TUNED = GuidanceSettings(scale=4.0, options={"gamma_max": None, "stop": 0.8, "tokens": "prompt", "latent_ratio": 2})
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return pipeline(BaseSettings(path="pocket"), FEW)
+
+
+@pytest.fixture(scope="module")
+def shipped(pipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of a LoRA on one layer."""
+    place = tmp_path_factory.mktemp("shipped")
+    name, layer = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("attn2.to_k"))
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"A": (2, layer.in_features), "B": (layer.out_features, 2)}
+    tensors = {f"unet.{name}.lora_{part}.weight": torch.randn(shapes[part], generator=draws) for part in shapes}
+    save_file(tensors, place / "lora.safetensors")
+    card = adapters.Card(title="A dog", base_model="pocket-1", licence="apache-2.0")
+    return adapters.ship.ship(
+        place / "release", weights=place / "lora.safetensors", base=adapters.describe(pipe), card=card
+    )
+
+
+@pytest.fixture
+def release(shipped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shipped, tmp_path / "release"))
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return bool((np.asarray(one) == np.asarray(other)).all())
+
+
+# ---------------------------------------------------------------------------------------------- what it does
+
+
+def test_a_pair_has_one_noise_two_pictures_and_a_strip(pipe, release: Path) -> None:
+    pair = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW)
+    assert pair.plain.key == pair.guided.key
+    assert not same(pair.plain.image, pair.guided.image)
+    assert pair.plain.numbers == {"effective scale": 4.0}
+    assert f"{pair.guided.numbers['effective scale']:.2f}" in pair.line
+    assert pair.strip is not None
+    assert pair.strip.width > 2 * pair.strip.height / 4
+    other = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW, str(release))
+    assert other.plain.latents == pair.plain.latents
+    assert not same(other.plain.image, pair.plain.image)
+    again = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW)  # the adapter is off again
+    assert same(again.guided.image, pair.guided.image)
+
+
+@pytest.mark.parametrize("method", ["cfg", "pointwise", "interval", "dose"])
+def test_every_method_draws(pipe, method: str) -> None:
+    pair = draw_pair(pipe, PROMPT, 3, GuidanceSettings(method=method, scale=4.0), FEW)
+    assert same(pair.plain.image, pair.guided.image) == (method == "cfg")
+    assert (pair.strip is not None) == (method == "dose")
+    assert ("no strip" in pair.line) == (pair.strip is None)
+
+
+@pytest.mark.parametrize(("prompt", "scale", "said"), [(" ", 4.0, "no prompt"), (PROMPT, 1.0, "above 1")])
+def test_what_cannot_be_compared_is_said(pipe, prompt: str, scale: float, said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        draw_pair(pipe, prompt, 3, GuidanceSettings(scale=scale), FEW)
+
+
+@pytest.mark.parametrize("guidance", [TUNED, GuidanceSettings(method="cfg", scale=3.0)], ids=lambda g: g.method)
+def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, guidance: GuidanceSettings) -> None:
+    (release / "notes.txt").write_text("mine")
+    before = files.read_manifest(release)
+    said = save_guider(str(release), guidance)
+    assert str(release / "guider_config.json") in said
+    read = scfg.read_config(json.loads((release / "guider_config.json").read_text()))
+    assert read.guidance == scfg.guidance(guidance.method, **guidance.options)
+    assert read.guidance_scale == guidance.scale
+    after = files.verify_folder(release)
+    assert set(after["files"]) == {*before["files"], "guider_config.json"}  # a note is kept, and not shipped
+    assert (release / "notes.txt").read_text() == "mine"
+    assert {**after, "files": 0} == {**before, "files": 0}
+    assert {path.name for path in release.parent.iterdir()} == {"release"}
+
+
+def test_an_altered_release_is_not_vouched_for(release: Path) -> None:
+    (release / "README.md").write_text("something else")
+    before = {path: path.read_bytes() for path in release.rglob("*") if path.is_file()}
+    with pytest.raises(adapters.FileError, match=r"README\.md is not the file"):
+        save_guider(str(release), TUNED)
+    assert {path: path.read_bytes() for path in release.rglob("*") if path.is_file()} == before
+
+
+def test_without_a_release_only_a_folder_of_weights_takes_a_guider(release: Path, tmp_path: Path) -> None:
+    (release / "manifest.json").unlink()
+    assert "no manifest.json" in save_guider(str(release), TUNED)
+    assert scfg.read_config(json.loads((release / "guider_config.json").read_text())).guidance_scale == 4.0
+    weights = next(release.glob("*.safetensors"))
+    (tmp_path / "empty").mkdir()
+    for adapter in ("", "someone/something", str(weights), str(tmp_path / "empty")):
+        with pytest.raises(TrainingError, match="adapter"):
+            save_guider(adapter, TUNED)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_without_gradio_one_line_says_what_to_install(recipe, tmp_path: Path) -> None:
+    (tmp_path / "gradio").mkdir()
+    (tmp_path / "gradio" / "__init__.py").write_text("raise ImportError('not here')\n")
+    done = recipe("studio", "--base.path", "pocket", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("pip install 'scfg-toolkit[studio]'")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_page_starts_with_the_guiders_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    gradio = pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install 'scfg-toolkit[studio]'")
+    shown = {part.elem_id: part for part in build(gradio, Settings()).blocks.values() if hasattr(part, "value")}
+    for name in ("latent_ratio", "gamma_min", "gamma_max", "smoothing_sigma", "start", "stop", "tokens", "completion"):
+        assert shown[name].value == getattr(scfg.SemanticCFG(), name), name
+    assert [value for _, value in shown["method"].choices] == list(scfg.METHODS)
+
+
+def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install 'scfg-toolkit[studio]'")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(TrainingError, match="--port"):
+        run(Settings(port=taken.getsockname()[1]))
+
+
+@pytest.fixture
+def studio(release: Path) -> Iterator[str]:
+    """Address of a running studio."""
+    pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install 'scfg-toolkit[studio]'")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "recipes" / "studio.py"), "--base.path", "pocket", "--sampling.steps", "2"]
+    command += ["--adapter", str(release), "--port", str(port)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here; Debian has it as package chromium")
+def test_in_a_browser(studio: str, release: Path) -> None:
+    driver = pytest.importorskip("playwright.sync_api", reason="needs playwright (no browser of its own)")
+    asked: list[str] = []
+    with driver.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(studio)
+
+        def draw() -> tuple[str, str]:
+            with page.expect_response(lambda answer: answer.url.endswith(".png") and answer.ok):
+                page.click("#draw")
+            page.wait_for_selector(".progress-text", state="detached")
+            page.wait_for_function(
+                "() => ['left', 'right', 'strip'].every(n => document.querySelector(`#${n} img`)?.naturalWidth > 0)"
+            )
+            left, right = (page.get_attribute(f"#{side} img", "src") for side in ("left", "right"))
+            return left, right
+
+        page.fill("#prompt textarea", PROMPT)
+        first = draw()
+        assert "effective guidance scale" in page.inner_text("#line")
+        page.focus("#smoothing_sigma input[type=range]")
+        for _ in range(10):
+            page.keyboard.press("ArrowRight")
+        second = draw()
+        page.wait_for_function("old => document.querySelector('#right img').src !== old", arg=first[1])
+        assert second[0] == first[0]  # plain CFG has no such setting
+        page.click("#save")
+        page.wait_for_selector("#saved >> text=saved")
+        page.fill("#prompt textarea", " ")
+        page.click("#draw")
+        page.wait_for_selector("text=there is no prompt")
+        size = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        browser.close()
+    assert size[0] <= size[1]
+    assert {urlsplit(url).netloc for url in asked if not url.startswith(("data:", "blob:"))} == {
+        urlsplit(studio).netloc
+    }
+    files.verify_folder(release)
+    saved = scfg.read_config(json.loads((release / "guider_config.json").read_text()))
+    assert saved.guidance == scfg.SemanticCFG(smoothing_sigma=1.0)

@@ -1,0 +1,104 @@
+"""What the documents tell people to type: commands parse with the recipe they name, README's Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from training.config import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PLACEHOLDER = re.compile(r"X\.py|\.\.\.|\[|\{")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command line in a bash block, in backquotes or in a config's first line, that needs no filling in."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+        lines += re.findall(r"`((?:python|accelerate launch|make) [^`\n]+)`", text)
+        for line in lines:
+            command = line.split("#")[0].strip()
+            command = re.sub(r"^(\w+=\S+ )+", "", command)
+            if command and not PLACEHOLDER.search(command):
+                found.append((page.name, shlex.split(command)))
+    return found
+
+
+def script(words: list[str]) -> tuple[Path, list[str]] | None:
+    """The Python file that a command runs, and its arguments."""
+    for place, word in enumerate(words):
+        if word.endswith(".py"):
+            return ROOT / word, words[place + 1 :]
+    return None
+
+
+RUN = [(page, *made) for page, words in commands() if (made := script(words))]
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(RUN) > 15
+    assert {path.name for _, path, _ in RUN} >= {"demo.py", "new.py", "measure.py", "dreambooth_lora.py", "pocket.py"}
+
+
+@pytest.mark.parametrize(("page", "path", "arguments"), RUN, ids=[f"{p}: {s.name}" for p, s, _ in RUN])
+def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments: list[str]) -> None:
+    assert path.is_file(), f"{page} names {path}"
+    module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    kind = getattr(import_module(module), "Settings", None) if module.startswith("recipes.") else None
+    if kind is None:  # argparse: every option must be in its help
+        said = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+        for word in arguments:
+            assert not word.startswith("--") or word.split("=")[0] in said, f"{page}: {path.name} has no {word}"
+        return
+    configs = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--config"]
+    if any(not (ROOT / config).is_file() for config in configs):
+        assert all(config.startswith("runs/") for config in configs), f"{page}: {configs} do not ship"
+        return
+    parse(kind, [str(ROOT / word) if word in configs else word for word in arguments])
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {words[1] for _, words in commands() if words[0] == "make"}
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_a_page_compiles_and_its_links_lead_somewhere(page: Path) -> None:
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_readme_s_guidance_runs_as_it_is_written() -> None:
+    from training.pocket import base_path
+
+    code = blocks(ROOT / "README.md", "python")[0].replace("path/or/hub-id", str(base_path()))
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["image"].size == (64, 64)
+    assert len(names["run"].trace) == 50
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached = {ROOT / "README.md"}
+    for _ in PAGES:
+        for page in list(reached):
+            links = re.findall(r"\]\((?!http)([^)#]+\.md)", page.read_text())
+            reached |= {(page.parent / link).resolve() for link in links}
+    assert set(PAGES) <= reached, f"no way to {[page.name for page in set(PAGES) - reached]}"

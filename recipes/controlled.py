@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from recipes.sample import draw, sheet
+from recipes.sample import draw, keep, sheet
 from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import adapted, guided, launch, pipeline, say
+from recipes.wiring import adapted, guided, launch, pipeline, say, size_of
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -62,12 +62,14 @@ def run(settings: Settings) -> Path | None:
 
     make = annotator(settings.annotator, settings.annotator_model) if settings.annotator != "none" else images.rgb
     source = images.folder(settings.pictures, prompt=settings.prompt, minimum=1)
-    conditions: dict[str, Image.Image] = {}
-    for index in range(len(source)):
-        conditions.setdefault(source[index].caption, make(source[index].image))
     if settings.prompt is not None:
         require(len(source) == 1, "prompt fits one picture; give several ones captions (.txt files)")
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    size = size_of(pipe, settings.sampling)
+    cut = Image.Resampling.NEAREST if settings.annotator == "none" else Image.Resampling.LANCZOS
+    conditions: dict[str, Image.Image] = {}
+    for index in range(len(source)):
+        conditions.setdefault(source[index].caption, make(ImageOps.fit(source[index].image, size, cut)))
 
     def condition(prompt: str, seed: int) -> dict[str, Any]:
         return {"image": conditions[prompt]}
@@ -102,7 +104,7 @@ def run(settings: Settings) -> Path | None:
                 scores = CannyF1(condition=lambda shot: conditions[shot.prompt].resize(shot.image.size))(shots[name])
                 say(f"{name}: canny F1 {sum(scores) / len(scores):.3f} over {len(scores)} pictures")
     page = Path(settings.out) / "sheet.png"
-    sheet(shots).save(page)
+    keep(sheet(shots), page)
     say(f"pictures in {settings.out}; side by side: {page}")
     return page
 

@@ -8,41 +8,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Finish, finish
+from recipes.finish import Training, finish, record
 from recipes.wiring import class_prior, data, launch, load_parts
 from training.config import (
-    BaseSettings,
-    DataSettings,
     DreamBoothSettings,
     LoraSettings,
-    ObjectiveSettings,
-    TrainSettings,
-    resolved,
 )
 
 __all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Finish):
+class Settings(Training):
     """A LoRA of one subject."""
 
-    base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
-    data: DataSettings
-    """The subject's pictures."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter."""
     dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
     """Prior preservation; off without a class prompt."""
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
-    """The loss."""
     region: str | None = None
     """Words of the captions whose attention regions replace masks in the region-aware loss, such as sks dog."""
-    train: TrainSettings = field(default_factory=TrainSettings)
-    """The loop."""
-    out: str
-    """Folder for checkpoints, the trained adapter in `lora`, and what the later stages make."""
 
 
 def run(settings: Settings) -> Path | None:
@@ -60,13 +45,13 @@ def run(settings: Settings) -> Path | None:
         pictures,
         settings.train,
         out=settings.out,
-        record=resolved(settings),
+        record=record(settings),
         prior=prior,
         region=region,
         cache=settings.data.cache,
         cache_folder=settings.data.cache_folder,
     )
-    return finish(settings.base, settings, result.folder, settings.out) if result else None
+    return finish(settings, result.folder) if result else None
 
 
 if __name__ == "__main__":

@@ -1,21 +1,32 @@
-"""What follows a training, where its settings ask for it: tune -> measure -> ship, each from the last one's folder."""
+"""What training recipes share: their settings, and what follows a training: tune -> measure -> ship."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from recipes import measure, ship, tune
 from recipes.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
-from training.config import BaseSettings
+from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
 
-__all__ = ["Finish", "finish"]
+__all__ = ["Training", "finish", "record"]
+
+LATER = ("tune", "measure", "ship", "sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finish:
-    """The later stages of a training recipe; null leaves one out."""
+class Training:
+    """What every training recipe is told; the later stages are left out where they are null."""
 
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    data: DataSettings
+    """The pictures, with captions, masks or conditions as the recipe needs them."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    """The loss."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """The loop."""
     tune: TuneSettings | None = None
     """Search for guidance and checkpoint before measuring."""
     measure: MeasureSettings | None = None
@@ -24,44 +35,80 @@ class Finish:
     """The release folder; null: nothing ships."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled in these stages."""
+    out: str
+    """Folder for checkpoints, what was trained (in a folder named after the method), and what the later stages make."""
+
+    def __post_init__(self) -> None:
+        require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")
 
 
-def finish(base: BaseSettings, later: Finish, trained: Path, out: str, *, controlnet: bool = False) -> Path:
+def record(settings: Training) -> dict[str, Any]:
+    """What is written beside the weights: what shaped them. The later stages may change and be run again."""
+    return {name: value for name, value in resolved(settings).items() if name not in LATER}
+
+
+def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Path:
     """Run the stages asked for on what was trained; returns the last stage's folder.
 
     Args:
         trained: LoRA, U-net or ControlNet folder.
         controlnet: `trained` is a ControlNet, which is wired in rather than put on the U-net.
     """
+    _together()
     folder, adapter, tuned = trained, str(trained), None
-    if later.tune is not None and later.measure is not None:
+    if settings.tune is not None and settings.measure is not None:
         found = tune.run(
             tune.Settings(
-                base=base, adapter=adapter, measure=later.measure, tune=later.tune, sampling=later.sampling, out=out
+                base=settings.base,
+                adapter=adapter,
+                measure=settings.measure,
+                tune=settings.tune,
+                sampling=settings.sampling,
+                out=settings.out,
             )
         )
         tuned, adapter = str(found), tune.chosen(found)
         folder = found
     measured = None
-    if later.measure is not None:
+    if settings.measure is not None:
         made = measure.run(
             measure.Settings(
-                base=base,
+                base=settings.base,
                 adapter=None if controlnet else adapter,
                 controlnet=adapter if controlnet else None,
                 tuned=tuned,
-                measure=later.measure,
-                sampling=later.sampling,
-                out=out,
+                measure=settings.measure,
+                sampling=settings.sampling,
+                out=settings.out,
             )
         )
         assert made is not None
         folder = measured = made / "measured"
-    if later.ship is not None:
+    if settings.ship is not None:
         shipped = ship.run(
             ship.Settings(
-                base=base, adapter=adapter, measured=str(measured) if measured else None, ship=later.ship, out=out
+                base=settings.base,
+                adapter=adapter,
+                measured=str(measured) if measured else None,
+                ship=settings.ship,
+                out=settings.out,
             )
         )
         folder = shipped or folder
     return folder
+
+
+def _together() -> None:
+    """Training ends its process group; the later stages wait for each other again.
+
+    Under names of their own, or a process would find the addresses of the group that is gone.
+    """
+    from torch import distributed
+
+    from training.ranks import state
+
+    ranks = state()
+    if ranks.num_processes > 1 and not distributed.is_initialized():
+        store, rank, world = next(distributed.rendezvous("env://", ranks.process_index, ranks.num_processes))
+        store = distributed.PrefixStore("later stages", store)
+        distributed.init_process_group(ranks.backend, store=store, rank=rank, world_size=world)

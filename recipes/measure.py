@@ -19,15 +19,18 @@ from recipes.wiring import (
     POCKET,
     Case,
     adapted,
+    arguments_of,
     base_folder,
     cases,
     guided,
     launch,
     pipeline,
     say,
+    size_of,
     without_control,
 )
-from training.config import BaseSettings, resolved, write
+from training.config import BaseSettings, require, resolved, write
+from training.errors import TrainingError
 
 __all__ = ["BASE", "Settings", "arms_of", "run", "table"]
 
@@ -66,10 +69,11 @@ def run(settings: Settings) -> Path | None:
 
     plan, out = settings.measure, Path(settings.out)
     pocket = settings.base.path == POCKET
-    units = cases(plan, settings.adapter)
     arms = arms_of(plan, settings.tuned)
-    judges = [referee.metrics(plan, case, pocket=pocket) for case in units]  # what is missing is said before sampling
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    units = cases(plan, settings.adapter, size=size_of(pipe, settings.sampling))
+    judges = [referee.metrics(plan, case, pocket=pocket) for case in units]
+    _check(settings, units, [metric.name for metric in judges[0]])
     if settings.dry_run:
         for case in units:
             with adapted(pipe, case.adapter, settings.weight):
@@ -89,11 +93,27 @@ def run(settings: Settings) -> Path | None:
     return out
 
 
+def _check(settings: Settings, units: Sequence[Case], names: Sequence[str]) -> None:
+    """What the comparison would lack in the end is said before anything is sampled."""
+    from recipes import referee
+
+    plan = settings.measure
+    require(
+        (settings.controlnet is None) == (plan.targets is None),
+        "controlnet and measure.targets belong together: the network, and what its conditions are made from",
+    )
+    for what, name in (("primary", plan.primary), ("referee", plan.referee)):
+        require(name is None or name in names, f"measure.{what} {name!r} is none of the metrics {', '.join(names)}")
+    require(sum(len(case.prompts) for case in units) >= 2, "a comparison needs at least two prompts or targets")
+    if plan.frechet:
+        referee.check_frechet(plan)
+
+
 def arms_of(plan: MeasureSettings, tuned: str | None = None) -> dict[str, GuidanceSettings]:
     """Every arm's guidance: the plan's at its scale, the tuned ones', and those of the sweep."""
     arms = {name: replace(arm, scale=plan.scale or arm.scale) for name, arm in plan.arms.items()}
     if tuned is not None:
-        found = json.loads((Path(tuned) / "tuned.json").read_text())["best"]
+        found = _best(Path(tuned) / "tuned.json")
         arms |= {name: GuidanceSettings(**values) for name, values in found.items() if name in arms}
         best = arms[plan.arm]
         # A control arm differs from the tuned one in its method alone.
@@ -107,6 +127,13 @@ def arms_of(plan: MeasureSettings, tuned: str | None = None) -> dict[str, Guidan
             f"{name} @ {scale:g}": replace(arms[name], scale=scale) for scale in plan.sweep if scale != arms[name].scale
         }
     return arms
+
+
+def _best(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))["best"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"tuned: {file} is not what recipes/tune.py wrote ({error!r})") from error
 
 
 def _sample(pipe: Any, case: Case, arms: Mapping[str, GuidanceSettings], settings: Settings) -> dict[str, list[Any]]:
@@ -222,7 +249,7 @@ def _write(
         },
     )
     gains = adapters.gains.compare(rows, design)
-    facts = {**_facts(pipe, settings), **(drift or {})}
+    facts = {**_facts(pipe, settings), **(drift or {}), **_tuning(settings.tuned)}
     if swept:
         facts["at equal effective scale"] = _at_equal_scale(rows, design, swept[plan.baseline], names)
     if plan.frechet:
@@ -230,7 +257,8 @@ def _write(
             f"Fréchet distance ({plan.frechet}), {name}": f"{referee.frechet(plan, taken):.4g} (n = {len(taken)})"
             for name, taken in shots.items()
         }
-    title = f"{settings.adapter or 'no adapter'} on {settings.base.path}"
+    what = " and ".join(filter(None, (settings.controlnet, settings.adapter))) or "no adapter"
+    title = f"{what} on {settings.base.path}"
     page = adapters.report.render(
         gains, shots, title=title, facts=facts, overlay=_overlay(pipe, settings, units), command=_command(out)
     )
@@ -269,6 +297,28 @@ def _facts(pipe: Any, settings: Settings) -> dict[str, Any]:
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "peak memory of the process, MiB": round(peak),
     }
+
+
+def _tuning(tuned: str | None) -> dict[str, str]:
+    """What the search tried and found, in words: the curve behind the guider."""
+    if tuned is None:
+        return {}
+    found = json.loads((Path(tuned) / "tuned.json").read_text())
+    facts = {"tuned on": f"{len(found['prompts'])} prompts, seeds {found['seeds']}, {found['metric']}"}
+    for name, rounds in found["rounds"].items():
+        tried = [
+            f"scale {one['settings']['scale']:g}{_more(one['settings'])}: {one['mean']:.3f}"
+            for one in rounds[0]["results"]
+        ]
+        facts[f"tuning {name}, {found['pictures'][name]} pictures"] = "; ".join(tried)
+    return facts
+
+
+def _more(settings: Mapping[str, Any]) -> str:
+    """What else a candidate was, beside its scale."""
+    parts = [f"{key} {value}" for key, value in settings["options"].items()]
+    parts += [f"weight {settings['weight']:g}"] if settings["weight"] not in (None, 1.0) else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _sweeps(plan: MeasureSettings, tuned: str | None) -> dict[str, dict[str, str]]:
@@ -322,6 +372,7 @@ def _overlay(pipe: Any, settings: Settings, units: Sequence[Case]) -> Callable[[
                 width=settings.sampling.width,
                 negative_prompt=settings.sampling.negative_prompt,
                 inputs=partial(_condition, case) if case.conditions else None,
+                common=arguments_of(pipe),
             )
             return {"regions and gamma over the steps": strip(run, pipe)}
 

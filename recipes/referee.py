@@ -44,7 +44,17 @@ from training.pocket.world import CLASSES
 from .settings import MeasureSettings
 from .wiring import POCKET, Case
 
-__all__ = ["PROMPT", "SUBJECT", "defaults", "frechet", "metrics", "prompt_accuracy", "space", "subject_similarity"]
+__all__ = [
+    "PROMPT",
+    "SUBJECT",
+    "check_frechet",
+    "defaults",
+    "frechet",
+    "metrics",
+    "prompt_accuracy",
+    "space",
+    "subject_similarity",
+]
 
 PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
 IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|kernel distance) \((\w+)\)")
@@ -132,6 +142,15 @@ def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
     features = space(settings.frechet, settings.spaces.get(settings.frechet))
     real = _reference(settings, "measure.frechet")
     return kinds.frechet(features([shot.image for shot in shots]), _reference_features(settings, features, real))
+
+
+def check_frechet(settings: MeasureSettings) -> None:
+    """Says what `measure.frechet` lacks: its network, or the reference's pictures."""
+    assert settings.frechet is not None
+    space(settings.frechet, settings.spaces.get(settings.frechet))
+    require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
+    if settings.reference != POCKET:
+        images.folder(str(settings.reference), prompt="", minimum=1)
 
 
 def _reference_features(settings: MeasureSettings, features: Any, pictures: Sequence[Image.Image]) -> Any:

@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import adapted, effective_scales, guided, launch, pipeline, say, texts
+from recipes.wiring import adapted, arguments_of, effective_scales, guided, launch, pipeline, say, texts
 from training.config import BaseSettings, require
 
-__all__ = ["Settings", "draw", "run", "sheet"]
+__all__ = ["Settings", "draw", "keep", "run", "sheet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def run(settings: Settings) -> Path | None:
         folder, inputs = Path(settings.out) / "enlarged", lambda prompt, seed: {"image": small[prompt, seed]}
         shots = draw(second, prompts, settings.seeds, guidance, settings.sampling, folder, None, inputs=inputs)
     page = Path(settings.out) / "sheet.png"
-    sheet({settings.guidance.method: shots}).save(page)
+    keep(sheet({settings.guidance.method: shots}), page)
     say(f"{len(shots)} pictures in {folder}; side by side: {page}")
     return page
 
@@ -118,7 +118,7 @@ def draw(
             negative_prompt=sampling.negative_prompt,
             arm=arm,
             inputs=inputs,
-            common=common,
+            common={**arguments_of(pipe), **(common or {})},
             folder=folder,
             settings=told,
             rank=rank,
@@ -147,6 +147,16 @@ def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24
     for row, prompt in enumerate(prompts):
         pen.text((side * len(shots) + 8, 20 + row * side + side // 2), prompt, fill="black")
     return page
+
+
+def keep(image: Image.Image, path: Path) -> None:
+    """A picture that appears whole or not at all."""
+    part = path.with_suffix(".part")
+    try:
+        image.save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

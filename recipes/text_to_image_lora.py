@@ -8,29 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Finish, finish
+from recipes.finish import Training, finish, record
 from recipes.wiring import data, launch, load_parts
-from training.config import BaseSettings, DataSettings, LoraSettings, ObjectiveSettings, TrainSettings, resolved
+from training.config import LoraSettings, ObjectiveSettings
 
 __all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Finish):
+class Settings(Training):
     """A LoRA of captioned pictures."""
 
-    base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
-    data: DataSettings
-    """The captioned pictures."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter."""
     objective: ObjectiveSettings = field(default_factory=lambda: ObjectiveSettings(caption_dropout=0.1))
     """The loss."""
-    train: TrainSettings = field(default_factory=TrainSettings)
-    """The loop."""
-    out: str
-    """Folder for checkpoints, the trained adapter in `lora`, and what the later stages make."""
 
 
 def run(settings: Settings) -> Path | None:
@@ -45,11 +37,11 @@ def run(settings: Settings) -> Path | None:
         pictures,
         settings.train,
         out=settings.out,
-        record=resolved(settings),
+        record=record(settings),
         cache=settings.data.cache,
         cache_folder=settings.data.cache_folder,
     )
-    return finish(settings.base, settings, result.folder, settings.out) if result else None
+    return finish(settings, result.folder) if result else None
 
 
 if __name__ == "__main__":

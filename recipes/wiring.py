@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import glob
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training.config import BaseSettings, DataSettings, parse, require
 from training.errors import TrainingError, exit_on_error
@@ -21,6 +22,7 @@ from .settings import GuidanceSettings, MeasureSettings, SamplingSettings
 __all__ = [
     "Case",
     "adapted",
+    "arguments_of",
     "base_folder",
     "cases",
     "class_prior",
@@ -34,6 +36,7 @@ __all__ = [
     "pipeline",
     "quiet",
     "say",
+    "size_of",
     "texts",
     "without_control",
 ]
@@ -56,7 +59,15 @@ def launch(kind: type[SettingsT], run: Callable[[SettingsT], Any]) -> None:
     with exit_on_error(explained):
         if not {"-h", "--help", "--print_config"} & set(sys.argv[1:]):
             quiet()
-        run(parse(kind))
+        run(_settings(kind))
+
+
+def _settings(kind: type[SettingsT]) -> SettingsT:
+    """What the command line and its configs say; what is wrong with it is one line."""
+    try:
+        return parse(kind)
+    except TrainingError as error:
+        raise TrainingError(" ".join(str(error).split())) from error
 
 
 def explained() -> tuple[type[Exception], ...]:
@@ -122,8 +133,12 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
             place = (
                 controlnet_path(controlnet.removeprefix("pocket-")) if controlnet.startswith("pocket-") else controlnet
             )
+            found = diffusers.ControlNetModel.load_config(place).get("_class_name")
+            require(found == "ControlNetModel", f"controlnet {controlnet} is a {found}, not a ControlNetModel")
             network = diffusers.ControlNetModel.from_pretrained(place, use_safetensors=True, **half)
             pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=network)
+    except TrainingError:
+        raise
     except (OSError, ValueError) as error:
         what = f"base {base.path}" + (f" with ControlNet {controlnet}" if controlnet else "")
         raise TrainingError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
@@ -132,6 +147,19 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(state().device)
+
+
+def size_of(pipe: Any, sampling: SamplingSettings) -> tuple[int, int]:
+    """(width, height) of what the pipeline draws."""
+    own = pipe.unet.config.sample_size
+    rows, columns = own if isinstance(own, list | tuple) else (own, own)
+    factor = pipe.vae_scale_factor if getattr(pipe, "vae", None) is not None else 1
+    return sampling.width or columns * factor, sampling.height or rows * factor
+
+
+def arguments_of(pipe: Any) -> dict[str, Any]:
+    """What every call of the pipeline is given: DeepFloyd IF cleans prompts only where Beautiful Soup is installed."""
+    return {"clean_caption": False} if "clean_caption" in signature(pipe.__call__).parameters else {}
 
 
 def without_control(pipe: Any) -> Any:
@@ -255,10 +283,14 @@ class Case:
         return f"{self.identifier} {self.noun}".strip()
 
 
-def cases(settings: MeasureSettings, adapter: str | None) -> list[Case]:
-    """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name."""
+def cases(settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None) -> list[Case]:
+    """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name.
+
+    Args:
+        size: (width, height) that targets and their conditions are cut to; null: each its own.
+    """
     if settings.targets is not None:
-        return [_controlled(settings, adapter)]
+        return [_controlled(settings, adapter, size)]
     if not settings.subjects:
         require(adapter is None or "{subject}" not in adapter, f"adapter {adapter} needs measure.subjects")
         prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
@@ -293,7 +325,7 @@ def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Ca
     return Case(name=folder.name, prompts=prompts, adapter=path, folder=folder, identifier=identifier, noun=noun)
 
 
-def _controlled(settings: MeasureSettings, adapter: str | None) -> Case:
+def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None) -> Case:
     """Captions of the targets as prompts, each with the condition made from its picture."""
     from training import images
     from training.pocket.control import Scenes
@@ -310,11 +342,8 @@ def _controlled(settings: MeasureSettings, adapter: str | None) -> Case:
         require(settings.control != "segmentation", "control segmentation of your own pictures: set control given")
         place = Path(settings.targets)
         given = str(place / "conditioning") if settings.control == "given" else None
-        annotator = "canny" if settings.control == "canny" else None
-        source = images.load(
-            DataSettings(source=str(place), conditioning=given, annotator=annotator)  # type: ignore[arg-type]
-        )
-    samples = [source[i] for i in range(min(len(source), settings.limit or len(source)))]
+        source = images.load(DataSettings(source=str(place), conditioning=given))
+    samples = [_cut(source[i], size, settings) for i in range(min(len(source), settings.limit or len(source)))]
     kept = {sample.caption: sample for sample in samples}
     if len(kept) < len(samples):
         say(f"{len(samples) - len(kept)} targets are left out: their captions repeat others, and a prompt is a unit")
@@ -324,3 +353,14 @@ def _controlled(settings: MeasureSettings, adapter: str | None) -> Case:
         conditions={caption: sample.conditioning for caption, sample in kept.items()},
         targets={caption: sample.image for caption, sample in kept.items()},
     )
+
+
+def _cut(sample: Any, size: tuple[int, int] | None, settings: MeasureSettings) -> Any:
+    """The middle of a target at the size that is drawn, and its condition: edges are found at that size."""
+    from training import images
+
+    image, condition = sample.image, sample.conditioning
+    if size is not None and image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        condition = None if settings.control == "canny" else ImageOps.fit(condition, size, Image.Resampling.NEAREST)
+    return replace(sample, image=image, conditioning=condition or images.canny(image))

@@ -49,6 +49,7 @@ FREE = (
     "train.trackers",
     "train.workers",
     "train.validation",
+    "train.snapshot_every",
     "data.cache",
     "data.cache_folder",
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import csv
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,64 +13,147 @@ import torch
 from PIL import Image
 
 import adapters
+import scfg
+from training.pocket import base_path
 
-ROOT = Path(__file__).resolve().parents[2]
-RELEASE = {"pytorch_lora_weights.safetensors", "README.md", "report.html", "gains.json", "per_image.csv", "samples"}
+RELEASE = {
+    "README.md",
+    "adapter_model.safetensors",
+    "config.yaml",
+    "gains.json",
+    "guider_config.json",
+    "per_image.csv",
+    "pytorch_lora_weights.safetensors",
+    "report.html",
+    "samples",
+}
+MEASURED = {"gains.json", "per_image.csv", "report.html", "settings.yaml", "sheet.png"}
 
 
-def recipe(name: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **variables},
-    )
+def difference(one: Image.Image, other: Image.Image) -> int:
+    """The largest, in grey levels."""
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    out = tmp_path_factory.mktemp("demo")
-    done = recipe("demo", "--quick", "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+def pocket_pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(base_path(), safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
     out, said = demo
     assert {path.name for path in (out / "release").iterdir()} >= RELEASE
-    adapters.verify.verify(out / "release")
-    assert str(out / "release" / "report.html") in said
-    assert "S-CFG" in said
-    assert "prompt accuracy" in said
-    assert Image.open(out / "sheet.png").size[0] > 500
+    assert adapters.verify.verify(out / "release")["kind"] == "lora"
+    assert f"Open {out / 'release' / 'report.html'}" in said
+    for line in ("S-CFG", "placebo", "prompt accuracy", "subject similarity", "s in all"):
+        assert line in said
+
+
+def test_every_stage_leaves_what_the_next_one_reads(demo) -> None:
+    out, _ = demo
+    assert {path.name for path in (out / "measured").iterdir()} == MEASURED
+    assert {path.name for path in (out / "tuned").iterdir()} == {"guider_config.json", "tuned.json"}
+    tuned = json.loads((out / "tuned" / "tuned.json").read_text())
+    assert set(tuned["best"]) == {"CFG", "S-CFG"}
+    assert tuned["adapter"] == str(out / "lora")
+    assert Image.open(out / "measured" / "sheet.png").size[0] > 6 * 128
+
+
+def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(demo) -> None:
+    out, _ = demo
+    rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
+    drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
+    assert drawn == {"base", "cfg", "s-cfg", "dose", "placebo", "pointwise"}
+    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) == 6 * 2
+    gains = json.loads((out / "measured" / "gains.json").read_text())
+    assert gains["facts"]["base"] == "pocket"
+    for page in (out / "measured" / "report.html", out / "release" / "report.html"):
+        assert "regions and gamma over the steps" in page.read_text("utf-8")
 
 
 def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    from training.pocket import base_path
-
     out, _ = demo
-    shots = list(adapters.sample.shots_in(out / "pictures" / "CFG"))
-    assert shots
-    pipe = StableDiffusionPipeline.from_pretrained(base_path(), safety_checker=None)
+    files = sorted((out / "pictures" / "dog" / "cfg").glob("*.png"))
+    assert len(files) == 2
+    pipe = pocket_pipeline()
     pipe.load_lora_weights(out / "release")
-    for shot in shots:
+    for shot, settings in map(adapters.sample.read, files):
         image = pipe(
             shot.prompt,
-            num_inference_steps=25,
-            guidance_scale=4.0,
+            num_inference_steps=settings["steps"],
+            guidance_scale=settings["guidance_scale"],
             generator=torch.Generator().manual_seed(shot.seed),
         ).images[0]
-        assert np.abs(np.asarray(image, int) - np.asarray(shot.image, int)).max() <= 1
+        assert difference(image, shot.image) <= 1
+    pipe.unload_lora_weights()
+    bare = pipe(
+        shot.prompt,
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        generator=torch.Generator().manual_seed(shot.seed),
+    ).images[0]
+    assert difference(bare, shot.image) > 1, "the base draws the same without the adapter: nothing was tested"
 
 
 def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
-    cfg, semantic = (next(iter(adapters.sample.shots_in(out / "pictures" / arm))) for arm in ("CFG", "S-CFG"))
-    assert cfg.key == semantic.key
-    assert (np.asarray(cfg.image) != np.asarray(semantic.image)).any()
+    arms = {
+        name: next(iter(adapters.sample.shots_in(out / "pictures" / "dog" / name)))
+        for name in ("base", "cfg", "s-cfg", "dose", "placebo", "pointwise")
+    }
+    assert len({shot.key for shot in arms.values()}) == 1
+    assert len({shot.image.tobytes() for shot in arms.values()}) == len(arms)
+
+
+def snippets(release: Path) -> list[str]:
+    """The card's Python, with the one name that stands for the embedded base replaced by its place."""
+    code = re.findall(r"```python\n(.*?)```", (release / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(code) == 2
+    assert "from_pretrained('pocket-1')" in code[0]
+    return [code[0].replace("'pocket-1'", repr(str(base_path()))), code[1]]
+
+
+def test_the_card_s_first_lines_put_the_adapter_on_plain_diffusers(demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = demo
+    monkeypatch.chdir(out / "release")
+    names: dict = {}
+    exec(snippets(out / "release")[0], names)
+    shot, settings = adapters.sample.read(next((out / "pictures" / "dog" / "cfg").glob("*.png")))
+    names["pipe"].set_progress_bar_config(disable=True)
+    image = names["pipe"](
+        shot.prompt,
+        num_inference_steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        generator=torch.Generator().manual_seed(shot.seed),
+    ).images[0]
+    assert difference(image, shot.image) <= 1
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="adapters/card.py: from_config takes the pipe, the scale is not passed on, the adapter is put on twice",
+)
+def test_the_card_s_lines_on_guidance_draw_what_was_measured(demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both blocks, one after the other, as a reader would run them: one adapter, at the scale that was measured."""
+    out, _ = demo
+    release = out / "release"
+    monkeypatch.chdir(release)
+    first, second = snippets(release)
+    names: dict = {}
+    exec(first, names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    torch.manual_seed(3)  # the snippet draws its noise from the global generator
+    exec(second, names)
+
+    pipe = pocket_pipeline()
+    prompt = re.search(r"pipe\('(.*?)'", second).group(1)
+    torch.manual_seed(3)
+    with adapters.load(pipe, release, guidance=scfg.from_config(pipe)) as attached:
+        expected = pipe(prompt, **attached.run.call_kwargs).images[0]
+    assert difference(names["image"], expected) <= 1
 
 
 BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
@@ -83,7 +166,7 @@ BROKEN = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
         ("torch", "2.3.1", None, "torch 2.3.1 is installed, at least 2.6 is needed"),
     ],
 )
-def test_a_wrong_installation_is_named_with_the_remedy(tmp_path: Path, package, version, code, said) -> None:
+def test_a_wrong_installation_is_named_with_the_remedy(tmp_path: Path, recipe, package, version, code, said) -> None:
     facts = tmp_path / f"{package}-{version}.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -93,13 +176,4 @@ def test_a_wrong_installation_is_named_with_the_remedy(tmp_path: Path, package, 
     done = recipe("demo", "--quick", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
     assert said in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_an_output_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    done = recipe("demo", "--quick", "--out", tmp_path / "file" / "out")
-    assert done.returncode == 2
-    assert "error: " in done.stderr
-    assert str(tmp_path / "file") in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,244 @@
+"""Random models of every family, a hundredth of the pocket base, written to disk as a hub would hold them; offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    ViTConfig,
+    ViTModel,
+)
+
+__all__ = ["RESOLUTION", "clip", "controlnet", "deepfloyd", "deepfloyd_upscaler", "sd", "sdxl", "vit"]
+
+RESOLUTION = 32  # pixels; 8x8 latents at the tiny VAE's factor of 4
+LETTERS = "abcdefghijklmnopqrstuvwxyz<>"
+
+
+def tokenizer(length: int) -> CLIPTokenizer:
+    """Every text is a sequence of letters."""
+    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        unk_token="<|endoftext|>",
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        model_max_length=length,
+    )
+
+
+def text_config(words: CLIPTokenizer, width: int, projection: int = 8) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=words.model_max_length,
+        projection_dim=projection,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4, 4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        norm_num_groups=2,
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+        scaling_factor=1.5,
+    )
+
+
+def unet(cross: int, **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=RESOLUTION // 4,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=cross,
+        **more,
+    )
+
+
+def scheduler(prediction: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+
+
+def sd(folder: Path, *, prediction: str = "epsilon", length: int = 12, seed: int = 0) -> Path:
+    """Stable Diffusion 1.5; with v-prediction 2.1, and the pocket base."""
+    torch.manual_seed(seed)
+    words = tokenizer(length)
+    pipe = StableDiffusionPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(words, 16)),
+        tokenizer=words,
+        unet=unet(16),
+        scheduler=scheduler(prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sdxl(folder: Path, *, length: int = 12, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
+    words = tokenizer(length)
+    pipe = StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=CLIPTextModel(text_config(words, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words, 16, projection=8)),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=unet(
+            32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=8 + 6 * 4,
+        ),
+        scheduler=scheduler("epsilon"),
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def controlnet(folder: Path, base: Path) -> Path:
+    """A ControlNet of a tiny base, whose outputs are not zero as a new one's are."""
+    torch.manual_seed(2)
+    network = ControlNetModel.from_unet(
+        UNet2DConditionModel.from_pretrained(base, subfolder="unet"), conditioning_embedding_out_channels=(4, 8, 8)
+    )
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    network.save_pretrained(folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- DeepFloyd IF
+
+
+def deepfloyd(folder: Path) -> Path:
+    """Stage I: pixels from T5's text."""
+    IFPipeline(unet=_pixel_unet(RESOLUTION, 3), **_deepfloyd_parts(3)).save_pretrained(folder)
+    return folder
+
+
+def deepfloyd_upscaler(folder: Path) -> Path:
+    """Stage II: twice the size."""
+    unet_ = _pixel_unet(2 * RESOLUTION, 6, class_embed_type="timestep")
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    IFSuperResolutionPipeline(unet=unet_, image_noising_scheduler=noising, **_deepfloyd_parts(4)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def _deepfloyd_parts(seed: int) -> dict[str, object]:
+    torch.manual_seed(seed)
+    words = T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)],
+        extra_ids=0,
+        model_max_length=77,
+    )
+    text = T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    schedule = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, sample_max_value=1.5
+    )
+    return {
+        "tokenizer": words,
+        "text_encoder": T5EncoderModel(text),
+        "scheduler": schedule,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+
+
+def _pixel_unet(size: int, channels: int, **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=6,
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=(*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        cross_attention_norm="group_norm",
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_proj",
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        act_fn="gelu",
+        resnet_time_scale_shift="scale_shift",
+        **more,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- feature spaces
+
+
+def clip(folder: Path) -> Path:
+    torch.manual_seed(5)
+    words = tokenizer(40)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=text_config(words, 16).to_dict(),
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def vit(folder: Path) -> Path:
+    torch.manual_seed(6)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**small, image_size=224, patch_size=32), add_pooling_layer=False).save_pretrained(folder)
+    return folder

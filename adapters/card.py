@@ -177,12 +177,26 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
             "",
             "```python",
             "import adapters, scfg",
+            *_fresh(card, kinds),
             "",
-            'with adapters.load(pipe, ".", guidance=lambda config: scfg.attach(pipe, scfg.from_config(config))):',
-            f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}).images[0]",
+            'with adapters.load(pipe, ".", guidance=scfg.from_config(pipe)) as attached:',
+            f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}, {_more(kinds)}).images[0]",
             "```",
         ]
     return "\n".join(lines)
+
+
+def _fresh(card: Card, kinds: Sequence[str]) -> list[str]:
+    """A pipeline without the adapter of the block above, which would be put on twice; a whole model is swapped."""
+    if "controlnet" in kinds or "unet" in kinds:
+        return []
+    load = f"pipe = DiffusionPipeline.from_pretrained({_quoted(card.base_model)})"
+    return ["from diffusers import DiffusionPipeline", "", load]
+
+
+def _more(kinds: Sequence[str]) -> str:
+    """Further arguments of the call; the scale is the one that was measured."""
+    return ("image=condition, " if "controlnet" in kinds else "") + "**attached.run.call_kwargs"
 
 
 def _quoted(text: str) -> str:

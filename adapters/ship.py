@@ -164,7 +164,9 @@ def _gains(
 ) -> None:
     weights = {p.name: files.sha256(p) for p in sorted(stage.glob("*.safetensors"))}
     identity = {"weights": weights, "base": dict(base), "command": card.command, "facts": dict(facts)}
-    _json(stage / "gains.json", {"format": 1, "identity": identity, **gains.to_dict()})
+    # In the design's order, which is that of the contrasts.
+    text = json.dumps({"format": 1, "identity": identity, **gains.to_dict()}, indent=2, allow_nan=False)
+    (stage / "gains.json").write_text(text + "\n", "utf-8")
     (stage / "per_image.csv").write_bytes(write_csv(rows).encode())
     if page is None:
         page = report.render(gains, shots, title=card.title, command=card.command, facts={**card.facts, **facts})

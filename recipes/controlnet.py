@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, finish, record
+from recipes.finish import Training, check, finish, record
 from recipes.wiring import data, launch, load_parts
 from training.config import (
     ControlNetSettings,
@@ -40,6 +40,7 @@ def run(settings: Settings) -> Path | None:
         settings.measure is None or settings.measure.targets is not None,
         "measure of a ControlNet needs measure.targets and measure.control",
     )
+    check(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, seed=settings.train.seed)

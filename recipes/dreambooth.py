@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, finish, record
+from recipes.finish import Training, check, finish, record
 from recipes.wiring import class_prior, data, launch, load_parts
 from training.config import (
     DreamBoothSettings,
@@ -38,6 +38,7 @@ def run(settings: Settings) -> Path | None:
         "a release holds the U-net alone: with dreambooth.text_encoder the pipeline in `dreambooth` is the result; "
         "leave measure out",
     )
+    check(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     prior = class_prior(parts, settings)

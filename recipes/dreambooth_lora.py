@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, finish, record
+from recipes.finish import Training, check, finish, record
 from recipes.wiring import class_prior, data, launch, load_parts
 from training.config import (
     DreamBoothSettings,
@@ -35,6 +35,7 @@ def run(settings: Settings) -> Path | None:
     from recipes.region import region_of
     from training import loop, lora
 
+    check(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     prior = class_prior(parts, settings)

@@ -8,9 +8,10 @@ from typing import Any
 
 from recipes import measure, ship, tune
 from recipes.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
+from recipes.wiring import cases
 from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
 
-__all__ = ["Training", "finish", "record"]
+__all__ = ["Training", "check", "finish", "record"]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -47,6 +48,13 @@ def record(settings: Training) -> dict[str, Any]:
     return {name: value for name, value in resolved(settings).items() if name not in LATER}
 
 
+def check(settings: Training) -> None:
+    """What the later stages would find wrong with subjects and prompts is said before training."""
+    if settings.measure is not None and settings.measure.targets is None:
+        found = cases(settings.measure, None)
+        require(sum(len(case.prompts) for case in found) >= 2, "a comparison needs at least two prompts")
+
+
 def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Path:
     """Run the stages asked for on what was trained; returns the last stage's folder.
 
@@ -54,7 +62,6 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
         trained: LoRA, U-net or ControlNet folder.
         controlnet: `trained` is a ControlNet, which is wired in rather than put on the U-net.
     """
-    _together()
     folder, adapter, tuned = trained, str(trained), None
     if settings.tune is not None and settings.measure is not None:
         found = tune.run(
@@ -96,19 +103,3 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
         )
         folder = shipped or folder
     return folder
-
-
-def _together() -> None:
-    """Training ends its process group; the later stages wait for each other again.
-
-    Under names of their own, or a process would find the addresses of the group that is gone.
-    """
-    from torch import distributed
-
-    from training.ranks import state
-
-    ranks = state()
-    if ranks.num_processes > 1 and not distributed.is_initialized():
-        store, rank, world = next(distributed.rendezvous("env://", ranks.process_index, ranks.num_processes))
-        store = distributed.PrefixStore("later stages", store)
-        distributed.init_process_group(ranks.backend, store=store, rank=rank, world_size=world)

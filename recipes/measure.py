@@ -306,6 +306,11 @@ def _tuning(tuned: str | None) -> dict[str, str]:
     found = json.loads((Path(tuned) / "tuned.json").read_text())
     facts = {"tuned on": f"{len(found['prompts'])} prompts, seeds {found['seeds']}, {found['metric']}"}
     for name, rounds in found["rounds"].items():
+        if name == "checkpoint":
+            facts["checkpoint tried"] = "; ".join(
+                f"{Path(one['settings']['adapter']).name}: {one['mean']:.3f}" for one in rounds[0]["results"]
+            )
+            continue
         tried = [
             f"scale {one['settings']['scale']:g}{_more(one['settings'])}: {one['mean']:.3f}"
             for one in rounds[0]["results"]

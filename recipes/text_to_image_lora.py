@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, finish, record
+from recipes.finish import Training, check, finish, record
 from recipes.wiring import data, launch, load_parts
 from training.config import LoraSettings, ObjectiveSettings
 
@@ -29,6 +29,7 @@ def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
     from training import loop, lora
 
+    check(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)

@@ -58,9 +58,8 @@ def run(settings: Settings) -> Path:
     wanted = search.metric or plan.primary or next(iter(known))
     require(wanted in known, f"tune.metric {wanted!r} is none of {', '.join(known)}")
     pipe = pipeline(settings.base, settings.sampling)
-    found = {}
-    for name in (plan.baseline, plan.arm):
-        candidates = _candidates(settings, name)
+
+    def best_of(name: str, candidates: list[dict[str, Any]]) -> Any:
         best = adapters.tune.search(
             candidates,
             lambda values, texts_, seeds: _try(pipe, case, values, texts_, seeds, settings),
@@ -70,15 +69,20 @@ def run(settings: Settings) -> Path:
             held_out_prompts=held.prompts,
             held_out_seeds=plan.seeds,
         )
-        found[name] = best
         say(f"{name}: {best.best} of {len(candidates)} tried, {best.images} pictures")
+        return best
+
+    folders = _snapshots(settings)
+    found = {"checkpoint": best_of("checkpoint", _checkpoints(settings, folders))} if len(folders) > 1 else {}
+    adapter = found["checkpoint"].best["adapter"] if found else settings.adapter
+    found |= {name: best_of(name, _candidates(settings, name, adapter)) for name in (plan.baseline, plan.arm)}
     out = Path(settings.out) / "tuned"
     if state().is_main_process:
         with adapters.files.write_folder(out) as stage:
             record = {
                 "metric": wanted,
-                "best": {name: _without_adapter(item.best) for name, item in found.items()},
-                "adapter": found[plan.arm].best["adapter"],
+                "best": {name: _without_adapter(found[name].best) for name in (plan.baseline, plan.arm)},
+                "adapter": adapter,
                 "prompts": prompts,
                 "seeds": search.seeds,
                 "rounds": {name: item.rounds for name, item in found.items()},
@@ -97,7 +101,13 @@ def chosen(tuned: Path) -> str:
     return json.loads((tuned / "tuned.json").read_text())["adapter"]
 
 
-def _candidates(settings: Settings, name: str) -> list[dict[str, Any]]:
+def _checkpoints(settings: Settings, folders: Sequence[str]) -> list[dict[str, Any]]:
+    """The checkpoints with the baseline's guidance, so that the choice does not favour the arm."""
+    plain = settings.measure.arms[settings.measure.baseline]
+    return [{**asdict(replace(plain, scale=settings.measure.scale or plain.scale)), "adapter": one} for one in folders]
+
+
+def _candidates(settings: Settings, name: str, adapter: str | None) -> list[dict[str, Any]]:
     """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
     plan, search = settings.measure, settings.tune
     arm = plan.arms[name]
@@ -107,10 +117,8 @@ def _candidates(settings: Settings, name: str) -> list[dict[str, Any]]:
         low, high, count = min(scales), max(scales), len(scales) * len(grid)
         scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
         grid = [{}]
-    folders: list[str | None] = [*_snapshots(settings)] or [settings.adapter]
     return [
-        {**asdict(replace(arm, scale=scale, options={**arm.options, **more}, weight=weight)), "adapter": folder}
-        for folder in folders
+        {**asdict(replace(arm, scale=scale, options={**arm.options, **more}, weight=weight)), "adapter": adapter}
         for weight in search.weights
         for scale in scales
         for more in grid

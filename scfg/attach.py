@@ -253,7 +253,9 @@ class Run:
             return None
         expand = getattr(self._pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several vectors
         texts = [expand(prompt, tokenizer) for prompt in prompts] if expand is not None else prompts
-        return [prompt_words(tokenizer, text, tokenizer.model_max_length) for text in texts]
+        # A tokenizer without a limit says 1e30, which its own truncation cannot take.
+        longest = min(tokenizer.model_max_length, 2**16)
+        return [prompt_words(tokenizer, text, longest) for text in texts]
 
     @property
     def text_length(self) -> int | None:

@@ -236,7 +236,8 @@ def _loop(run: _Run) -> Result:
                 raise Stopped(f"stopped after step {run.step}, saved {run.saved}; go on with --train.resume latest")
     seconds = time.perf_counter() - began
     folder = _ship(run, run.out / run.method.name)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training(), which also ends the process group: more may follow
+        tracker.finish()
     return Result(folder=folder, checkpoint=run.saved, step=run.step, losses=log.losses, seconds=seconds)
 
 

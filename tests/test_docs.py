@@ -58,6 +58,8 @@ def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments
     assert path.is_file(), f"{page} names {path}"
     module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     kind = getattr(import_module(module), "Settings", None) if module.startswith("recipes.") else None
+    if kind is None and not any(word.startswith("--") for word in arguments):
+        return
     if kind is None:  # argparse: every option must be in its help
         said = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, cwd=ROOT).stdout
         for word in arguments:

@@ -64,11 +64,13 @@ def region_overlay(
 ) -> Image.Image:
     """Regions painted over a picture, with a legend of their names, largest first.
 
-    Regions of one name (a word's sub-tokens, all padding) share a colour and a line of the legend.
+    Regions of one name (a word's sub-tokens, all padding) share a colour and a line of the legend; with the same
+    `names` a word keeps its colour from picture to picture.
     """
     owners = [names[int(i)] for i in index.flatten()]
     by_size = sorted(set(owners), key=lambda name: (-owners.count(name), name))
-    colours = {name: _colour(rank, len(by_size)) for rank, name in enumerate(by_size)}
+    known = list(dict.fromkeys(names))
+    colours = {name: _colour(place, len(known)) for place, name in enumerate(known)}
     pixels = np.array([colours[name] for name in owners], dtype=np.uint8).reshape(*index.shape, 3)
     base = _fit(picture)
     mask = Image.fromarray(pixels).resize(base.size, Image.Resampling.NEAREST)
@@ -225,8 +227,8 @@ def _recorded(value: Tensor | None) -> Tensor:
     return value
 
 
-def _colour(rank: int, count: int) -> tuple[int, int, int]:
-    hue = (rank * 0.61803398875) % 1.0 if count > 8 else rank / count  # golden ratio: neighbours stay apart
+def _colour(place: int, count: int) -> tuple[int, int, int]:
+    hue = (place * 0.61803398875) % 1.0 if count > 8 else place / count  # golden ratio: neighbours stay apart
     red, green, blue = colorsys.hls_to_rgb(hue, 0.55, 0.75)
     return round(red * 255), round(green * 255), round(blue * 255)
 

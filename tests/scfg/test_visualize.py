@@ -37,6 +37,16 @@ def test_an_overlay_paints_each_region_in_one_colour_and_lists_it():
     assert overlay.height == visualize.SIDE + 6 + 2 * 14  # a line per region
 
 
+def test_a_word_keeps_its_colour_whatever_its_area():
+    picture, names = Image.new("RGB", (64, 64), "black"), ["sky", "dog"]
+
+    def corner(index):
+        overlay = visualize.region_overlay(picture, torch.tensor(index), names, opacity=1.0)
+        return tuple(np.asarray(overlay)[visualize.SIDE - 4, visualize.SIDE - 4])
+
+    assert corner([[0, 0], [0, 1]]) == corner([[1, 1], [1, 1]])
+
+
 def test_the_heat_map_is_white_at_one_red_above_and_blue_below():
     gamma = torch.tensor([[1.0, 2.0], [0.5, 1.0]])
     pixels = np.asarray(visualize.gamma_heat_map(gamma)).astype(int)

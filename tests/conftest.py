@@ -1,14 +1,26 @@
-"""Shared test set-up: no network, few threads, the golden folder where it is there."""
+"""Shared test set-up: no network, few threads, checked shapes, the golden folder where it is there.
+
+Shape annotations of scfg's tensor modules are checked under pytest. The import hook must come before the first import
+of scfg, by whichever test. The modules that users' settings enter first (guidance, attach) are left out, so that a bad
+value meets their own error, as it does outside pytest.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TENSOR_MODULES = ["scfg.attention", "scfg.regions", "scfg.scale", "scfg.segment", "scfg.trace", "scfg.visualize"]
+
+if "scfg" not in sys.modules:
+    install_import_hook(TENSOR_MODULES, "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT.parent / "shared" / "golden"

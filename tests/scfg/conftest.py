@@ -1,20 +1,8 @@
-"""Shape annotations of the tensor modules are checked here, and only here.
-
-The import hook must come before the first import of scfg. The modules that users' settings enter first (guidance,
-attach) are left out, so that a bad value meets their own error, as it does outside pytest.
-"""
+"""What the recorded outputs of the published method are compared on."""
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from jaxtyping import install_import_hook
-
-TENSOR_MODULES = ["scfg.attention", "scfg.regions", "scfg.scale", "scfg.segment", "scfg.trace", "scfg.visualize"]
-
-if "scfg" not in sys.modules:
-    install_import_hook(TENSOR_MODULES, "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

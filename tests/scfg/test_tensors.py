@@ -300,6 +300,6 @@ def test_names_and_their_errors():
 
 
 def test_shapes_are_checked_under_pytest():
-    """The import hook of conftest.py must have come before the first import of scfg."""
+    """The import hook of tests/conftest.py must have come before the first import of scfg."""
     with pytest.raises(Exception, match=r"(?i)type"):
         smooth(torch.ones(2, 3), 0.5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, check, finish, record
+from recipes.finish import Training, check, finish, train
 from recipes.wiring import class_prior, data, launch, load_parts
 from training.config import (
     DreamBoothSettings,
@@ -31,7 +31,7 @@ class Settings(Training):
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
     from recipes.region import region_of
-    from training import dreambooth, loop
+    from training import dreambooth
 
     require(
         not (settings.dreambooth.text_encoder and settings.measure),
@@ -44,17 +44,7 @@ def run(settings: Settings) -> Path | None:
     prior = class_prior(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)
-    result = loop.train(
-        method,
-        pictures,
-        settings.train,
-        out=settings.out,
-        record=record(settings),
-        prior=prior,
-        region=region,
-        cache=settings.data.cache,
-        cache_folder=settings.data.cache_folder,
-    )
+    result = train(settings, method, pictures, prior=prior, region=region)
     return finish(settings, result.folder / "unet") if result else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, check, finish, record
+from recipes.finish import Training, check, finish, train
 from recipes.wiring import class_prior, data, launch, load_parts
 from training.config import (
     DreamBoothSettings,
@@ -33,7 +33,7 @@ class Settings(Training):
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
     from recipes.region import region_of
-    from training import loop, lora
+    from training import lora
 
     check(settings)
     parts = load_parts(settings.base)
@@ -41,17 +41,7 @@ def run(settings: Settings) -> Path | None:
     prior = class_prior(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
-    result = loop.train(
-        method,
-        pictures,
-        settings.train,
-        out=settings.out,
-        record=record(settings),
-        prior=prior,
-        region=region,
-        cache=settings.data.cache,
-        cache_folder=settings.data.cache_folder,
-    )
+    result = train(settings, method, pictures, prior=prior, region=region)
     return finish(settings, result.folder) if result else None
 
 

@@ -11,7 +11,7 @@ from recipes.settings import MeasureSettings, SamplingSettings, ShipSettings, Tu
 from recipes.wiring import cases
 from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
 
-__all__ = ["Training", "check", "finish", "record"]
+__all__ = ["Training", "check", "finish", "record", "train"]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -53,6 +53,22 @@ def check(settings: Training) -> None:
     if settings.measure is not None and settings.measure.targets is None:
         found = cases(settings.measure, None)
         require(sum(len(case.prompts) for case in found) >= 2, "a comparison needs at least two prompts")
+
+
+def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
+    """The loop with the recipe's settings; `more` is what `training.loop.train` takes besides (prior, region)."""
+    from training import loop
+
+    return loop.train(
+        method,
+        pictures,
+        settings.train,
+        out=settings.out,
+        record=record(settings),
+        cache=settings.data.cache,
+        cache_folder=settings.data.cache_folder,
+        **more,
+    )
 
 
 def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Path:

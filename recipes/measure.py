@@ -5,6 +5,7 @@ accelerate launch recipes/measure.py --config recipes/configs/measure/pocket_sub
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from recipes.wiring import (
 from training.config import BaseSettings, require, resolved, write
 from training.errors import TrainingError
 
-__all__ = ["BASE", "Settings", "arms_of", "run", "table"]
+__all__ = ["BASE", "Settings", "arms_of", "digest_of", "run", "table"]
 
 BASE, EFFECTIVE = "base", "effective scale"
 
@@ -150,7 +151,7 @@ def _sample(pipe: Any, case: Case, arms: Mapping[str, GuidanceSettings], setting
         with adapted(pipe, case.adapter, weight):
             for name, arm in arms.items():
                 if (settings.weight if arm.weight is None else arm.weight) == weight:
-                    shots[name] = take(pipe, name, arm, folder, f"{_digest(case.adapter)} {weight:g}")
+                    shots[name] = take(pipe, name, arm, folder, f"{digest_of(case.adapter)} {weight:g}")
     order = [*([BASE] if plan.base_arm else []), *arms]
     return {name: shots[name] for name in order}
 
@@ -185,10 +186,8 @@ def _condition(case: Case, prompt: str, seed: int) -> dict[str, Any]:
     return {"image": case.conditions[prompt]}
 
 
-def _digest(adapter: str | None) -> str:
+def digest_of(adapter: str | None) -> str:
     """What tells one adapter's pictures from another's: the bytes of its weights, wherever they lie."""
-    import hashlib
-
     if adapter is None:
         return "none"
     path = Path(adapter)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.finish import Training, check, finish, record
+from recipes.finish import Training, check, finish, train
 from recipes.wiring import data, launch, load_parts
 from training.config import LoraSettings, ObjectiveSettings
 
@@ -27,21 +27,13 @@ class Settings(Training):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
-    from training import loop, lora
+    from training import lora
 
     check(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
-    result = loop.train(
-        method,
-        pictures,
-        settings.train,
-        out=settings.out,
-        record=record(settings),
-        cache=settings.data.cache,
-        cache_folder=settings.data.cache_folder,
-    )
+    result = train(settings, method, pictures)
     return finish(settings, result.folder) if result else None
 
 

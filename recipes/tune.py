@@ -5,6 +5,7 @@ accelerate launch recipes/tune.py --config recipes/configs/measure/pocket_subjec
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recipes.measure import _digest
+from recipes.measure import digest_of
 from recipes.sample import draw
 from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
 from recipes.wiring import POCKET, Case, adapted, cases, guidance_of, launch, pipeline, say, texts
@@ -142,15 +143,13 @@ def _try(
 ) -> list[Any]:
     guidance, adapter = GuidanceSettings(**_without_adapter(values)), values["adapter"]
     weight = settings.weight if guidance.weight is None else guidance.weight
-    label = json.dumps({**values, "adapter": _digest(adapter)}, sort_keys=True)
+    label = json.dumps({**values, "adapter": digest_of(adapter)}, sort_keys=True)
     folder = Path(settings.out) / "tuning" / _short(label)
     with adapted(pipe, adapter, weight):
-        return draw(pipe, prompts, seeds, guidance, settings.sampling, folder, f"{_digest(adapter)} {weight:g}")
+        return draw(pipe, prompts, seeds, guidance, settings.sampling, folder, f"{digest_of(adapter)} {weight:g}")
 
 
 def _short(label: str) -> str:
-    import hashlib
-
     return hashlib.sha256(label.encode()).hexdigest()[:12]
 
 

@@ -89,14 +89,14 @@ def test_tuning_tries_every_snapshot_and_names_one(run: Path, lora: Path, measur
 
 
 def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: Path) -> None:
-    from recipes.measure import _digest
+    from recipes.measure import digest_of
 
     tuned = json.loads((run / "tuned" / "tuned.json").read_text())
     gains = json.loads((measured / "gains.json").read_text())
     for arm, found in tuned["best"].items():
         assert gains["design"]["notes"]["guidance"][arm] == found
     shot, settings = adapters.sample.read(next((run / "pictures" / "dog" / "s-cfg").glob("*.png")))
-    assert settings["weights"] == f"{_digest(tuned['adapter'])} 1"
+    assert settings["weights"] == f"{digest_of(tuned['adapter'])} 1"
     assert settings["guidance_scale"] == tuned["best"]["S-CFG"]["scale"]
     assert shot.numbers["effective scale"] > 0
 

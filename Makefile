@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo zoo test test-all lint format clean
+.PHONY: demo study zoo test test-all lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scfg-toolkit needs Python >= 3.11, found " + sys.version.split()[0])'
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train, sample, measure and ship one adapter on the pocket base
 	$(BIN)/python recipes/demo.py
+
+study: $(READY)  ## every comparison of the study, hours; stopped, it goes on where it was: QUICK=1 tries it in minutes
+	$(BIN)/python recipes/study.py $(if $(QUICK),--quick --out runs/study_quick)
 
 zoo: $(READY)  ## what is made on the pocket base, made anew: after `recipes/pocket.py ship base`
 	$(BIN)/python recipes/pocket.py controlnet canny

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["describe", "modules_of"]
+__all__ = ["describe", "fingerprint", "modules_of"]
 
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _ADAPTER_PARTS = ("lora_", "hada_", "lokr_")
@@ -22,19 +23,31 @@ def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
 def describe(pipe: Any) -> dict[str, str]:
     """`name`, `architecture` and `weights` of a base, the same with or without adapters attached.
 
-    `architecture` hashes parameter names and shapes. `weights` hashes up to 64 evenly spaced entries of every
-    parameter, rounded as float16 stores them, so that a float16 copy of a model agrees and a fine-tuned one does not.
+    `architecture` hashes parameter names and shapes; `weights` is the `fingerprint` of its trainable parts.
     """
-    shapes, digest = [], hashlib.sha256()
-    for part, module in modules_of(pipe).items():
+    parts = modules_of(pipe)
+    shapes = [
+        [f"{part}.{name}", list(value.shape)]
+        for part, module in parts.items()
+        for name, value in sorted(_own_parameters(module))
+    ]
+    architecture = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    name = str(getattr(pipe.config, "_name_or_path", "") or getattr(pipe, "name_or_path", ""))
+    return {"name": name, "architecture": architecture[:16], "weights": fingerprint(parts)}
+
+
+def fingerprint(parts: Mapping[str, torch.nn.Module]) -> str:
+    """Hash of up to 64 evenly spaced entries of every parameter, adapters left out.
+
+    Rounded as float16 stores them, so that a float16 copy of a model agrees and a fine-tuned one does not.
+    """
+    digest = hashlib.sha256()
+    for module in parts.values():
         for name, value in sorted(_own_parameters(module)):
-            shapes.append([f"{part}.{name}", list(value.shape)])
             flat = value.detach().reshape(-1)
             picked = flat[:: max(1, flat.numel() // 64)][:64].half().cpu().numpy()
             digest.update(name.encode() + picked.tobytes())
-    architecture = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-    name = str(getattr(pipe.config, "_name_or_path", "") or getattr(pipe, "name_or_path", ""))
-    return {"name": name, "architecture": architecture[:16], "weights": digest.hexdigest()[:16]}
+    return digest.hexdigest()[:16]
 
 
 def _own_parameters(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

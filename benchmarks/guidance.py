@@ -4,9 +4,11 @@
     python benchmarks/guidance.py sdxl --size wide --device cuda
     python benchmarks/guidance.py sd15 --tiny               # a smoke test of this file, seconds
 
+Arithmetic: operations in matrix products, attention and convolutions of one step, counted: no machine's noise is in it.
 Time: all arms in one process, one step per arm and round, order rotated; each arm's ratio to `cfg` within a round,
-median over rounds with its order-statistics interval. Memory: every arm alone in a fresh process (CPU: that process's
-largest resident size, weights included; GPU: the allocator's peak). Prints Markdown for docs/benchmarks.md.
+median over rounds with its order-statistics interval; `--rounds 0` only counts. Memory: every arm alone in a fresh
+process (CPU: that process's largest resident size, weights included; GPU: the allocator's peak). Prints Markdown for
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
 import scfg
 from scfg import segment
@@ -217,16 +220,28 @@ def seconds(pipe: Any, arm: str, arguments: argparse.Namespace) -> float:
         return time.perf_counter() - begin
 
 
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _fused_attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """torch counts the GPU's fused attention and leaves the CPU's out."""
+    return sdpa_flop_count(query, key, value)
+
+
+def arithmetic(pipe: Any, arm: str, arguments: argparse.Namespace) -> int:
+    """Operations (two a multiply-add) of one step of an arm."""
+    with ARMS[arm](pipe, arguments), FlopCounterMode(display=False) as counter:
+        one_step(pipe, arguments)
+    return counter.get_total_flops()
+
+
 def synchronize(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda":
         torch.cuda.synchronize()
 
 
-def time_arms(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per arm and round; stops early, after whole rounds, when the time is up."""
+def time_arms(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[float]]]:
+    """Arithmetic per arm; seconds per arm and round, stopping early, after whole rounds, when the time is up."""
     pipe = build(arguments)
-    for arm in arguments.arms:  # warm-up, not counted
-        seconds(pipe, arm, arguments)
+    counts = {arm: arithmetic(pipe, arm, arguments) for arm in arguments.arms}  # the warm-up, too
     times: dict[str, list[float]] = {arm: [] for arm in arguments.arms}
     begin = time.perf_counter()
     for round_ in range(arguments.rounds):
@@ -236,7 +251,7 @@ def time_arms(arguments: argparse.Namespace) -> dict[str, list[float]]:
         spent = time.perf_counter() - begin
         if round_ and spent * (round_ + 2) / (round_ + 1) > 60 * arguments.minutes:
             break
-    return times
+    return counts, times
 
 
 def peak_here(arm: str, arguments: argparse.Namespace) -> int:
@@ -267,7 +282,9 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[depth], ordered[-1 - depth]
 
 
-def report(times: dict[str, list[float]], peaks: dict[str, int], arguments: argparse.Namespace) -> str:
+def report(
+    counts: dict[str, int], times: dict[str, list[float]], peaks: dict[str, int], arguments: argparse.Namespace
+) -> str:
     """A Markdown section: what was run, and one row per arm."""
     height, width = arguments.image
     rounds = len(times["cfg"])
@@ -280,13 +297,16 @@ def report(times: dict[str, list[float]], peaks: dict[str, int], arguments: argp
         f"{str(arguments.dtype).removeprefix('torch.')}, one step per measurement, {rounds} interleaved "
         f"rounds, {where}, torch {torch.__version__}",
         "",
-        "| arm | s per step, median | time / CFG, median [interval] | peak memory | peak / CFG |",
-        "|---|---|---|---|---|",
+        "| arm | arithmetic / CFG | s per step, median | time / CFG, median [interval] | peak memory | peak / CFG |",
+        "|---|---|---|---|---|---|",
     ]
     for arm, values in times.items():
-        ratio, low, high = interval([value / base for value, base in zip(values, times["cfg"], strict=True)])
+        told = "not timed | "
+        if values:
+            ratio, low, high = interval([value / base for value, base in zip(values, times["cfg"], strict=True)])
+            told = f"{statistics.median(values):.3f} | {ratio:.3f} [{low:.3f}, {high:.3f}]"
         lines.append(
-            f"| {arm} | {statistics.median(values):.3f} | {ratio:.3f} [{low:.3f}, {high:.3f}] "
+            f"| {arm} | {counts[arm] / counts['cfg']:.4f} | {told} "
             f"| {peaks[arm] / 2**30:.2f} GiB | {peaks[arm] / peaks['cfg']:.3f} |"
         )
     return "\n".join(lines)
@@ -324,7 +344,7 @@ def main() -> None:
         print(json.dumps({"peak": peak_here(arguments.peak_of, arguments)}))
         return
     peaks = {arm: peak(arm) for arm in arguments.arms}  # before this process holds a model of its own
-    print(report(time_arms(arguments), peaks, arguments))
+    print(report(*time_arms(arguments), peaks, arguments))
 
 
 if __name__ == "__main__":

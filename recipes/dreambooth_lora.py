@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from recipes.cases import class_prior, data
 from recipes.finish import Training, check, finish, train
-from recipes.wiring import class_prior, data, launch, load_parts
+from recipes.wiring import launch, load_parts
 from training.config import (
     DreamBoothSettings,
     LoraSettings,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes import measure, ship, tune
+from recipes.cases import cases
 from recipes.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
-from recipes.wiring import cases
 from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
 
 __all__ = ["Training", "check", "finish", "record", "train"]

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--shards", default="0:60", help="first:last shard of 2,048 scenes to encode")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; one where something else runs beside it")
+    parser.add_argument("--compile", action="store_true", help="of base: minutes until the first step, then faster")
     options = parser.parse_args()
 
     import torch
@@ -45,7 +46,7 @@ def main() -> None:
     elif options.part == "latents":
         latents(options.shards, options.device)
     elif options.part == "base":
-        base(steps, options.stop_at, options.device)
+        base(steps, options.stop_at, options.device, options.compile)
     elif options.part == "controlnet":
         controlnet(options.name, steps)
     elif options.part == "ship":
@@ -91,10 +92,10 @@ def latents(shards: str, device: str) -> None:
         fit_base.prepare(_vae(device), fit_base.TRAIN_SEED, index, RUNS / "latents")
 
 
-def base(steps: dict, stop_at: int | None, device: str) -> None:
+def base(steps: dict, stop_at: int | None, device: str, compiled: bool) -> None:
     from training.pocket import fit_base
 
-    fitted = fit_base.fit(_vae(device), RUNS / "base", **steps, stop_at=stop_at, device=device)
+    fitted = fit_base.fit(_vae(device), RUNS / "base", **steps, stop_at=stop_at, device=device, compiled=compiled)
     fitted.unet.save_pretrained(RUNS / "base" / "unet")
     fitted.text_encoder.save_pretrained(RUNS / "base" / "text_encoder")
 

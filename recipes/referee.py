@@ -41,8 +41,9 @@ from training.pocket.fitting import pixels
 from training.pocket.judging import to_pixels
 from training.pocket.world import CLASSES
 
+from .cases import Case
 from .settings import MeasureSettings
-from .wiring import POCKET, Case
+from .wiring import POCKET
 
 __all__ = [
     "PROMPT",

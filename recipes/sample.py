@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from recipes.cases import texts
 from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import adapted, arguments_of, effective_scales, guided, launch, pipeline, say, texts
+from recipes.wiring import adapted, arguments_of, effective_scales, guided, launch, pipeline, say
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "draw", "keep", "run", "sheet"]
@@ -97,7 +98,10 @@ def draw(
     from training.ranks import state
 
     plain = guidance.method == "cfg"
+    control = getattr(pipe, "controlnet", None)
     told = {
+        "base": adapters.describe(pipe)["weights"],
+        "controlnet": None if control is None else adapters.base.fingerprint({"controlnet": control}),
         "guidance": [guidance.method, guidance.preset, guidance.options],
         "weights": weights,
         "precision": sampling.precision,

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.measure import BASE, arms_of
+from recipes.arms import BASE, arms_of
+from recipes.cases import cases
 from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
-from recipes.wiring import POCKET, cases, guidance_of, launch, pipeline, say
+from recipes.wiring import POCKET, guidance_of, launch, pipeline, say
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]

@@ -13,10 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recipes.measure import digest_of
+from recipes.arms import digest_of
+from recipes.cases import Case, cases, texts
 from recipes.sample import draw
 from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
-from recipes.wiring import POCKET, Case, adapted, cases, guidance_of, launch, pipeline, say, texts
+from recipes.wiring import POCKET, adapted, guidance_of, launch, pipeline, say
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "chosen", "run"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 from training.config import parse
 
@@ -67,6 +70,35 @@ def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments
         assert all(config.startswith("runs/") for config in configs), f"{page}: {configs} do not ship"
         return
     parse(kind, [str(ROOT / word) if word in configs else word for word in arguments])
+
+
+# Put before a command's own words, so that what it says itself still holds.
+FEW = ["--sampling.steps=4", "--measure.limit=2", "--measure.seeds=[1]", "--measure.overlays=1"]
+SMALL = {
+    "dreambooth_lora.py": ["--train.steps=2", "--train.warmup=0", "--tune.scales=[4.0]", "--tune.seeds=[101]", *FEW],
+    "measure.py": FEW,
+    "ship.py": [],
+}
+
+
+@pytest.mark.slow
+def test_the_guides_recipes_run_one_after_the_other(tmp_path: Path) -> None:
+    """As they stand, on the pocket base, with fewer steps and pictures, and with runs/ elsewhere."""
+    ran = []
+    for page, path, arguments in RUN:
+        if path.name not in SMALL or "runs/rex/config.yaml" in arguments:
+            continue
+        out = []
+        if "--config" in arguments:
+            place = ROOT / arguments[arguments.index("--config") + 1]
+            out = ["--out", yaml.safe_load(place.read_text())["out"]]
+        begin = arguments.index("--config") + 2 if "--config" in arguments else 0
+        words = [*arguments[:begin], *SMALL[path.name], *arguments[begin:], *out]
+        words = [re.sub(r"^runs/", f"{tmp_path}/", word) for word in words]
+        ended = subprocess.run([sys.executable, path, *words], cwd=ROOT, capture_output=True, text=True)
+        assert ended.returncode == 0, f"{page}: {path.name} {words}\n{ended.stderr[-2000:]}"
+        ran.append(path.name)
+    assert set(ran) == set(SMALL)
 
 
 def test_make_targets_exist() -> None:

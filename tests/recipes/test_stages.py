@@ -89,7 +89,7 @@ def test_tuning_tries_every_snapshot_and_names_one(run: Path, lora: Path, measur
 
 
 def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: Path) -> None:
-    from recipes.measure import digest_of
+    from recipes.arms import digest_of
 
     tuned = json.loads((run / "tuned" / "tuned.json").read_text())
     gains = json.loads((measured / "gains.json").read_text())
@@ -241,6 +241,29 @@ def test_the_region_aware_loss_needs_words_instead_of_masks(tmp_path: Path, done
     said = call("dreambooth_lora", *common, "--region=teapot", f"--out={tmp_path / 'none'}")
     assert said.code == 2
     assert "region 'teapot': none of its words is in the caption" in said.err
+
+
+@pytest.mark.parametrize("changed", ["unet", "controlnet"])
+def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_path: Path, changed: str) -> None:
+    """A ControlNet trained further, or a base of the same name, in the folder of an earlier run."""
+    from recipes.sample import draw
+    from recipes.settings import GuidanceSettings, SamplingSettings
+    from recipes.wiring import pipeline, size_of
+
+    sampling = SamplingSettings(steps=1)
+    pipe = pipeline(BaseSettings(path=str(models / "sd15")), sampling, controlnet=str(models / "controlnet-sd15"))
+    condition = {"image": Image.new("RGB", size_of(pipe, sampling))}
+
+    def again() -> list[adapters.Shot]:
+        guidance = GuidanceSettings(method="cfg")
+        return draw(pipe, ["a dog"], [1], guidance, sampling, tmp_path, None, inputs=lambda prompt, seed: condition)
+
+    first = again()
+    assert again()[0].path == first[0].path
+    with torch.no_grad():
+        next(getattr(pipe, changed).parameters()).add_(0.5)
+    with pytest.raises(adapters.AdapterError, match="base" if changed == "unet" else "controlnet"):
+        again()
 
 
 def test_the_base_s_attention_finds_the_dog_in_its_pictures() -> None:

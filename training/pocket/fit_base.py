@@ -25,7 +25,7 @@ from transformers import CLIPTextModel
 
 from . import model, tokenizer
 from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
-from .scenes import HELD_OUT_SEED, TRAIN_SEED, sample
+from .scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
 
 __all__ = ["SHARD", "Base", "fit", "held_out_loss", "prepare", "scale"]
 
@@ -33,7 +33,7 @@ SHARD = 2048
 SNR_CAP = 5.0
 DROP = 0.1
 TAIL = 0.35  # the share of the steps over which the learning rate falls to nothing
-SETTLE = 500  # the step from which it falls as 1 / sqrt(step) before that
+SETTLE = 1500  # the step from which it falls as 1 / sqrt(step) before that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
 
 def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
     """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16."""
-    path = folder / f"aligned-{seed}-{index:05d}.safetensors"
+    path = folder / f"aligned{GRID}-{seed}-{index:05d}.safetensors"
     if path.exists():
         return load_file(path)
     words = tokenizer.build()
@@ -97,13 +97,16 @@ def fit(
     device: str = "cpu",
     save_every: int = 100,
     stop_at: int | None = None,
+    compiled: bool = False,
 ) -> Base:
     """Fit up to ``steps`` and return the averaged parts; continues from ``out/state.safetensors`` where that is.
 
     ``steps`` may grow between runs: before its tail the learning rate does not depend on it.
-    ``stop_at`` ends a run early.
+    ``stop_at`` ends a run early. ``compiled`` steps are faster and not bit-equal to the others.
     """
     live, averaged = build(device), build(device)
+    if compiled:
+        live.unet.compile(dynamic=False)
     modules = live.parts()
     optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03, weight_decay=0.0, keep_norm=True)
     emas = {name: Ema(module, ema_decay) for name, module in modules.items()}

@@ -147,10 +147,11 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix) / (matrix.norm() + 1e-7)
     one = torch.eye(len(x), device=x.device)
-    gram, product = x @ x.T, one
-    for _ in range(5):
+    gram, product = x @ x.T, None
+    for last in (False, False, False, False, True):
         factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
-        gram, product = factor @ gram @ factor, factor @ product
+        product = factor if product is None else factor @ product
+        gram = gram if last else factor @ gram @ factor
     x = product @ x
     return x.T if tall else x
 

@@ -21,10 +21,11 @@ TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
 # Objects are large: smallest and largest side, as fractions of the picture, by their number.
 SIDES = {1: (0.55, 0.80), 2: (0.42, 0.54), 3: (0.33, 0.42)}
-# Aligned scenes: a few sides, and corners on multiples of GRID, all in pixels of a 64-pixel picture. GRID is what one
-# latent covers, so that a drawing has the same latents wherever it stands: what is left to learn is far less.
-GRID = 4
-ALIGNED = {1: (40, 48), 2: (28, 32), 3: (24,)}
+# Aligned scenes: the side by the number of objects, corners on multiples of GRID, no mirror images; in pixels of a
+# 64-pixel picture. GRID is what a cell of the U-net's second level covers, so that a drawing has the same latents
+# wherever it stands, at both levels: what is left to learn is far less.
+GRID = 8
+ALIGNED = {1: 48, 2: 32, 3: 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Scene:
 def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", aligned: bool = False) -> Scene:
     """The ``index``-th scene of the split ``seed``: 50 % one object, 40 % two, 10 % three; the same in every look.
 
-    ``aligned``: objects have one of a few sides and stand on the latents' grid (for ``size`` 64 only).
+    ``aligned``: objects have one of two sides, stand on a grid and are never mirrored (for ``size`` 64 only).
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     count = int(rng.choice(3, p=(0.5, 0.4, 0.1))) + 1
@@ -125,15 +126,16 @@ def _place(said: Description, rng: np.random.Generator, size: int, aligned: bool
     least = np.inf
     for _ in range(12):
         if aligned:
-            sides = rng.choice(ALIGNED[len(said.nouns)], len(said.nouns))
+            sides = np.full(len(said.nouns), ALIGNED[len(said.nouns)])
+            corners = [GRID * rng.integers(0, (size - side) // GRID + 1, 2) for side in sides]
         else:
             sides = rng.integers(round(low * size), round(high * size) + 1, len(said.nouns))
-        corners = [rng.integers(0, size - side + 1, 2) for side in sides]
+            corners = [rng.integers(0, size - side + 1, 2) for side in sides]
         if said.relation:
             corners = _related(RELATIONS[said.relation], sides, size, rng)
         if aligned:
             corners = [corner // GRID * GRID for corner in corners]
-        flips = rng.random(len(sides)) < 0.5
+        flips = rng.random(len(sides)) < (0 if aligned else 0.5)
         tried = tuple(
             Placed(noun=noun, side=int(side), x=int(corner[0]), y=int(corner[1]), flip=bool(flip))
             for noun, side, corner, flip in zip(said.nouns, sides, corners, flips, strict=True)

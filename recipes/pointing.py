@@ -1,0 +1,202 @@
+"""Where words point while a picture is made: S-CFG's regions of every object against what the judge sees in the end.
+
+accelerate launch recipes/pointing.py --config recipes/configs/pointing/pocket.yaml
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.cases import texts
+from recipes.settings import GuidanceSettings, SamplingSettings
+from recipes.wiring import POCKET, adapted, guidance_of, launch, pipeline, say
+from training.config import BaseSettings, require
+
+__all__ = ["Settings", "run"]
+
+NORMS = ("delta", "uncond")  # mean ||c - u|| and ||u|| of an object's region, over sigma_t: the paper's Fig. 1
+# Regions are watched and gamma is 1 everywhere: the picture is plain CFG's.
+_WATCH = {"gamma_min": 1.0, "gamma_max": 1.0, "smoothing_sigma": 0.0, "tokens": "prompt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Prompts of the pocket world's grammar, sampled once each while the regions are watched."""
+
+    base: BaseSettings
+    """The base model; only `path: pocket`, whose judge knows what stands where."""
+    adapter: str | None = None
+    """What is on the base; see recipes/sample.py."""
+    weight: float = 1.0
+    """Scale of the adapter's change."""
+    prompts: list[str] = field(default_factory=list)
+    """What to draw."""
+    prompt_file: str | None = None
+    """Text file with a prompt a line, beside or instead of `prompts`."""
+    limit: int | None = None
+    """Only so many prompts."""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """Seeds of every prompt."""
+    guidance: GuidanceSettings = field(default_factory=lambda: GuidanceSettings(scale=4.0, options=dict(_WATCH)))
+    """Whose regions; by default words compete and gamma is held at 1, so that the sampling is plain CFG's."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How pictures are sampled."""
+    out: str
+    """Folder of `pointing/`: pointing.csv, pointing.json and pointing.svg."""
+
+    def __post_init__(self) -> None:
+        require(self.base.path == POCKET, f"base.path {self.base.path}: only the pocket base has a judge of regions")
+        require(
+            self.guidance.method == "semantic",
+            f"guidance.method {self.guidance.method} has no regions of its own to watch; use semantic",
+        )
+
+
+def run(settings: Settings) -> Path:
+    """Sample and compare; returns the folder of the table."""
+    import adapters
+
+    prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
+    require(bool(prompts), "no prompts; set prompts or prompt_file")
+    pipe = pipeline(settings.base, settings.sampling)
+    with adapted(pipe, settings.adapter, settings.weight):
+        rows = _watched(pipe, prompts, settings)
+    summary = _summary(rows)
+    out = Path(settings.out) / "pointing"
+    with adapters.files.write_folder(out) as stage:
+        with (stage / "pointing.csv").open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        (stage / "pointing.json").write_text(json.dumps(summary, indent=1))
+        (stage / "pointing.svg").write_text(_plot(summary), "utf-8")
+    for step in summary["steps"]:
+        say(f"step {step['step']:>3} t {step['timestep']:>4}: IoU {step['iou']:.3f}, by chance {step['chance']:.3f}")
+    say(f"{summary['objects']} of {summary['said']} objects are seen by the judge; table and curve: {out}")
+    return out
+
+
+def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
+    """One row an object and step."""
+    import adapters
+    import scfg
+    from training.pocket import captions, judge
+    from training.pocket.world import CLASSES
+
+    guidance = guidance_of(settings.guidance)
+    taken: list[list[tuple[Any, Any, list[Any]]]] = []
+
+    def watch(run: Any) -> list[dict[str, float]]:
+        images = len(run.trace[0].effective_scale)
+        taken.extend(
+            [
+                (step, step.regions[i].cpu(), [getattr(step.norms, name)[i].cpu() for name in ("area", *NORMS)])
+                for step in run.trace
+            ]
+            for i in range(images)
+        )
+        return [{}] * images
+
+    shots = adapters.sample.images(
+        pipe,
+        prompts,
+        settings.seeds,
+        around=lambda: scfg.attach(pipe, guidance, guidance_scale=settings.guidance.scale, record=("regions",)),
+        record=watch,
+        guidance_scale=settings.guidance.scale,
+        steps=settings.sampling.steps,
+        batch_size=settings.sampling.batch_size,
+        negative_prompt=settings.sampling.negative_prompt,
+    )
+    seen = judge().segment([shot.image for shot in shots])
+    rows = []
+    for shot, steps, labels in zip(shots, taken, seen, strict=True):
+        words = scfg.prompt_words(pipe.tokenizer, shot.prompt, pipe.tokenizer.model_max_length)
+        phrases = _phrases(words, captions.parse(shot.prompt), by_word=guidance.tokens == "prompt")
+        for noun, owners in phrases.items():
+            truth = labels == list(CLASSES).index(noun) + 1
+            for step, regions, (area, *norms) in steps:
+                rows.append(
+                    {
+                        "prompt": shot.prompt,
+                        "seed": shot.seed,
+                        "object": noun,
+                        "step": step.index,
+                        "timestep": int(step.timestep),
+                        **_compared(regions, owners, truth),
+                        **{
+                            name: _mean(values, area, owners) / step.sigma
+                            for name, values in zip(NORMS, norms, strict=True)
+                        },
+                    }
+                )
+    require(bool(rows), "no prompt names an object that the judge knows")
+    return rows
+
+
+def _phrases(words: Sequence[Any], said: Any, *, by_word: bool) -> dict[str, list[int]]:
+    """Object -> the regions of its noun and its colour."""
+    found: dict[str, list[int]] = {}
+    begin = 0
+    for noun in said.nouns:
+        place = next(i for i in range(begin, len(words)) if words[i].text == noun.name)
+        own = [place - 1, place] if noun.colour else [place]
+        found[noun.name] = own if by_word else [position for i in own for position in words[i].positions]
+        begin = place + 1
+    return found
+
+
+def _compared(regions: Any, owners: Sequence[int], truth: Any) -> dict[str, float]:
+    """IoU of the owners' region with the true one, and what two such areas share by chance; nan: not seen."""
+    import torch
+
+    region = torch.isin(regions, torch.tensor(owners, dtype=regions.dtype))
+    small = torch.nn.functional.interpolate(truth[None, None].float(), tuple(region.shape), mode="area")[0, 0] > 0.5
+    if not small.any():
+        return {"iou": float("nan"), "chance": float("nan")}
+    both, a, b = (region & small).float().mean(), region.float().mean(), small.float().mean()
+    return {"iou": float(both / (a + b - both)), "chance": float(a * b / (a + b - a * b))}
+
+
+def _mean(values: Any, area: Any, owners: Sequence[int]) -> float:
+    """Mean over the owners' positions; nan where they own none."""
+    share = area[list(owners)]
+    return float((values[list(owners)] * share).sum() / share.sum()) if share.sum() > 0 else float("nan")
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    import numpy as np
+
+    steps = defaultdict(list)
+    for row in rows:
+        steps[row["step"], row["timestep"]].append(row)
+    columns = ("iou", "chance", *NORMS)
+    first = next(iter(steps.values()))
+    return {
+        "said": len(first),
+        "objects": int(np.isfinite([row["iou"] for row in first]).sum()),
+        "steps": [
+            {"step": step, "timestep": t} | {name: float(np.nanmean([row[name] for row in own])) for name in columns}
+            for (step, t), own in sorted(steps.items())
+        ],
+    }
+
+
+def _plot(summary: Mapping[str, Any]) -> str:
+    from adapters.plot import plot
+
+    lines = {
+        label: [(s["timestep"], s[name], s[name], s[name], "") for s in summary["steps"]]
+        for name, label in (("iou", "regions of the words"), ("chance", "two such areas by chance"))
+    }
+    return plot(lines, "timestep", "mean IoU with the judge's region")
+
+
+if __name__ == "__main__":
+    launch(Settings, run)

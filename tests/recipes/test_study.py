@@ -1,0 +1,176 @@
+"""The study's stages are shipped recipes with shipped configs; its tables follow from the CSVs beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import adapters
+from recipes import pointing, study
+from training.pocket import captions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_regions_are_compared_as_by_hand() -> None:
+    regions = torch.tensor([[0, 1], [2, 2]])
+    top = torch.zeros(4, 4, dtype=torch.bool)
+    top[:2] = True
+    found = pointing._compared(regions, [0, 1], top)
+    assert found["iou"] == 1
+    assert found["chance"] == pytest.approx(0.25 / 0.75)
+    assert pointing._compared(regions, [0], top)["iou"] == pytest.approx(0.5)
+    assert pointing._compared(regions, [2], top)["iou"] == 0
+    assert np.isnan(pointing._compared(regions, [0], torch.zeros(4, 4, dtype=torch.bool))["iou"])
+
+
+def test_every_noun_has_its_own_words_though_colours_repeat() -> None:
+    import scfg
+    from training.pocket import tokenizer
+
+    prompt = "a red car to the left of a red apple on the grass"
+    words = scfg.prompt_words(tokenizer.build(), prompt, 20)
+    phrases = pointing._phrases(words, captions.parse(prompt), by_word=True)
+    assert [[words[i].text for i in own] for own in phrases.values()] == [["red", "car"], ["red", "apple"]]
+    positions = pointing._phrases(words, captions.parse(prompt), by_word=False)
+    assert positions == {name: [i + 1 for i in own] for name, own in phrases.items()}  # BOS comes first
+
+
+def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable[..., str]) -> None:
+    import scfg
+    from recipes.settings import SamplingSettings
+    from recipes.wiring import guidance_of, pipeline
+    from training.config import BaseSettings
+
+    settings = pointing.Settings(base=BaseSettings(path="pocket"), prompts=["a dog"], out=str(tmp_path))
+    pipe = pipeline(settings.base, SamplingSettings())
+    options = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent"}
+    plain = pipe("a dog", generator=torch.Generator().manual_seed(1), **options).images
+    with scfg.attach(pipe, guidance_of(settings.guidance), guidance_scale=4.0):
+        watched = pipe("a dog", generator=torch.Generator().manual_seed(1), **options).images
+    assert torch.allclose(plain, watched, atol=1e-4)
+
+    config = ROOT / "recipes" / "configs" / "pointing" / "pocket.yaml"
+    said = done("pointing", f"--config={config}", "--limit=2", "--sampling.steps=4", f"--out={tmp_path}")
+    rows = list(csv.DictReader((tmp_path / "pointing" / "pointing.csv").open()))
+    summary = json.loads((tmp_path / "pointing" / "pointing.json").read_text())
+    assert len(rows) == 4 * summary["said"]
+    assert len(summary["steps"]) == 4
+    assert [step["timestep"] for step in summary["steps"]] == sorted({int(row["timestep"]) for row in rows})[::-1]
+    assert all(float(row["delta"]) > 0 for row in rows if row["delta"] != "nan")
+    assert "judge" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--base.path=elsewhere", "--prompts=['a dog']"], "base.path"),
+        (["--base.path=pocket", "--prompts=['a dog']", "--guidance.method=pointwise"], "guidance.method"),
+        (["--base.path=pocket"], "prompt_file"),
+        (["--base.path=pocket", "--prompts=['a zebra']"], "zebra"),
+    ],
+)
+def test_pointing_says_what_it_cannot_do(
+    call: Callable[..., object], tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    said = call("pointing", *arguments, "--sampling.steps=1", f"--out={tmp_path}")
+    assert (said.code, named in said.err) == (2, True), said.err  # type: ignore[attr-defined]
+    assert not (tmp_path / "pointing").exists()
+
+
+def test_shares_are_all_the_stages_and_none_twice(done: Callable[..., str]) -> None:
+    whole = [stage.name for stage in study.stages(Path("x"))]
+    assert len(whole) == len(set(whole))
+    assert {"text-ddim", "text-dpm++", "subjects-lora", "canny"} <= set(whole)
+    parts = [done("study", "--list", f"--share={i}/3").split("\n")[:-1] for i in (1, 2, 3)]
+    assert sorted(line.split()[0] for part in parts for line in part) == sorted(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["--only", "nothing"], "--only nothing"), (["--share", "3/2"], "--share 3/2")]
+)
+def test_a_wrong_choice_is_said(call: Callable[..., object], arguments: list[str], named: str) -> None:
+    said = call("study", *arguments)
+    assert said.code == 2
+    assert named in said.err
+
+
+def test_study_prompts_are_in_the_grammar_and_none_is_tuned_on() -> None:
+    lines = {
+        name: (ROOT / "recipes" / "prompts" / f"{name}.txt").read_text().splitlines()
+        for name in ("study", "study_tune", "pocket")
+    }
+    for prompts in lines.values():
+        assert len(prompts) == len(set(prompts))
+        for prompt in prompts:
+            captions.parse(prompt)
+    assert not set(lines["study"]) & set(lines["study_tune"])
+    assert len(lines["study"]) * 2 >= 200  # pairs, with two seeds
+
+
+def test_a_stage_runs_once_and_its_table_is_recomputed(tmp_path: Path, done: Callable[..., str]) -> None:
+    arguments = ("--quick", "--only", "text-ddim", "--out", tmp_path)
+    assert "as before" not in done("study", *arguments)
+    assert "as before" in done("study", *arguments)
+    tables = (tmp_path / "report" / "tables.md").read_text()
+    assert "## text-ddim" in tables
+    assert "## canny" not in tables
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in tables.splitlines() if "|" in line}
+    gains = adapters.verify.recompute(tmp_path / "report" / "text-ddim")
+    for contrast in (c for c in gains.contrasts if c.metric == "prompt accuracy" and "@" not in c.arm):
+        assert lines[contrast.arm][2].startswith(f"{contrast.difference:+.3f}")
+    assert "[" in lines["S-CFG"][3]  # at equal effective scale
+
+
+def test_blind_pages_give_nothing_away_and_answers_are_counted(
+    tmp_path: Path, done: Callable[..., str], call: Callable[..., object]
+) -> None:
+    """The second arm's pictures are white: whoever always takes the white one prefers the second arm."""
+    for arm, shade in (("plain", 0), ("other", 255)):
+        for number in range(30):
+            shot = adapters.sample.Shot(
+                prompt=f"a dog {number % 20}",
+                seed=number,
+                image=Image.new("RGB", (8, 8), (shade,) * 3),
+                latents="0",
+                seconds=0.0,
+                arm=arm,
+                numbers={},
+            )
+            (tmp_path / arm).mkdir(exist_ok=True)
+            adapters.sample.write(tmp_path / arm / f"{number}.png", shot, {})
+    out = tmp_path / "blind"
+    done("blind", tmp_path / "plain", tmp_path / "other", "--count", 24, "--out", out)
+    pairs = json.loads((out / "key.json").read_text())["pairs"]
+    assert len(pairs) == 24
+    assert len({pair["prompt"] for pair in pairs.values()}) == 20  # every prompt before any comes twice
+    assert {pair["left"] for pair in pairs.values()} == {"first", "second"}
+    page = np.asarray(Image.open(out / "page-1.png").convert("L"))
+    left = page[30 + 70, 4 + 70]
+    answers = tmp_path / "answers.txt"
+    answers.write_text("".join(f"{n} {'left' if p['left'] == 'second' else 'right'}\n" for n, p in pairs.items()))
+    assert (left == 255) == (pairs["1"]["left"] == "second")
+    found = json.loads(done("blind", "--out", out, "--score", answers))
+    assert (found["preference for the second"], found["the same"], found["pairs"]) == (1.0, 0, 24)
+    answers.write_text("1 left\n1 right\n")
+    said = call("blind", "--out", out, "--score", answers)
+    assert said.code == 2  # type: ignore[attr-defined]
+    assert "'1 right' is no answer, or a second one" in said.err  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_quick_study_runs_whole(tmp_path: Path, done: Callable[..., str]) -> None:
+    out = done("study", "--quick", "--out", tmp_path)
+    tables = (tmp_path / "report" / "tables.md").read_text()
+    for stage in study.stages(tmp_path, quick=True):
+        assert stage.name in out
+        if stage.recipe == "measure":
+            assert f"## {stage.name}" in tables
+            assert adapters.verify.verify(tmp_path / "report" / stage.name)["numbers"] > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from training.errors import TrainingError, exit_on_error
 
 __all__ = ["main", "pages", "score"]
 
-SIDE, COLUMNS, ROWS, LINE = 144, 3, 6, 34
+SIDE, COLUMNS, ROWS, LINE = 144, 3, 6, 46
 VALUE = {"left": 1.0, "right": -1.0, "same": 0.0}
 
 
@@ -74,7 +75,7 @@ def pages(first: Path, second: Path, out: Path, *, count: int, seed: int) -> lis
             for place, unit in enumerate(chosen[begin : begin + per_page]):
                 x, y = place % COLUMNS * width, place // COLUMNS * height
                 pen.text((x + 4, y + 2), f"{begin + place + 1}", fill="black")
-                pen.text((x + 4, y + 14), unit[0][:48], fill="black")
+                pen.text((x + 4, y + 14), textwrap.fill(unit[0], 44), fill="black", spacing=1)
                 for side, arm in enumerate(arms[::-1] if swapped[begin + place] else arms):
                     picture = arm[unit].image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
                     page.paste(picture, (x + 4 + side * (SIDE + 4), y + LINE - 4))

@@ -122,11 +122,11 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
 
 def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Iterator[Stage]:
     folders = {subject: HERE / "subjects" / subject for subject in subjects}
-    for recipe, made in (("dreambooth_lora", "lora"), ("dreambooth", "dreambooth")):
+    for recipe, made, weights in (("dreambooth_lora", "lora", "lora"), ("dreambooth", "full", "dreambooth/unet")):
         for subject, folder in folders.items():
             more: dict[str, Any] = {"data.source": folder, "data.masks": folder / "masks", **ALONE}
             few: dict[str, Any] = {"train.steps": 2, "train.warmup": 0}
-            if made == "dreambooth":
+            if made == "full":
                 more["dreambooth.class_prompt"] = article(json.loads((folder / "subject.json").read_text())["class"])
                 few["dreambooth.class_images"] = 4
             config = f"{recipe}/pocket_dog.yaml"
@@ -136,7 +136,7 @@ def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Ite
             recipe="measure",
             config="measure/study_subject.yaml",
             changes={
-                "adapter": out / f"{made}-{{subject}}" / made,
+                "adapter": out / f"{made}-{{subject}}" / weights,
                 "measure.subjects": [str(folder) for folder in folders.values()],
                 "measure.limit": 8,
                 "measure.sweep": list(sweep),

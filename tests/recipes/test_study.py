@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import adapters
-from recipes import pointing, study
+from recipes import blind, pointing, study
 from training.pocket import captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +153,7 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
     assert len({pair["prompt"] for pair in pairs.values()}) == 20  # every prompt before any comes twice
     assert {pair["left"] for pair in pairs.values()} == {"first", "second"}
     page = np.asarray(Image.open(out / "page-1.png").convert("L"))
-    left = page[30 + 70, 4 + 70]
+    left = page[blind.LINE + 70, 4 + 70]
     answers = tmp_path / "answers.txt"
     answers.write_text("".join(f"{n} {'left' if p['left'] == 'second' else 'right'}\n" for n, p in pairs.items()))
     assert (left == 255) == (pairs["1"]["left"] == "second")

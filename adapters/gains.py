@@ -365,6 +365,8 @@ def at_effective_scale(
     unit of `sweep` (scale -> arm, plain CFG) is interpolated linearly, metric by metric, at that unit's effective scale
     in `arm`. A scale outside the sweep is an error: nothing is extrapolated.
     """
+    if not sweep:
+        raise GainsError("no sweep to interpolate in; measure the baseline at several guidance scales")
     tables = _by_arm(rows)
     for wanted in (arm, *sweep.values()):
         if wanted not in tables:

@@ -244,8 +244,9 @@ def _table(folder: Path) -> str:
             nominal = _difference(
                 adapters.gains.compare(pair, replace(design, arm=arm["name"], baseline=plain, sweeps={}))
             )
-            contrast = at_equal_scale(rows, replace(design, arm=arm["name"]))
-            equal = contrast if isinstance(contrast, str) else _difference(contrast)
+            if design.sweeps:
+                contrast = at_equal_scale(rows, replace(design, arm=arm["name"]))
+                equal = contrast if isinstance(contrast, str) else _difference(contrast)
         effective = arm["recorded"].get(EFFECTIVE)
         means = [f"{arm['metrics'][metric]['mean']:.3f}" for metric in (design.primary, *others)]
         more = [f"{effective:.2f}" if effective else "", f"{arm['seconds']:.2f}"]

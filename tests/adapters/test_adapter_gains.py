@@ -191,6 +191,8 @@ def test_equal_effective_scale_interpolates_and_never_extrapolates():
     rows, sweep = sweep_rows(10.0)
     with pytest.raises(GainsError, match="outside the sweep"):
         gains.at_effective_scale(rows, "scfg", sweep, ["fidelity"], name="x", recorded="effective")
+    with pytest.raises(GainsError, match="no sweep"):
+        gains.at_effective_scale(rows, "scfg", {}, ["fidelity"], name="x", recorded="effective")
 
 
 def test_curves_are_ordered_by_scale():

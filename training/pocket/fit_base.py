@@ -33,7 +33,7 @@ SHARD = 2048
 SNR_CAP = 5.0
 DROP = 0.1
 TAIL = 0.35  # the share of the steps over which the learning rate falls to nothing
-SETTLE = 1500  # the step from which it falls as 1 / sqrt(step) before that
+SETTLE = 500  # the step from which it falls as 1 / sqrt(step) before that
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--shards", default="0:60", help="first:last shard of 2,048 scenes to encode")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; one where something else runs beside it")
-    parser.add_argument("--compile", action="store_true", help="of base: minutes until the first step, then faster")
+    parser.add_argument("--compile", action="store_true", help="of base: torch.compile, minutes until the first step")
     options = parser.parse_args()
 
     import torch

@@ -193,7 +193,9 @@ def _run(stage: Stage, out: Path, *, quick: bool) -> None:
     begin = time.perf_counter()
     module.run(settings)
     seconds = round(time.perf_counter() - begin, 1)
-    ended.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
+    part = ended.with_suffix(".part")  # whole or not at all: it decides whether the stage is run again
+    part.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
+    part.replace(ended)
 
 
 def _said(value: Any) -> str:

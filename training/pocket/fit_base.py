@@ -102,7 +102,7 @@ def fit(
     """Fit up to ``steps`` and return the averaged parts; continues from ``out/state.safetensors`` where that is.
 
     ``steps`` may grow between runs: before its tail the learning rate does not depend on it.
-    ``stop_at`` ends a run early. ``compiled`` steps are faster and not bit-equal to the others.
+    ``stop_at`` ends a run early. ``compiled``: torch.compile; its steps are not bit-equal to the others.
     """
     live, averaged = build(device), build(device)
     if compiled:

@@ -4,6 +4,7 @@ python recipes/pocket.py vae && python recipes/pocket.py judge
 python recipes/pocket.py decoder                      # a sharper decoder for the same latents, any time before ship
 python recipes/pocket.py latents --shards 0:60 &      # optional: encode ahead of the fit, in another process
 python recipes/pocket.py base                         # interrupted: the same command again
+torchrun --nproc_per_node 2 recipes/pocket.py base --threads 1    # or: two processes share every batch
 python recipes/pocket.py ship base                    # then the ControlNets, which need it
 python recipes/pocket.py controlnet canny && python recipes/pocket.py controlnet segmentation
 python recipes/pocket.py sheet                        # a shuffled sheet to be scored blind, and its key
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 RUNS = Path("runs/pocket")
@@ -30,7 +32,6 @@ def main() -> None:
     parser.add_argument("--shards", default="0:60", help="first:last shard of 2,048 scenes to encode")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; one where something else runs beside it")
-    parser.add_argument("--compile", action="store_true", help="of base: torch.compile, minutes until the first step")
     options = parser.parse_args()
 
     import torch
@@ -46,7 +47,7 @@ def main() -> None:
     elif options.part == "latents":
         latents(options.shards, options.device)
     elif options.part == "base":
-        base(steps, options.stop_at, options.device, options.compile)
+        base(steps, options.stop_at, options.device)
     elif options.part == "controlnet":
         controlnet(options.name, steps)
     elif options.part == "ship":
@@ -92,10 +93,16 @@ def latents(shards: str, device: str) -> None:
         fit_base.prepare(_vae(device), fit_base.TRAIN_SEED, index, RUNS / "latents")
 
 
-def base(steps: dict, stop_at: int | None, device: str, compiled: bool) -> None:
+def base(steps: dict, stop_at: int | None, device: str) -> None:
+    import torch.distributed as dist
+
     from training.pocket import fit_base
 
-    fitted = fit_base.fit(_vae(device), RUNS / "base", **steps, stop_at=stop_at, device=device, compiled=compiled)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        dist.init_process_group()
+    fitted = fit_base.fit(_vae(device), RUNS / "base", **steps, stop_at=stop_at, device=device)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     fitted.unet.save_pretrained(RUNS / "base" / "unet")
     fitted.text_encoder.save_pretrained(RUNS / "base" / "text_encoder")
 

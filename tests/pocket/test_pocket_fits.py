@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -79,6 +84,47 @@ def test_a_resumed_base_fit_equals_an_uninterrupted_one(tmp_path, monkeypatch) -
     a, b = (load_file(tmp_path / name / "base" / "state.safetensors") for name in "ab")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fit_small(folder: Path) -> fit_base.Base:
+    fit_base.SHARD, model.unet = 8, small_unet  # type: ignore[misc]
+    torch.manual_seed(0)
+    return fit_base.fit(model.vae().eval(), folder / "base", steps=3, batch=4)
+
+
+SHARE = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from test_pocket_fits import fit_small
+torch.set_num_threads(1)
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+fit_small(folder)
+"""
+
+
+def test_two_processes_fit_as_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit_base, "SHARD", 8)  # put back afterwards
+    monkeypatch.setattr(model, "unet", small_unet)
+    fit_small(tmp_path / "one")
+    both = tmp_path / "both"
+    both.mkdir()
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.getcwd()])}
+    workers = [subprocess.Popen([sys.executable, "-c", SHARE, str(both), rank], env=here) for rank in "01"]
+    assert [worker.wait(300) for worker in workers] == [0, 0]
+    one, shared = (load_file(folder / "base" / "state.safetensors") for folder in (tmp_path / "one", both))
+    assert one.keys() == shared.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: name + text)
+
+
+def test_scenes_repeat_after_the_last_shard(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(fit_base, "SHARDS", 2)
+    pieces = [torch.full((fit_base.SHARD, 1), float(index)) for index in range(2)]
+    rows, _ = fit_base._rows(lambda index: {"latents": pieces[index], "tokens": pieces[index]}, range(4095, 4097))
+    assert rows.flatten().tolist() == [1.0, 0.0]
 
 
 def test_batches_may_straddle_shards(tmp_path, monkeypatch) -> None:

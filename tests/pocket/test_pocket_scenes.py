@@ -30,8 +30,9 @@ def test_a_caption_reads_back_as_its_description() -> None:
         assert read.background in (None, scene.description.background), scene.caption
 
 
-def test_objects_stand_as_said() -> None:
-    related = [s for s in (scenes.sample(1, i) for i in range(200)) if s.description.relation]
+@pytest.mark.parametrize("free", [False, True])
+def test_objects_stand_as_said(free: bool) -> None:
+    related = [s for s in (scenes.sample(1, i, free=free) for i in range(200)) if s.description.relation]
     assert len(related) > 30
     for scene in related:
         (x1, y1), (x2, y2) = (placed.centre for placed in scene.objects)
@@ -39,14 +40,27 @@ def test_objects_stand_as_said() -> None:
         assert dx * (x1 - x2) + dy * (y1 - y2) > 0, scene.caption
 
 
-def test_masks_are_disjoint_and_every_object_shows() -> None:
+@pytest.mark.parametrize("free", [False, True])
+def test_masks_are_disjoint_and_every_object_shows(free: bool) -> None:
     for index in range(200):
-        scene = scenes.sample(1, index)
+        scene = scenes.sample(1, index, free=free)
         assert scene.masks.sum(0).max() == 1
         assert (scene.masks.mean((1, 2)) > 0.02).all(), scene.caption
         assert set(np.unique(scene.classes)) - {0} == {
             list(CLASSES).index(placed.noun.name) + 1 for placed in scene.objects
         }
+
+
+def test_a_drawing_always_has_the_same_latents_unless_the_scene_is_free() -> None:
+    """One side a number of objects, corners on cells of the U-net's coarsest level, never mirrored."""
+    for index in range(100):
+        scene = scenes.sample(1, index)
+        sides = {placed.side for placed in scene.objects}
+        assert sides == {round(scenes.SIDE[len(scene.objects)] * SIZE)}
+        assert not any(placed.flip or placed.x % 16 or placed.y % 16 for placed in scene.objects)
+    free = [placed for i in range(100) for placed in scenes.sample(1, i, free=True).objects]
+    assert len({placed.side for placed in free}) > 10
+    assert 0.3 < np.mean([placed.flip for placed in free]) < 0.7
 
 
 def test_pixels_outside_the_masks_do_not_depend_on_the_objects() -> None:

@@ -1,7 +1,9 @@
-"""Fit the pocket U-net and its text encoder together, on latents of scenes that are drawn once and never repeat.
+"""Fit the pocket U-net and its text encoder together, on latents of drawn scenes.
 
-The ``i``-th sample of step ``k`` is scene ``k * batch + i``: the position of a run is its step. Latents are encoded in
-shards of ``SHARD`` scenes, by the run itself or ahead of it by another process (``prepare``).
+The ``i``-th sample of step ``k`` is scene ``k * batch + i`` of ``SHARDS * SHARD``, over and over: the position of a run
+is its step. Latents are encoded in shards, by the run itself or ahead of it by another process (``prepare``).
+
+Several processes (``torchrun``) divide every batch among them; what is drawn for a sample does not depend on that.
 
 Loss: v-prediction weighted min(1, 5 / (SNR + 1)), captions dropped in 10 %. On the clean sample that is the SNR + 1 of
 Salimans & Ho (2022), capped as min-SNR-5 (Hang et al. 2023) is: details of the last steps stay cheap, but high noise
@@ -17,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,10 +29,11 @@ from transformers import CLIPTextModel
 from . import model, tokenizer
 from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
 from .scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
+from .world import SIZE
 
 __all__ = ["SHARD", "Base", "fit", "held_out_loss", "prepare", "scale"]
 
-SHARD = 2048
+SHARD, SHARDS = 2048, 32  # scenes a shard; drawing and encoding each once is an eighth of a step
 SNR_CAP = 5.0
 DROP = 0.1
 TAIL = 0.35  # the share of the steps over which the learning rate falls to nothing
@@ -56,20 +60,20 @@ def scale(vae: AutoencoderKL) -> float:
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
-    images = pixels(sample(seed, i, aligned=True).image for i in indices).to(vae.device)
+    images = pixels(sample(seed, i).image for i in indices).to(vae.device)
     return vae.encode(images).latent_dist.mean
 
 
 def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
     """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16."""
-    path = folder / f"aligned{GRID}-{seed}-{index:05d}.safetensors"
+    path = folder / f"aligned{round(GRID * SIZE)}-{seed}-{index:05d}.safetensors"
     if path.exists():
         return load_file(path)
     words = tokenizer.build()
     begin = index * SHARD
     pieces = [range(i, min(i + 64, begin + SHARD)) for i in range(begin, begin + SHARD, 64)]
     latents = [_encode(vae, seed, piece) * vae.config.scaling_factor for piece in pieces]
-    captions = [sample(seed, i, aligned=True).caption for i in range(begin, begin + SHARD)]
+    captions = [sample(seed, i).caption for i in range(begin, begin + SHARD)]
     tokens = words(captions, padding="max_length", return_tensors="pt").input_ids
     shard = {"latents": torch.cat(latents).half().cpu().contiguous(), "tokens": tokens.to(torch.int16)}
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,16 +101,14 @@ def fit(
     device: str = "cpu",
     save_every: int = 100,
     stop_at: int | None = None,
-    compiled: bool = False,
 ) -> Base:
     """Fit up to ``steps`` and return the averaged parts; continues from ``out/state.safetensors`` where that is.
 
     ``steps`` may grow between runs: before its tail the learning rate does not depend on it.
-    ``stop_at`` ends a run early. ``compiled``: torch.compile; its steps are not bit-equal to the others.
+    ``stop_at`` ends a run early.
     """
     live, averaged = build(device), build(device)
-    if compiled:
-        live.unet.compile(dynamic=False)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     modules = live.parts()
     optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03, weight_decay=0.0, keep_norm=True)
     emas = {name: Ema(module, ema_decay) for name, module in modules.items()}
@@ -114,22 +116,35 @@ def fit(
     begin = load_state(state, modules, emas, optimizer) if state.exists() else 0
     end = min(steps, stop_at or steps)
     shards = lru_cache(maxsize=2)(lambda index: prepare(vae, TRAIN_SEED, index, out.parent / "latents"))
-    bar = tqdm(range(begin, end), initial=begin, total=steps, desc="base", mininterval=10)
+    bar = tqdm(range(begin, end), initial=begin, total=steps, desc="base", mininterval=10, disable=rank > 0)
+    mine = slice(rank, None, world)
     for step in bar:
-        latents, tokens = _rows(shards, range(step * batch, (step + 1) * batch))
+        latents, tokens = _rows(shards, range(step * batch, (step + 1) * batch)[mine])
         optimizer.set_rate(learning_rate(step, steps, peak, tail=TAIL, settle=SETTLE))
-        loss = _loss(live, latents.to(device), tokens.to(device), seeded(TRAIN_SEED, step))
+        drawn = _draw(batch, seeded(TRAIN_SEED, step))
+        loss = _loss(live, latents.to(device), tokens.to(device), [value[mine] for value in drawn])
         loss.backward()
+        if world > 1:
+            _average([p.grad for module in modules.values() for p in module.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
         for name, module in modules.items():
             emas[name].update(module, step)
-        if (step + 1) % save_every == 0 or step + 1 == end:
+        if rank == 0 and ((step + 1) % save_every == 0 or step + 1 == end):
             save_state(state, modules, emas, optimizer, step + 1)
             _load(averaged, emas)
             value = held_out_loss(averaged, vae, out.parent / "latents")
             bar.write(f"step {step + 1} samples {(step + 1) * batch} held-out loss {value:.4f}")
     return _load(averaged, emas)
+
+
+def _average(gradients: list[Tensor]) -> None:
+    """Over the processes, in place; in one message, since there are hundreds of small ones."""
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(together)
+    together /= dist.get_world_size()
+    for gradient, piece in zip(gradients, together.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
 
 
 def _load(base: Base, emas: dict[str, Ema]) -> Base:
@@ -141,18 +156,24 @@ def _load(base: Base, emas: dict[str, Ema]) -> Base:
 
 def _rows(shards, indices: range) -> tuple[Tensor, Tensor]:
     """The rows ``indices`` of the endless table of scenes; a batch may straddle two shards."""
-    rows = [(shards(i // SHARD), i % SHARD) for i in indices]
+    rows = [(shards(i // SHARD % SHARDS), i % SHARD) for i in indices]
     latents = torch.stack([shard["latents"][row] for shard, row in rows]).float()
     return latents, torch.stack([shard["tokens"][row] for shard, row in rows]).long()
 
 
-def _loss(base: Base, latents: Tensor, tokens: Tensor, generator: torch.Generator, drop: float = DROP) -> Tensor:
-    """Weighted v-loss of a batch; every random draw comes from ``generator``."""
-    count = len(latents)
+def _draw(count: int, generator: torch.Generator) -> list[Tensor]:
+    """Everything random about a batch: timesteps as fractions of the schedule (B,), noise (B, 8, 16, 16) and which
+    captions are dropped (B,)."""
     # One timestep from each of `count` equal slices, so that every batch covers the schedule.
     slots = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    noise = torch.randn(latents.shape, generator=generator)
-    dropped = torch.rand(count, generator=generator) < drop
+    side = SIZE // model.FACTOR
+    noise = torch.randn(count, model.LATENT_CHANNELS, side, side, generator=generator)
+    return [slots, noise, torch.rand(count, generator=generator) < DROP]
+
+
+def _loss(base: Base, latents: Tensor, tokens: Tensor, drawn: list[Tensor]) -> Tensor:
+    """Weighted v-loss of samples with what ``_draw`` drew for them."""
+    slots, noise, dropped = drawn
     noise = noise.to(latents.device)
     schedule = _schedule()
     timesteps = (slots * schedule.config.num_train_timesteps).long().to(latents.device)
@@ -186,5 +207,7 @@ def held_out_loss(base: Base, vae: AutoencoderKL, folder: Path, count: int = 512
     losses = []
     for start in range(0, min(count, SHARD), 32):
         latents, tokens = shard["latents"][start : start + 32].float(), shard["tokens"][start : start + 32].long()
-        losses.append(_loss(base, latents.to(device), tokens.to(device), seeded(HELD_OUT_SEED, start), drop=0.0))
+        slots, noise, dropped = _draw(len(latents), seeded(HELD_OUT_SEED, start))
+        kept = torch.zeros_like(dropped)
+        losses.append(_loss(base, latents.to(device), tokens.to(device), [slots, noise, kept]))
     return torch.stack(losses).mean().item()

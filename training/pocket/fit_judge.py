@@ -94,7 +94,7 @@ def _batch(seed: int, indices: range) -> tuple[Tensor, Labels]:
 
 def _example(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
     """One picture with its labels; every object is a near miss with probability ``NEAR``."""
-    scene = scenes.sample(seed, index)
+    scene = scenes.sample(seed, index, free=True)
     rng = np.random.Generator(np.random.Philox(key=[seed, index + (1 << 40)]))
     near = rng.random(len(scene.objects)) < NEAR
     look = "fluent" if rng.random() < OTHER_LOOK else "noto"
@@ -190,7 +190,7 @@ def accuracy(judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, 
         tally[name][1] += of
 
     for start in range(0, count, 32):
-        drawn = [scenes.sample(seed, i) for i in range(start, min(start + 32, count))]
+        drawn = [scenes.sample(seed, i, free=True) for i in range(start, min(start + 32, count))]
         images = pixels(scene.image for scene in drawn)
         images = images if change is None else change(images)
         where = judge.segment(images).cpu().numpy()

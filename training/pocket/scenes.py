@@ -19,13 +19,13 @@ __all__ = ["HELD_OUT_SEED", "TRAIN_SEED", "Placed", "Scene", "canny", "from_prom
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
-# Objects are large: smallest and largest side, as fractions of the picture, by their number.
-SIDES = {1: (0.55, 0.80), 2: (0.42, 0.54), 3: (0.33, 0.42)}
-# Aligned scenes: the side by the number of objects, corners on multiples of GRID, no mirror images; in pixels of a
-# 64-pixel picture. GRID is what a cell of the U-net's second level covers, so that a drawing has the same latents
-# wherever it stands, at both levels: what is left to learn is far less.
-GRID = 8
-ALIGNED = {1: 48, 2: 32, 3: 32}
+# What the base is fitted on: the side by the number of objects and the step between their corners, as fractions of the
+# picture; no mirror images. A step is a cell of the U-net's coarsest level, so that a drawing has the same latents
+# wherever it stands, at every level: far less is left to learn.
+SIDE = {1: 0.75, 2: 0.5, 3: 0.5}
+GRID = 0.25
+# Free scenes: smallest and largest side by the number of objects, anywhere, half of them mirrored.
+FREE_SIDES = {1: (0.55, 0.80), 2: (0.42, 0.54), 3: (0.33, 0.42)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,11 @@ class Scene:
         return out
 
 
-def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", aligned: bool = False) -> Scene:
+def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", free: bool = False) -> Scene:
     """The ``index``-th scene of the split ``seed``: 50 % one object, 40 % two, 10 % three; the same in every look.
 
-    ``aligned``: objects have one of two sides, stand on a grid and are never mirrored (for ``size`` 64 only).
+    ``free``: objects of many sides, anywhere, half of them mirrored: what the VAE and the judge are fitted on, which so
+    know more than the base is shown.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     count = int(rng.choice(3, p=(0.5, 0.4, 0.1))) + 1
@@ -82,9 +83,7 @@ def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", aligned:
     nouns = tuple(_noun(list(CLASSES)[i], rng) for i in names)
     relation = list(RELATIONS)[rng.integers(len(RELATIONS))] if count == 2 and rng.random() < 0.5 else None
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-    return _scene(
-        Description(nouns=nouns, relation=relation, background=background), rng, size, look=look, aligned=aligned
-    )
+    return _scene(Description(nouns=nouns, relation=relation, background=background), rng, size, look=look, free=free)
 
 
 def from_prompt(prompt: str, seed: int, size: int = SIZE) -> Scene:
@@ -107,9 +106,9 @@ def _scene(
     size: int,
     caption: str | None = None,
     look: str = "noto",
-    aligned: bool = False,
+    free: bool = False,
 ) -> Scene:
-    objects = _place(said, rng, size, aligned)
+    objects = _place(said, rng, size, free)
     if caption is None:
         silent = rng.random() < 0.06  # some captions leave the background out
         words = Description(nouns=said.nouns, relation=said.relation, background=None if silent else said.background)
@@ -119,23 +118,25 @@ def _scene(
     return Scene(image=image, caption=caption, description=said, objects=objects, masks=masks)
 
 
-def _place(said: Description, rng: np.random.Generator, size: int, aligned: bool) -> tuple[Placed, ...]:
+def _place(said: Description, rng: np.random.Generator, size: int, free: bool) -> tuple[Placed, ...]:
     """Positions that keep the said relation and hardly overlap: random tries, the least overlapping one wins."""
-    low, high = SIDES[len(said.nouns)]
+    count = len(said.nouns)
+    low, high = (round(fraction * size) for fraction in FREE_SIDES[count])
+    side, grid = round(SIDE[count] * size), round(GRID * size)
     best: tuple[Placed, ...] = ()
     least = np.inf
     for _ in range(12):
-        if aligned:
-            sides = np.full(len(said.nouns), ALIGNED[len(said.nouns)])
-            corners = [GRID * rng.integers(0, (size - side) // GRID + 1, 2) for side in sides]
-        else:
-            sides = rng.integers(round(low * size), round(high * size) + 1, len(said.nouns))
+        if free:
+            sides = rng.integers(low, high + 1, count)
             corners = [rng.integers(0, size - side + 1, 2) for side in sides]
+        else:
+            sides = np.full(count, side)
+            corners = [grid * rng.integers(0, (size - side) // grid + 1, 2) for side in sides]
         if said.relation:
             corners = _related(RELATIONS[said.relation], sides, size, rng)
-        if aligned:
-            corners = [corner // GRID * GRID for corner in corners]
-        flips = rng.random(len(sides)) < (0 if aligned else 0.5)
+        if not free:
+            corners = [corner // grid * grid for corner in corners]
+        flips = rng.random(count) < (0.5 if free else 0)
         tried = tuple(
             Placed(noun=noun, side=int(side), x=int(corner[0]), y=int(corner[1]), flip=bool(flip))
             for noun, side, corner, flip in zip(said.nouns, sides, corners, flips, strict=True)

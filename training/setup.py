@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from . import sharding, validate
@@ -214,7 +215,19 @@ def tune(method: Method, settings: TrainSettings, device: torch.device, *, token
         if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         if settings.compile:
-            network.compile()
+            compile_network(network)
+
+
+def compile_network(network: torch.nn.Module) -> None:
+    """torch.compile, with the upsampling between the levels left out of the graphs.
+
+    The CPU compiler of torch 2.13 loses the gradient through nearest upsampling of channels-last latents: whatever lies
+    below it does not learn, the loss looks as it should and nothing is said.
+    """
+    for module in network.modules():
+        if isinstance(module, Upsample2D):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    network.compile()
 
 
 def _text_of(method: Method, texts: dict[str, dict[str, Tensor]] | None) -> Callable[[list[str]], dict[str, Tensor]]:

@@ -270,7 +270,7 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     """Computes activations twice to save memory."""
     compile: bool = False
-    """torch.compile: a minute or more before the first step, faster ones after; pays from about a thousand steps on."""
+    """torch.compile: minutes before the first step, somewhat faster ones after; pays from thousands of steps on."""
     tf32: bool = True
     """TensorFloat-32 matrix products on NVIDIA GPUs."""
     seed: int = 0

@@ -2,7 +2,7 @@
 
 python recipes/pocket.py vae && python recipes/pocket.py judge
 python recipes/pocket.py decoder                      # a sharper decoder for the same latents, any time before ship
-python recipes/pocket.py latents --shards 0:60 &      # optional: encode ahead of the fit, in another process
+python recipes/pocket.py latents --shards 0:32 &      # optional: encode ahead of the fit, in another process
 python recipes/pocket.py base                         # interrupted: the same command again
 torchrun --nproc_per_node 2 recipes/pocket.py base --threads 1    # or: two processes share every batch
 python recipes/pocket.py ship base                    # then the ControlNets, which need it
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="canny or segmentation for controlnet; base or judge for ship")
     parser.add_argument("--steps", type=int, help="optimizer steps in all; more than last time continues the run")
     parser.add_argument("--stop-at", type=int, help="end early at this step, leaving the state to be continued")
-    parser.add_argument("--shards", default="0:60", help="first:last shard of 2,048 scenes to encode")
+    parser.add_argument("--shards", default="0:32", help="first:last shard of 2,048 scenes to encode")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; one where something else runs beside it")
     options = parser.parse_args()

@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -27,7 +26,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from . import model, tokenizer
-from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
+from .fitting import Ema, MuonAdamW, add_up, learning_rate, load_state, pixels, processes, save_state, seeded
 from .scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
 from .world import SIZE
 
@@ -108,7 +107,7 @@ def fit(
     ``stop_at`` ends a run early.
     """
     live, averaged = build(device), build(device)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     modules = live.parts()
     optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03, weight_decay=0.0, keep_norm=True)
     emas = {name: Ema(module, ema_decay) for name, module in modules.items()}
@@ -123,9 +122,8 @@ def fit(
         optimizer.set_rate(learning_rate(step, steps, peak, tail=TAIL, settle=SETTLE))
         drawn = _draw(batch, seeded(TRAIN_SEED, step))
         loss = _loss(live, latents.to(device), tokens.to(device), [value[mine] for value in drawn])
-        loss.backward()
-        if world > 1:
-            _average([p.grad for module in modules.values() for p in module.parameters() if p.grad is not None])
+        (loss / world).backward()
+        add_up([p.grad for module in modules.values() for p in module.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
         for name, module in modules.items():
@@ -136,15 +134,6 @@ def fit(
             value = held_out_loss(averaged, vae, out.parent / "latents")
             bar.write(f"step {step + 1} samples {(step + 1) * batch} held-out loss {value:.4f}")
     return _load(averaged, emas)
-
-
-def _average(gradients: list[Tensor]) -> None:
-    """Over the processes, in place; in one message, since there are hundreds of small ones."""
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(together)
-    together /= dist.get_world_size()
-    for gradient, piece in zip(gradients, together.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
 
 
 def _load(base: Base, emas: dict[str, Ema]) -> Base:

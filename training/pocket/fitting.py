@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Ema", "MuonAdamW", "learning_rate", "load_state", "pixels", "save_state", "seeded"]
+__all__ = ["Ema", "MuonAdamW", "add_up", "learning_rate", "load_state", "pixels", "processes", "save_state", "seeded"]
 
 
 def pixels(images: Iterable[np.ndarray]) -> Tensor:
@@ -41,6 +42,21 @@ def learning_rate(
     if step < start:
         return rate
     return rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((step - start) / (steps - start), 1))))
+
+
+def processes() -> tuple[int, int]:
+    """Rank of this process, and how many share the fit."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Over the processes, in place; in one message, since there are hundreds of small ones."""
+    if not dist.is_initialized():
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    for tensor, piece in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
 
 
 class Ema:
@@ -104,25 +120,37 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update = self._muon if group["muon"] else self._adam
-                    update(parameter, self.state[parameter], group["lr"], group["weight_decay"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["muon"]:
+                self._muon(parameters, group["lr"], group["weight_decay"])
+            else:
+                for parameter in parameters:
+                    self._adam(parameter, self.state[parameter], group["lr"])
 
-    def _muon(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
+    def _muon(self, parameters: list[Tensor], rate: float, decay: float) -> None:
+        ahead = [self._ahead(parameter) for parameter in parameters]
+        # Orthogonalising is most of the time of a step that processes would all do alike: each does its share.
+        owner = _shares([matrix.shape for matrix in ahead])
+        rank, _ = processes()
+        changes = [_orthogonal(m) if who == rank else torch.zeros_like(m) for m, who in zip(ahead, owner, strict=True)]
+        add_up(changes)
+        for parameter, change in zip(parameters, changes, strict=True):
+            rows, columns = change.shape
+            if self.keep_norm and "norm" not in self.state[parameter]:
+                self.state[parameter]["norm"] = parameter.norm()
+            scale = -rate * max(1.0, rows / columns) ** 0.5
+            parameter.mul_(1 - rate * decay).add_(change.reshape(parameter.shape), alpha=scale)
+            if self.keep_norm:
+                parameter.mul_(self.state[parameter]["norm"] / parameter.norm())
+
+    def _ahead(self, parameter: Tensor) -> Tensor:
+        """Nesterov's momentum as a matrix (out, in * kernel)."""
         assert parameter.grad is not None
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
         momentum.mul_(0.95).add_(parameter.grad)
-        ahead = (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)  # Nesterov
-        change = _orthogonal(ahead).reshape(parameter.shape)
-        rows, columns = ahead.shape
-        if self.keep_norm:
-            state.setdefault("norm", parameter.norm())
-        parameter.mul_(1 - rate * decay).add_(change, alpha=-rate * max(1.0, rows / columns) ** 0.5)
-        if self.keep_norm:
-            parameter.mul_(state["norm"] / parameter.norm())
+        return (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)
 
-    def _adam(self, parameter: Tensor, state: dict[str, Tensor], rate: float, decay: float) -> None:
+    def _adam(self, parameter: Tensor, state: dict[str, Tensor], rate: float) -> None:
         assert parameter.grad is not None
         if not state:
             state |= {
@@ -136,6 +164,16 @@ class MuonAdamW(torch.optim.Optimizer):
         state["second"].lerp_(parameter.grad.square(), 0.01)
         spread = (state["second"] / (1 - 0.99**count)).sqrt_().add_(1e-8)
         parameter.addcdiv_(state["first"], spread, value=-rate / (1 - 0.9**count))
+
+
+def _shares(shapes: list[torch.Size]) -> list[int]:
+    """Which process orthogonalises which matrix: the most work first, to whoever has least so far."""
+    work = [min(shape) ** 2 * (2 * max(shape) + 17 * min(shape)) for shape in shapes]
+    load, owner = [0] * processes()[1], [0] * len(shapes)
+    for index in sorted(range(len(shapes)), key=lambda i: -work[i]):
+        owner[index] = load.index(min(load))
+        load[owner[index]] += work[index]
+    return owner
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:

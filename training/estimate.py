@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import TrainSettings
 from .method import Method
+from .prepack import prepacked_bytes
 from .sharding import local
 
 __all__ = ["Estimate", "activation_bytes", "estimate", "table"]
@@ -97,12 +98,11 @@ def estimate(
         parameter.grad = None
     with torch.no_grad():
         numbers = sum(local(item).numel() for item in trained)
-    modules = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
-    held = {id(item): item for module in modules for item in module.parameters()}.values()
+    held = {id(item): item for module in method.networks() for item in module.parameters()}.values()
     with torch.no_grad():
         weights = sum(local(item).numel() * item.element_size() for item in held)
     return Estimate(
-        weights=weights,
+        weights=weights + prepacked_bytes(method.networks()),
         gradients=4 * numbers,
         optimizer=STATE_BYTES.get(settings.optimizer, 8) * numbers,
         average=4 * numbers if settings.ema else 0,

@@ -46,6 +46,10 @@ class Method:
     controlnet: Any = None
     """The ControlNet of validation samples."""
 
+    def networks(self) -> list[Any]:
+        """What runs in every step, trained or not, each once."""
+        return list({id(module): module for module in [self.parts.unet, *self.models.values()]}.values())
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that train, by `model.parameter` name."""
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
-from . import sharding, validate
+from . import prepack, sharding, validate
 from .cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .config import TrainSettings
 from .dreambooth import Prior
@@ -27,7 +28,7 @@ from .method import Method
 from .models import encode_images, encode_text, tokenize
 from .views import Views
 
-__all__ = ["DTYPES", "Prepared", "announce", "cast", "make_accelerator", "prepare", "tune"]
+__all__ = ["DTYPES", "Prepared", "announce", "cast", "make_accelerator", "prepacked", "prepare", "tune"]
 
 # Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
 PLAIN_TOKENS = 1024
@@ -189,7 +190,7 @@ def prepare(
 
 def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
     """Frozen networks that run in every step get the compute precision; whatever trains stays float32."""
-    for module in {id(item): item for item in [method.parts.unet, *method.models.values()]}.values():
+    for module in method.networks():
         module.to(device)
         for parameter in module.parameters():
             if not parameter.requires_grad:
@@ -206,8 +207,7 @@ def tune(method: Method, settings: TrainSettings, device: torch.device, *, token
     """
     small = device.type == "cpu" and tokens <= PLAIN_TOKENS
     plain = settings.attention == "plain" or (settings.attention == "auto" and small)
-    networks = {id(item): item for item in [method.parts.unet, *method.models.values()]}.values()
-    for network in networks:
+    for network in method.networks():
         if hasattr(network, "set_attn_processor"):
             network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         if device.type == "cpu" and not divided:
@@ -216,6 +216,14 @@ def tune(method: Method, settings: TrainSettings, device: torch.device, *, token
             network.enable_gradient_checkpointing()
         if settings.compile:
             compile_network(network)
+
+
+def prepacked(method: Method, settings: TrainSettings, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """`prepack.prepacked` on the networks of every step, where that is asked for and possible."""
+    plain = accelerator.device.type == "cpu" and not settings.compile and not sharding.asked(accelerator)
+    if settings.prepack and plain and prepack.possible():
+        return prepack.prepacked(method.networks())
+    return nullcontext()
 
 
 def compile_network(network: torch.nn.Module) -> None:

@@ -189,6 +189,15 @@ def test_gradient_checkpointing_changes_no_result(base: Path, pictures: Path, tm
     torch.testing.assert_close(again.losses, plain.losses, rtol=1e-5, atol=1e-6)
 
 
+def test_prepacking_changes_no_result(base: Path, pictures: Path, tmp_path: Path) -> None:
+    plain, packed = (
+        train(base, pictures, tmp_path / str(how), small_lora, settings(prepack=how)) for how in (False, True)
+    )
+    torch.testing.assert_close(packed.losses, plain.losses, rtol=1e-5, atol=1e-6)
+    ours, theirs = weights(plain), weights(packed)
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= 0.02 * RATE * 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiling_changes_no_result(base: Path, pictures: Path, tmp_path: Path) -> None:

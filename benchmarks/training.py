@@ -38,7 +38,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 
-from training import images, loop, lora, models, setup, validate, views
+from training import images, loop, lora, models, prepack, setup, validate, views
 from training.config import LoraSettings, TrainSettings
 from training.models import Parts
 
@@ -334,6 +334,7 @@ def lower_floors(args: argparse.Namespace, batch: int) -> list[str]:
         ("float32, sdpa attention", {"attention": "sdpa"}),
         ("float32, plain attention", {"attention": "plain"}),
         ("bfloat16, sdpa attention", {"attention": "sdpa", "precision": "bf16"}),
+        ("float32, sdpa attention, frozen convolutions prepacked", {"attention": "sdpa", "prepack": True}),
         ("float32, compiled", {"attention": "sdpa", "compile": True}),
         ("float32, plain attention, one thread", {"attention": "plain", "threads": 1}),
     ]
@@ -342,9 +343,11 @@ def lower_floors(args: argparse.Namespace, batch: int) -> list[str]:
         changed = argparse.Namespace(**{**vars(args), "precision": "fp32", "compile": False, **plan})
         torch.set_num_threads(changed.threads)
         try:
-            step = floor(base(args.model), changed, batch, attention=plan["attention"])
-            timed(step, 2, args.device)
-            value = statistics.median(timed(step, max(1, args.steps // 2), args.device) for _ in range(5))
+            parts = base(args.model)
+            step = floor(parts, changed, batch, attention=plan["attention"])
+            with prepack.prepacked([parts.unet] if "prepack" in plan else []):
+                timed(step, 2, args.device)
+                value = statistics.median(timed(step, max(1, args.steps // 2), args.device) for _ in range(5))
         except RuntimeError as error:  # a compiler that is not there, a type the device does not do
             lines.append(f"| {name} | not possible: {str(error).splitlines()[0][:80]} | |")
             continue

@@ -25,9 +25,7 @@ from adapters.metrics import Measure
 
 PROMPTS, SEEDS = ["a dog", "a cat on snow", "two cars"], [11, 12]
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x\n---\nlicense: evil | `x` ]('
-CARD = Card(
-    title="A red mug", base_model="pocket-1", trigger_words=["sks"], prompts=["a sks mug"], limits=["Only mugs."]
-)
+CARD = Card(title="A red mug", base_model="a-base", trigger_words=["sks"], prompts=["a sks mug"], limits=["Only mugs."])
 BRIGHTNESS = Measure("brightness", True, lambda shots: [float(np.asarray(s.image).mean()) for s in shots])
 RED = Measure("red", False, lambda shots: [float(np.asarray(s.image)[..., 0].mean()) for s in shots])
 DESIGN = adapters.Design(
@@ -196,7 +194,7 @@ def test_card_head_is_what_the_hub_reads(pipe, measured, tmp_path):
 
     folder = release(tmp_path / "mug", pipe, measured)
     card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model == "pocket-1"
+    assert card.data.base_model == "a-base"
     assert card.data.widget == [{"text": "a sks mug"}]
     values = {(r.task_name, r.metric_name): r.metric_value for r in card.data.eval_results}
     arm = next(a for a in measured[3].arms if a["name"] == "adapter")

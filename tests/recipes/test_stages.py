@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 from training.config import BaseSettings
+from training.pocket import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 DOG = ROOT / "recipes" / "subjects" / "dog"
@@ -215,7 +216,7 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
     assert adapters.verify.verify(tmp_path / "release")["kind"] == "controlnet"
     assert f"<title>{tmp_path / 'controlnet'} on pocket" in (tmp_path / "measured" / "report.html").read_text("utf-8")
     card = (tmp_path / "release" / "README.md").read_text("utf-8")
-    assert "StableDiffusionControlNetPipeline.from_pretrained('pocket-1', controlnet=control)" in card
+    assert f"StableDiffusionControlNetPipeline.from_pretrained('{VERSION}', controlnet=control)" in card
 
 
 def test_text_to_image_learns_another_look(tmp_path: Path, done) -> None:

@@ -25,6 +25,7 @@ from recipes.studio import Settings, build, draw_pair, run, save_guider
 from recipes.wiring import pipeline
 from training.config import BaseSettings
 from training.errors import TrainingError
+from training.pocket import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = next(
@@ -48,7 +49,7 @@ def shipped(pipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = {"A": (2, layer.in_features), "B": (layer.out_features, 2)}
     tensors = {f"unet.{name}.lora_{part}.weight": torch.randn(shapes[part], generator=draws) for part in shapes}
     save_file(tensors, place / "lora.safetensors")
-    card = adapters.Card(title="A dog", base_model="pocket-1", licence="apache-2.0")
+    card = adapters.Card(title="A dog", base_model=VERSION, licence="apache-2.0")
     return adapters.ship.ship(
         place / "release", weights=place / "lora.safetensors", base=adapters.describe(pipe), card=card
     )

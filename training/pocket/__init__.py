@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VERSION", "PocketError", "base_hash", "base_path", "controlnet_path", "judge", "manifest"]
 
-VERSION = "pocket-1"
+VERSION = "pocket-2"
 DATA = Path(__file__).parent / "data"
 _REMEDY = (
     "restore it with `git checkout training/pocket/data` or reinstall, or rebuild it with `python recipes/pocket.py`"

@@ -21,7 +21,7 @@ from . import backgrounds
 from .captions import article
 from .errors import PocketError
 from .rendered import TOYS, rendering
-from .scenes import compose
+from .scenes import GRID, SIDE, compose
 from .sprites import scaled, sprite
 from .world import BACKGROUNDS, SIZE
 
@@ -94,9 +94,9 @@ def write(root: Path, name: str) -> Path:
     called = article(f"{IDENTIFIER} {noun}")
     folder = root / name
     rng = np.random.Generator(np.random.Philox(key=[5, SUBJECTS.index(name)]))
+    side, step = round(SIDE[1] * SIZE), round(GRID * SIZE)  # as the base knows objects
     for index, background in enumerate(SHOWN):
-        side = int(rng.integers(round(0.55 * SIZE), round(0.8 * SIZE)))
-        x, y = (int(value) for value in rng.integers(0, SIZE - side + 1, 2))
+        x, y = (step * int(value) for value in rng.integers(0, (SIZE - side) // step + 1, 2))
         image, masks = compose(backgrounds.draw(background, SIZE, rng), [_layer(name, index, side)], [(x, y)])
         (folder / "masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png", optimize=True)
@@ -116,8 +116,7 @@ def _layer(name: str, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     """The subject as it stands in its ``index``-th picture: colour and alpha, as ``sprite`` returns them."""
     if name in TOYS:
         return scaled(rendering(name, index), side)
-    colour, alpha = sprite(name, None, side, "fluent")
-    return (colour[:, ::-1], alpha[:, ::-1]) if index % 2 else (colour, alpha)
+    return sprite(name, None, side, "fluent")
 
 
 def _prompt(prompt: str, noun: str) -> str:

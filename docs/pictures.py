@@ -15,9 +15,9 @@ from training.pocket import base_path
 
 PROMPTS = (
     "a red car and a dog on the grass",
-    "a blue fish in the sea",
+    "a blue boat to the left of a fish in the sea",
     "a penguin in the snow",
-    "a teapot on a wooden floor",
+    "a purple teapot and a crown on a wooden floor",
 )
 SCALE, STEPS, SIDE = 4.0, 25, 192
 OUT = Path(__file__).parent / "pictures"

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps in all; more than last time continues the run")
     parser.add_argument("--stop-at", type=int, help="end early at this step, leaving the state to be continued")
     parser.add_argument("--shards", default="0:32", help="first:last shard of 2,048 scenes to encode")
+    parser.add_argument("--seed", type=int, default=11, help="of the sheet's prompts, noise and order")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; one where something else runs beside it")
     options = parser.parse_args()
@@ -53,7 +54,7 @@ def main() -> None:
     elif options.part == "ship":
         ship(options.name)
     elif options.part == "sheet":
-        sheet()
+        sheet(options.seed)
     else:
         figures()
 
@@ -163,7 +164,7 @@ def controlnet(name: str, steps: dict) -> None:
     shipping.write_manifest()
 
 
-def sheet(seed: int = 11) -> None:
+def sheet(seed: int) -> None:
     """Every class once and as many pairs, one seed each, in an order that gives nothing away; the key stands apart."""
     import numpy as np
     from PIL import Image, ImageDraw

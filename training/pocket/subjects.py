@@ -94,9 +94,19 @@ def write(root: Path, name: str) -> Path:
     called = article(f"{IDENTIFIER} {noun}")
     folder = root / name
     rng = np.random.Generator(np.random.Philox(key=[5, SUBJECTS.index(name)]))
-    side, step = round(SIDE[1] * SIZE), round(GRID * SIZE)  # as the base knows objects
+    step = round(GRID * SIZE)
+    taken = set[tuple[int, int, int]]()
     for index, background in enumerate(SHOWN):
-        x, y = (step * int(value) for value in rng.integers(0, (SIZE - side) // step + 1, 2))
+        # As the base knows objects: three times of the side that they have alone, twice of that in company.
+        side = round(SIDE[1 + index % 2] * SIZE)
+        places = [
+            (side, x, y)
+            for x in range(0, SIZE - side + 1, step)
+            for y in range(0, SIZE - side + 1, step)
+            if (side, x, y) not in taken
+        ]
+        taken.add(place := places[int(rng.integers(len(places)))])
+        _, x, y = place
         image, masks = compose(backgrounds.draw(background, SIZE, rng), [_layer(name, index, side)], [(x, y)])
         (folder / "masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png", optimize=True)

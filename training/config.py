@@ -272,7 +272,7 @@ class TrainSettings:
     compile: bool = False
     """torch.compile: minutes before the first step, somewhat faster ones after; pays from thousands of steps on."""
     prepack: bool = True
-    """On a CPU, in float32: frozen convolutions keep their weights twice more, in the order that its kernels read."""
+    """On a CPU, in float32: large frozen convolutions keep their weights twice more, as its kernels read them."""
     tf32: bool = True
     """TensorFloat-32 matrix products on NVIDIA GPUs."""
     seed: int = 0

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["possible", "prepacked", "prepacked_bytes"]
+__all__ = ["SMALLEST", "possible", "prepacked", "prepacked_bytes"]
+
+# Entries of a weight from which on reordering it takes longer than what a call through autograd's Python costs.
+SMALLEST = 2**20
 
 
 def possible() -> bool:
@@ -27,7 +30,7 @@ def possible() -> bool:
 
 @contextlib.contextmanager
 def prepacked(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the context, frozen float32 convolutions of stride 1 compute from reordered copies of their weights.
+    """Within the context, large frozen float32 convolutions of stride 1 compute from reordered copies of their weights.
 
     The results are those of the plain convolution up to float32's rounding. A copy is made at the first call, another
     at the first gradient: twice the convolutions' memory more, less the inputs, which need no longer be kept for the
@@ -54,6 +57,7 @@ def _fits(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Conv2d)
         and "forward" not in module.__dict__  # somebody else's
+        and module.weight.numel() >= SMALLEST
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
         and not any(parameter.requires_grad for parameter in module.parameters())

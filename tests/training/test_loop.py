@@ -12,7 +12,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from training import config, controlnet, dreambooth, images, loop, lora, models, setup, views
+from training import config, controlnet, dreambooth, images, loop, lora, models, prepack, setup, views
 from training.errors import TrainingError
 from training.method import Method
 
@@ -189,7 +189,10 @@ def test_gradient_checkpointing_changes_no_result(base: Path, pictures: Path, tm
     torch.testing.assert_close(again.losses, plain.losses, rtol=1e-5, atol=1e-6)
 
 
-def test_prepacking_changes_no_result(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_prepacking_changes_no_result(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepack, "SMALLEST", 0)
     plain, packed = (
         train(base, pictures, tmp_path / str(how), small_lora, settings(prepack=how)) for how in (False, True)
     )

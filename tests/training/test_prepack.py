@@ -15,6 +15,11 @@ from training.prepack import prepacked, prepacked_bytes
 pytestmark = pytest.mark.skipif(not prepack.possible(), reason="this build of torch has no oneDNN operators")
 
 
+@pytest.fixture(autouse=True)
+def _small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepack, "SMALLEST", 0)
+
+
 def convolution(kernel: int = 3, padding: int = 1, **settings) -> nn.Conv2d:
     torch.manual_seed(0)
     made = nn.Conv2d(16, 24, kernel, padding=padding, **settings)
@@ -85,6 +90,13 @@ def test_a_weight_that_begins_to_train_gets_its_gradient() -> None:
         module.weight.requires_grad_(True)
         module(x).sum().backward()
     assert module.weight.grad is not None
+
+
+def test_small_weights_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = convolution()
+    monkeypatch.setattr(prepack, "SMALLEST", module.weight.numel() + 1)
+    with prepacked([module]):
+        assert "forward" not in module.__dict__
 
 
 def test_an_exception_restores_the_plain_convolution() -> None:

@@ -65,6 +65,7 @@ def _fits(module: nn.Module) -> bool:
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
+        and all(pad < side for pad, side in zip(module.padding, module.kernel_size, strict=True))  # see `backward`
     )
 
 

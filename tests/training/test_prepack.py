@@ -78,7 +78,7 @@ def test_only_frozen_plain_convolutions_are_touched() -> None:
     trains, strided, grouped = convolution(), convolution(stride=2), convolution(groups=2)
     trains.weight.requires_grad_(True)
     low, wraps = convolution().to(torch.bfloat16), convolution(padding_mode="circular")
-    for module in (trains, strided, grouped, low, wraps):
+    for module in (trains, strided, grouped, low, wraps, convolution(1, 1)):
         with prepacked([module]):
             assert "forward" not in module.__dict__
 

@@ -271,6 +271,8 @@ class TrainSettings:
     """Computes activations twice to save memory."""
     compile: bool = False
     """torch.compile: minutes before the first step, somewhat faster ones after; pays from thousands of steps on."""
+    fuse: bool = True
+    """Plain LoRA layers compute in one operation each, where the compute precision is that of the LoRA."""
     prepack: bool = True
     """On a CPU, in float32: large frozen convolutions keep their weights twice more, as its kernels read them."""
     tf32: bool = True

@@ -27,7 +27,7 @@ from .errors import Stopped, TrainingError
 from .feed import seed_of
 from .log import Log
 from .method import Method, Stepper
-from .setup import Prepared, announce, make_accelerator, prepacked, prepare
+from .setup import Prepared, announce, kernels, make_accelerator, prepare
 from .signals import Signals
 from .views import Views
 
@@ -117,7 +117,7 @@ def train(
         "content of the data": _digest(prepared.names),
         "settings": record if record is not None else {"train": config.resolved(settings)},
     }
-    with prepacked(method, settings, accelerator):
+    with kernels(method, settings, accelerator):
         run = _start(method, settings, accelerator, prepared, out, facts, tell)
         announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
         if settings.dry_run:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
-from . import prepack, sharding, validate
+from . import fused, prepack, sharding, validate
 from .cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .config import TrainSettings
 from .dreambooth import Prior
@@ -28,7 +28,7 @@ from .method import Method
 from .models import encode_images, encode_text, tokenize
 from .views import Views
 
-__all__ = ["DTYPES", "Prepared", "announce", "cast", "make_accelerator", "prepacked", "prepare", "tune"]
+__all__ = ["DTYPES", "Prepared", "announce", "cast", "kernels", "make_accelerator", "prepare", "tune"]
 
 # Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
 PLAIN_TOKENS = 1024
@@ -218,12 +218,13 @@ def tune(method: Method, settings: TrainSettings, device: torch.device, *, token
             compile_network(network)
 
 
-def prepacked(method: Method, settings: TrainSettings, accelerator: Accelerator) -> AbstractContextManager[None]:
-    """`prepack.prepacked` on the networks of every step, where that is asked for and possible."""
-    plain = accelerator.device.type == "cpu" and not settings.compile and not sharding.asked(accelerator)
-    if settings.prepack and plain and prepack.possible():
-        return prepack.prepacked(method.networks())
-    return nullcontext()
+@contextlib.contextmanager
+def kernels(method: Method, settings: TrainSettings, accelerator: Accelerator) -> Iterator[None]:
+    """`fused` LoRA layers and `prepacked` convolutions in the networks of every step, where asked for and possible."""
+    ours = method.networks() if not settings.compile and not sharding.asked(accelerator) else []
+    packs = settings.prepack and accelerator.device.type == "cpu" and prepack.possible()
+    with fused.fused(ours if settings.fuse else []), prepack.prepacked(ours if packs else []):
+        yield
 
 
 def compile_network(network: torch.nn.Module) -> None:
@@ -235,7 +236,8 @@ def compile_network(network: torch.nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Upsample2D):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    network.compile()
+    # Sizes are few; with symbolic ones torch 2.13's CPU compiler fails on graphs cut at the upsampling.
+    network.compile(dynamic=False)
 
 
 def _text_of(method: Method, texts: dict[str, dict[str, Tensor]] | None) -> Callable[[list[str]], dict[str, Tensor]]:

@@ -189,15 +189,18 @@ def test_gradient_checkpointing_changes_no_result(base: Path, pictures: Path, tm
     torch.testing.assert_close(again.losses, plain.losses, rtol=1e-5, atol=1e-6)
 
 
-def test_prepacking_changes_no_result(
-    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", ["fuse", "prepack"])
+def test_faster_kernels_change_no_result(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
     monkeypatch.setattr(prepack, "SMALLEST", 0)
-    plain, packed = (
-        train(base, pictures, tmp_path / str(how), small_lora, settings(prepack=how)) for how in (False, True)
+    off = {"fuse": False, "prepack": False}
+    plain, fast = (
+        train(base, pictures, tmp_path / str(how), small_lora, settings(**{**off, kernel: how}))
+        for how in (False, True)
     )
-    torch.testing.assert_close(packed.losses, plain.losses, rtol=1e-5, atol=1e-6)
-    ours, theirs = weights(plain), weights(packed)
+    torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-5, atol=1e-6)
+    ours, theirs = weights(plain), weights(fast)
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= 0.02 * RATE * 3
 
 

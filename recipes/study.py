@@ -124,11 +124,15 @@ def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Ite
     folders = {subject: HERE / "subjects" / subject for subject in subjects}
     for recipe, made, weights in (("dreambooth_lora", "lora", "lora"), ("dreambooth", "full", "dreambooth/unet")):
         for subject, folder in folders.items():
-            more: dict[str, Any] = {"data.source": folder, "data.masks": folder / "masks", **ALONE}
-            few: dict[str, Any] = {"train.steps": 2, "train.warmup": 0}
-            if made == "full":
-                more["dreambooth.class_prompt"] = article(json.loads((folder / "subject.json").read_text())["class"])
-                few["dreambooth.class_images"] = 4
+            more = {
+                "data.source": folder,
+                "data.masks": folder / "masks",
+                "dreambooth.class_prompt": article(json.loads((folder / "subject.json").read_text())["class"]),
+                "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
+                "dreambooth.class_folder": out / "class_images" / subject,
+                **ALONE,
+            }
+            few = {"train.steps": 2, "train.warmup": 0, "dreambooth.class_images": 4}
             config = f"{recipe}/pocket_dog.yaml"
             yield Stage(name=f"{made}-{subject}", recipe=recipe, config=config, changes=more, quick=few)
         yield Stage(

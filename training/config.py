@@ -180,6 +180,8 @@ class DreamBoothSettings:
     """Full fine-tuning only: also trains the text encoders (for LoRA see lora.text_encoder)."""
     class_prompt: str | None = None
     """Prompt of the class images, such as "a photo of a dog"; none turns prior preservation off."""
+    class_prompt_file: str | None = None
+    """Captions of the class images instead, one a line, {} standing for class_prompt: image i is drawn of the i-th."""
     class_folder: str | None = None
     """Folder of the generated class images and their manifest; default: `class_images` in the output folder."""
     class_images: int = 100
@@ -194,6 +196,10 @@ class DreamBoothSettings:
     """Classifier-free guidance of a class image."""
 
     def __post_init__(self) -> None:
+        require(
+            self.class_prompt_file is None or self.class_prompt is not None,
+            f"dreambooth.class_prompt_file {self.class_prompt_file}: its {{}} needs dreambooth.class_prompt",
+        )
         require(self.class_images >= 1, f"dreambooth.class_images must be at least 1, got {self.class_images}")
         require(self.prior_ratio > 0, f"dreambooth.prior_ratio must be > 0, got {self.prior_ratio}")
         require(self.prior_weight >= 0, f"dreambooth.prior_weight must be >= 0, got {self.prior_weight}")

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .objective import build
 from .ranks import state
 from .views import Views
 
-__all__ = ["MANIFEST", "Prior", "class_images", "prepare", "prior"]
+__all__ = ["MANIFEST", "Prior", "class_images", "class_prompts", "prepare", "prior"]
 
 MANIFEST = "manifest.json"
 
@@ -112,7 +113,7 @@ def prior(
     folder = Path(settings.class_folder or folder)
     class_images(
         parts,
-        settings.class_prompt,
+        class_prompts(settings),
         settings.class_images,
         folder,
         resolution=resolution,
@@ -121,14 +122,33 @@ def prior(
         seed=seed,
         batch_size=batch_size,
     )
-    source = images.folder(folder, prompt=settings.class_prompt, minimum=1)
+    source = images.folder(folder, minimum=1)
     views = Views(source, resolution=resolution, multiple=1)
     return Prior(views=views, ratio=settings.prior_ratio, weight=settings.prior_weight)
 
 
+def class_prompts(settings: DreamBoothSettings) -> list[str]:
+    """What the class images are drawn of, in turn.
+
+    Raises:
+        TrainingError: a prompt file that cannot be read or has no lines.
+    """
+    assert settings.class_prompt is not None
+    if settings.class_prompt_file is None:
+        return [settings.class_prompt]
+    file = Path(settings.class_prompt_file)
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"dreambooth.class_prompt_file {file} cannot be read: {error}") from error
+    if not lines:
+        raise TrainingError(f"dreambooth.class_prompt_file {file} is empty; give it a caption a line")
+    return [line.replace("{}", settings.class_prompt) for line in lines]
+
+
 def class_images(
     parts: Parts,
-    prompt: str,
+    prompts: list[str],
     count: int,
     folder: Path,
     *,
@@ -138,13 +158,15 @@ def class_images(
     seed: int = 0,
     batch_size: int = 4,
 ) -> None:
-    """Fills `folder` up to `count` images of the prompt, each process its share; image i has its own seed.
+    """Fills `folder` up to `count` images of the prompts in turn, each process its share; image i has its own seed.
+
+    Beside every image lies its prompt, as its caption.
 
     Raises:
-        TrainingError: the folder's manifest names another prompt, base, sampler or size, or images lack one.
+        TrainingError: the folder's manifest names other prompts, base, sampler or size, or images lack one.
     """
     wanted = {
-        "prompt": prompt,
+        "prompts": prompts,
         "base": parts.identity,
         "scheduler": parts.scheduler.get("_class_name", ""),
         "steps": steps,
@@ -173,7 +195,11 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
             raise TrainingError(f"dreambooth.class_folder {folder} has images but no {MANIFEST}; give an empty folder")
         return
     found = json.loads(manifest.read_text())
-    changed = [f"{key}: {found.get(key)} -> {value}" for key, value in wanted.items() if found.get(key) != value]
+    changed = [
+        f"{key}: {shorten(str(found.get(key)), 80)} -> {shorten(str(value), 80)}"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
     if changed and there:
         raise TrainingError(
             f"class images in {folder} were made with other settings ({'; '.join(changed)}); delete the folder or "
@@ -188,15 +214,17 @@ def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, numbers: list[
     for start in range(0, len(numbers), batch_size):
         chunk = numbers[start : start + batch_size]
         seeds = [seed_of(wanted["seed"], "class", number) for number in chunk]
+        prompts = [wanted["prompts"][number % len(wanted["prompts"])] for number in chunk]
         made: list[Image.Image] = pipe(
-            [wanted["prompt"]] * len(chunk),
+            prompts,
             num_inference_steps=wanted["steps"],
             guidance_scale=wanted["guidance_scale"],
             height=wanted["resolution"],
             width=wanted["resolution"],
             generator=[torch.Generator().manual_seed(item) for item in seeds],
         ).images
-        for number, image in zip(chunk, made, strict=True):
-            temporary = folder / f".{number:05d}.png"
+        for number, prompt, image in zip(chunk, prompts, made, strict=True):
+            (folder / f"{number:05d}.txt").write_text(prompt + "\n", "utf-8")
+            temporary = folder / f".{number:05d}.png"  # the image comes last: one that is there has its caption
             image.save(temporary, format="PNG")
             temporary.rename(folder / f"{number:05d}.png")

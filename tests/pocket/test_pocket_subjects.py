@@ -21,6 +21,7 @@ from training.pocket.world import CLASSES, SIZE
 SHIPPED = Path(__file__).parents[2] / "recipes" / "subjects"
 OLD = ("dog", "bird", "teapot", "robot")
 DRAWN = [name for name in SUBJECTS if name not in TOYS]
+COUNT = 8
 
 
 def facts(name: str) -> dict:
@@ -52,8 +53,8 @@ def test_there_are_twelve_or_more_and_the_first_four_stay_first() -> None:
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_a_subject_is_whole(name: str) -> None:
-    pictures = [f"{i}.png" for i in range(5)]
-    texts = [f"{i}.txt" for i in range(5)]
+    pictures = [f"{i}.png" for i in range(COUNT)]
+    texts = [f"{i}.txt" for i in range(COUNT)]
     assert files(SHIPPED / name) == sorted([*pictures, *texts, *(f"masks/{p}" for p in pictures), "subject.json"])
     for picture in pictures:
         image, mask = pixels(SHIPPED / name / picture), pixels(SHIPPED / name / "masks" / picture)
@@ -61,7 +62,7 @@ def test_a_subject_is_whole(name: str) -> None:
         assert mask.shape == (SIZE, SIZE)
         assert set(np.unique(mask)) == {0, 255}
         assert 0.05 < (mask > 0).mean() < 0.7
-    assert sum((SHIPPED / name / file).stat().st_size for file in files(SHIPPED / name)) < 60_000
+    assert sum((SHIPPED / name / file).stat().st_size for file in files(SHIPPED / name)) < 12_000 * COUNT
     said = facts(name)
     assert set(said) == {"class", "identifier", "origin", "prompts"}
     assert said["class"] in CLASSES
@@ -72,11 +73,14 @@ def test_a_subject_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_prompts_are_read_and_share_no_background_with_the_pictures(name: str) -> None:
     said = facts(name)
-    captions = [parse(without_identifier((SHIPPED / name / f"{i}.txt").read_text())) for i in range(5)]
+    captions = [parse(without_identifier((SHIPPED / name / f"{i}.txt").read_text())) for i in range(COUNT)]
     prompts = [parse(without_identifier(prompt)) for prompt in said["prompts"]]
     assert len(set(said["prompts"])) == 12
-    for caption in captions:
-        assert [noun.name for noun in caption.nouns] == [said["class"]]
+    alone = [caption for caption in captions if len(caption.nouns) == 1]
+    beside = [caption.nouns[1].name for caption in captions if len(caption.nouns) == 2]
+    assert {caption.nouns[0].name for caption in captions} == {said["class"]}
+    assert (len(alone), len(beside)) == (3, 5)
+    assert not {*beside} & {noun.name for prompt in prompts for noun in prompt.nouns}
     for prompt in prompts:
         names = [noun.name for noun in prompt.nouns]
         assert names[0] == said["class"]
@@ -88,8 +92,8 @@ def test_prompts_are_read_and_share_no_background_with_the_pictures(name: str) -
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_the_pictures_differ_from_each_other(name: str) -> None:
-    masks = [pixels(SHIPPED / name / "masks" / f"{i}.png").tobytes() for i in range(5)]
-    assert len(set(masks)) == 5
+    masks = [pixels(SHIPPED / name / "masks" / f"{i}.png").tobytes() for i in range(COUNT)]
+    assert len(set(masks)) == COUNT
 
 
 @pytest.mark.parametrize("name", DRAWN)

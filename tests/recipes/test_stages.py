@@ -268,11 +268,7 @@ def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_pat
 
 
 def test_the_base_s_attention_finds_the_dog_in_its_pictures() -> None:
-    """All of a picture would overlap a mask by the mask's own area.
-
-    The base knows single objects of one side only, that of the first, third and fifth dog: .28 of the picture, found
-    with an IoU of .59. Of the smaller two, .13 of it, attention finds too much: .25 and .31.
-    """
+    """All of a picture would overlap a mask by the mask's own area; measured over the eight: IoU .51, area .19."""
     from recipes.region import region_of
     from recipes.wiring import load_parts
     from training import images
@@ -294,11 +290,9 @@ def test_the_base_s_attention_finds_the_dog_in_its_pictures() -> None:
         overlaps.append((found & wanted).sum() / (found | wanted).sum())
         areas.append(wanted.mean())
     print(f"mean IoU {np.mean(overlaps):.3f}, mean area {np.mean(areas):.3f}, each {np.round(overlaps, 2)}")
-    assert len(overlaps) == 5
-    assert np.mean(overlaps[::2]) > max(0.5, 2 * np.mean(areas[::2]))
+    assert len(overlaps) == 8
+    assert np.mean(overlaps) > max(0.5, 2 * np.mean(areas))
     assert all(overlap > 1.5 * area for overlap, area in zip(overlaps, areas, strict=True))
-    if not np.mean(overlaps) > 0.5 > 2 * np.mean(areas):
-        pytest.xfail(f"asked of all five: a mean IoU over .5; it is {np.mean(overlaps):.2f}")
 
 
 def test_control_generation_writes_a_sheet_with_the_conditions(tmp_path: Path, done) -> None:

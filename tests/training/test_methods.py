@@ -185,11 +185,32 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
     assert len(prior(base, folder, class_images=4).views) == 4
     after = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert before.items() <= after.items()  # the missing one came back as it was, by its own seed
-    with pytest.raises(TrainingError, match=r"class images in .* were made with other settings \(prompt: dog -> cat\)"):
+    with pytest.raises(TrainingError, match=r"class images in .* settings \(prompts: \['dog'\] -> \['cat'\]\)"):
         prior(base, folder, class_prompt="cat")
     (folder / "manifest.json").unlink()
     with pytest.raises(TrainingError, match=r"has images but no manifest.json"):
         prior(base, folder)
+
+
+def test_class_images_of_a_prompt_file_are_captioned_with_what_they_were_drawn_of(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("{} far\n\na cat\n")
+    made = prior(base, tmp_path / "class", class_prompt="a dog", class_prompt_file=str(file))
+    assert [made.views.caption(number) for number in range(3)] == ["a dog far", "a cat", "a dog far"]
+    alone = prior(base, tmp_path / "alone", class_prompt="a dog far")
+    same = [bool((made.views[number].pixels == alone.views[number].pixels).all()) for number in range(3)]
+    assert same == [True, False, True]
+    file.write_text("a cat\n")
+    with pytest.raises(TrainingError, match=r"with other settings \(prompts: "):
+        prior(base, tmp_path / "class", class_prompt="a dog", class_prompt_file=str(file))
+    file.write_text("\n")
+    with pytest.raises(TrainingError, match=r"class_prompt_file .* is empty; give it a caption a line"):
+        prior(base, tmp_path / "other", class_prompt="a dog", class_prompt_file=str(file))
+    with pytest.raises(TrainingError, match=r"class_prompt_file .*gone.txt cannot be read"):
+        prior(base, tmp_path / "other", class_prompt="a dog", class_prompt_file=str(tmp_path / "gone.txt"))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(TrainingError, match=r"its \{\} needs dreambooth\.class_prompt"):
+        config.DreamBoothSettings(class_prompt_file=str(file))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5])

@@ -53,6 +53,10 @@ ORIGINS = {
     "rendered": "rendered with pybullet from meshes of this project, Apache-2.0",
 }
 SHOWN = ("grass", "wood", "snow", "sand", "sky")
+# What stands beside the subject in each picture; none of it is a subject's class or asked for by a held-out prompt. The
+# base draws an object three times as wide as the grid alone and twice in company: it is shown both.
+BESIDE = (None, "house", "rocket", None, "elephant", "ball", None, "plane")
+VIEWS = 5
 # The class noun of each prompt is filled in; the other objects are ones the base can draw.
 HELD_OUT = (
     "{} in the sea",
@@ -94,24 +98,20 @@ def write(root: Path, name: str) -> Path:
     called = article(f"{IDENTIFIER} {noun}")
     folder = root / name
     rng = np.random.Generator(np.random.Philox(key=[5, SUBJECTS.index(name)]))
-    step = round(GRID * SIZE)
-    taken = set[tuple[int, int, int]]()
-    for index, background in enumerate(SHOWN):
-        # As the base knows objects: three times of the side that they have alone, twice of that in company.
-        side = round(SIDE[1 + index % 2] * SIZE)
-        places = [
-            (side, x, y)
-            for x in range(0, SIZE - side + 1, step)
-            for y in range(0, SIZE - side + 1, step)
-            if (side, x, y) not in taken
-        ]
-        taken.add(place := places[int(rng.integers(len(places)))])
-        _, x, y = place
-        image, masks = compose(backgrounds.draw(background, SIZE, rng), [_layer(name, index, side)], [(x, y)])
+    taken: set[tuple[int, int, int]] = set()
+    for index, other in enumerate(BESIDE):
+        background = SHOWN[index % len(SHOWN)]
+        side = round(SIDE[1 if other is None else 2] * SIZE)
+        place, beside = _places(side, rng, taken, company=other is not None)
+        layers, corners = [_layer(name, index % VIEWS, side)], [place]
+        if other is not None:  # below the subject, whose mask is then its whole shape
+            layers, corners = [sprite(other, None, side), *layers], [beside, *corners]
+        image, masks = compose(backgrounds.draw(background, SIZE, rng), layers, corners)
+        caption = called if other is None else f"{called} and {article(other)}"
         (folder / "masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png", optimize=True)
-        Image.fromarray(masks[0].astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png", optimize=True)
-        (folder / f"{index}.txt").write_text(f"{called} {BACKGROUNDS[background][0]}\n")
+        Image.fromarray(masks[-1].astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png", optimize=True)
+        (folder / f"{index}.txt").write_text(f"{caption} {BACKGROUNDS[background][0]}\n")
     facts = {
         "class": noun,
         "identifier": IDENTIFIER,
@@ -120,6 +120,24 @@ def write(root: Path, name: str) -> Path:
     }
     (folder / "subject.json").write_text(json.dumps(facts, indent=1) + "\n")
     return folder
+
+
+def _places(
+    side: int, rng: np.random.Generator, taken: set[tuple[int, int, int]], *, company: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Corners of the subject, not taken at this side, and of an equally large thing that it does not meet."""
+    step = round(GRID * SIZE)
+    corners = [(x, y) for x in range(0, SIZE - side + 1, step) for y in range(0, SIZE - side + 1, step)]
+    pairs = [
+        (place, beside)
+        for place in corners
+        for beside in (corners if company else [place])
+        if (not company or max(abs(place[0] - beside[0]), abs(place[1] - beside[1])) >= side)
+        and (side, *place) not in taken
+    ]
+    found = pairs[int(rng.integers(len(pairs)))]
+    taken.add((side, *found[0]))
+    return found
 
 
 def _layer(name: str, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:

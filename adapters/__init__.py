@@ -6,7 +6,7 @@ a pipeline, `verify.verify` recomputes its numbers.
 
 from __future__ import annotations
 
-from . import attach, compose, files, gains, keys, metrics, report, sample, ship, table, tune, verify
+from . import archive, attach, compose, files, gains, keys, metrics, report, sample, ship, table, tune, verify
 from .attach import Attached, load
 from .base import describe
 from .card import Card
@@ -29,6 +29,7 @@ __all__ = [
     "GainsError",
     "Row",
     "Shot",
+    "archive",
     "attach",
     "compose",
     "describe",

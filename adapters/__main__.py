@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     inspect.set_defaults(run=_inspect)
     check = commands.add_parser("verify", help="check hashes and recompute every number from per_image.csv")
-    check.add_argument("path")
+    check.add_argument("path", help="release folder, or a zip of one")
     check.set_defaults(run=lambda options: verify(options.path))
     convert = commands.add_parser("convert", help="rewrite in other keys")
     convert.add_argument("path")

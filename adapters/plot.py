@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["plot"]
+__all__ = ["picture", "plot"]
 
 Point = tuple[float, float, float, float, str]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 36, 48
@@ -17,6 +17,18 @@ _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
 
 def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
     """Series name -> points (x, y, low, high, label); returns a <figure>."""
+    return f"<figure>{_svg(series, x_label, y_label)}</figure>"
+
+
+def picture(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+    """The same as an SVG file of its own, on white: a page that shows it as an image lends it no colours."""
+    drawn = _svg(series, x_label, y_label)
+    opened, _, rest = drawn.partition(">")
+    own = ' xmlns="http://www.w3.org/2000/svg" color="#000"'
+    return f'{opened}{own}><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
+
+
+def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
     points = [point for line in series.values() for point in line]
     x0, x1 = _span([p[0] for p in points])
     y0, y1 = _span([value for p in points for value in p[1:4]])
@@ -32,8 +44,8 @@ def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> s
         parts.append(_line(name, line, _COLORS[index % 6], _DASHES[index % 6], index, place))
     title = f"{y_label} against {x_label}"
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
-        f'font-size="12" font-family="system-ui, sans-serif">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
+        f'font-size="12" font-family="system-ui, sans-serif">{"".join(parts)}</svg>'
     )
 
 

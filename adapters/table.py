@@ -33,7 +33,7 @@ class Row:
     latents: str
     subject: str = ""
     image: str = ""
-    """SHA-256 of the RGB pixels."""
+    """First 16 hex digits of the SHA-256 of the RGB pixels."""
     seconds: float = 0.0
     numbers: Mapping[str, float] = field(default_factory=dict)
 
@@ -58,7 +58,10 @@ def measure(
 def tabulate(
     shots: Mapping[str, Sequence[Shot]], metrics: Sequence[Metric], *, subject: Callable[[Shot], str] | None = None
 ) -> list[Row]:
-    """One row per image: what was recorded while sampling, and every metric."""
+    """One row per image: what was recorded while sampling, and every metric, to six digits.
+
+    More digits say nothing, and a table is to be small enough to be kept beside what it says.
+    """
     names = Counter(metric.name for metric in metrics)
     if twice := [name for name, n in names.items() if n > 1]:
         raise GainsError(f"two metrics are called {twice[0]!r}")
@@ -69,7 +72,7 @@ def tabulate(
             if clash := set(shot.numbers) & set(columns):
                 raise GainsError(f"{sorted(clash)} is both recorded while sampling and a metric; rename one")
             numbers = {**shot.numbers, **{name: float(values[index]) for name, values in columns.items()}}
-            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()
+            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()[:16]
             rows.append(
                 Row(
                     arm=arm,
@@ -78,8 +81,8 @@ def tabulate(
                     latents=shot.latents,
                     subject=subject(shot) if subject is not None else "",
                     image=digest,
-                    seconds=shot.seconds,
-                    numbers=numbers,
+                    seconds=round(shot.seconds, 4),
+                    numbers={name: float(f"{value:.6g}") for name, value in numbers.items()},
                 )
             )
     return rows

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from . import files
+from . import archive, files
 from .errors import FileError, GainsError
 from .gains import Design, Gains, compare
 from .table import read_csv
@@ -17,16 +17,24 @@ __all__ = ["recompute", "verify"]
 TOLERANCE = 1e-9  # relative; sums may be ordered differently by another numpy
 
 
-def verify(folder: str | Path) -> dict[str, Any]:
-    """Check files against the manifest and gains against the table; returns a summary, raises on any difference."""
-    path = Path(folder)
+def verify(source: str | Path) -> dict[str, Any]:
+    """Check files against the manifest and gains against the table; returns a summary, raises on any difference.
+
+    Args:
+        source: a release folder, or what `adapters.archive.pack` made of one.
+    """
+    with archive.unpacked(Path(source)) as folder:
+        return _verified(folder, str(source))
+
+
+def _verified(path: Path, said: str) -> dict[str, Any]:
     manifest = files.verify_folder(path)
     summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
     if "gains.json" in manifest["files"]:
         stored = files.read_json(path / "gains.json")
         ours = recompute(path).to_dict()
         if difference := _difference(ours, {name: stored.get(name) for name in ours}, "gains"):
-            raise GainsError(f"{path}: {difference}; gains.json does not follow from per_image.csv")
+            raise GainsError(f"{said}: {difference}; gains.json does not follow from per_image.csv")
         summary["verdict"] = ours["verdict"]["sentence"]
         summary["numbers"] = _count(ours)
     return summary

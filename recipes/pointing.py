@@ -189,13 +189,13 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _plot(summary: Mapping[str, Any]) -> str:
-    from adapters.plot import plot
+    from adapters.plot import picture
 
     lines = {
         label: [(s["timestep"], s[name], s[name], s[name], "") for s in summary["steps"]]
         for name, label in (("iou", "regions of the words"), ("chance", "two such areas by chance"))
     }
-    return plot(lines, "timestep", "mean IoU with the judge's region")
+    return picture(lines, "timestep", "mean IoU with the judge's region")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def _sweeps(plan: MeasureSettings, tuned: str | None) -> dict[str, dict[str, str
     }
 
 
-def at_equal_scale(rows: list[Any], design: Any) -> Any:
+def at_equal_scale(rows: Sequence[Any], design: Any) -> Any:
     """The design's comparison against plain CFG interpolated to the arm's own effective scale; or why there is none."""
     import adapters
 

@@ -1,10 +1,13 @@
 """The study: is anything of S-CFG's gain left at equal effective scale, on the base and on what was adapted from it?
 
-python recipes/study.py [--out runs/study] [--quick] [--only text* ...] [--share 1/2] [--list]
+python recipes/study.py [--out runs/study] [--kept docs/study] [--quick] [--only text* ...] [--share 1/2] [--list]
 
 Every stage is a shipped recipe with a shipped config and a few changes. A stage that ended with equal settings on the
 same base is not run again, and within a stage no picture is drawn twice: stopped, the same command goes on. The tables
 of all comparisons are in OUT/report, each with its CSV, so that `python -m adapters verify` recomputes them.
+
+With --kept FOLDER the results of a stage are also packed to FOLDER/NAME.zip when it ends, and those that lie there
+count as ended: the study goes on where another machine left it, without that machine's pictures.
 """
 
 from __future__ import annotations
@@ -12,18 +15,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from recipes.arms import BASE, EFFECTIVE
-from recipes.results import at_equal_scale
+from recipes.tables import report
 from recipes.wiring import explained, quiet
 from training.config import parse, resolved
 from training.errors import TrainingError, exit_on_error
@@ -33,7 +37,11 @@ from training.pocket.subjects import SUBJECTS
 
 __all__ = ["Stage", "main", "stages"]
 
-HERE = Path(__file__).parent
+# As seen from where the command is given: settings are kept beside results, and name no machine's folders.
+HERE = Path(os.path.relpath(Path(__file__).parent))
+ENDED = "ended.json"
+RESULTS = {"measure": "measured", "tune": "tuned", "pointing": "pointing"}  # recipe -> its folder of results
+UNKEPT = shutil.ignore_patterns("*.html", "*.png")  # large, and drawn again by the same command
 SCALES, SWEEP = (2.5, 4.0, 7.0), [1.5, 2.5, 3.25, 5.0, 6.0, 7.0, 9.0, 12.0]
 CONTROLS = ("CFG", "S-CFG", "dose", "placebo", "pointwise")
 ALONE = {"tune": None, "measure": None, "ship": None}
@@ -48,6 +56,7 @@ class Stage:
         recipe, config: what runs, with which of `recipes/configs`.
         changes: settings changed, by dotted name.
         quick: further ones of the quick form.
+        feeds: the stage for which alone it is run.
     """
 
     name: str
@@ -55,6 +64,7 @@ class Stage:
     config: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
+    feeds: str | None = None
 
 
 FEW = {"sampling.steps": 4, "measure.limit": 2, "measure.seeds": [1, 2], "measure.overlays": 0}
@@ -134,9 +144,10 @@ def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Ite
             }
             few = {"train.steps": 2, "train.warmup": 0, "dreambooth.class_images": 4}
             config = f"{recipe}/pocket_dog.yaml"
-            yield Stage(name=f"{made}-{subject}", recipe=recipe, config=config, changes=more, quick=few)
+            name, measured = f"{made}-{subject}", f"subjects-{made}"
+            yield Stage(name=name, recipe=recipe, config=config, changes=more, quick=few, feeds=measured)
         yield Stage(
-            name=f"subjects-{made}",
+            name=measured,
             recipe="measure",
             config="measure/study_subject.yaml",
             changes={
@@ -152,20 +163,33 @@ def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Ite
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--kept", type=Path, help="folder of results to go on from, and to add to")
     parser.add_argument("--quick", action="store_true", help="a few steps and pictures of everything: does it run?")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="stages by name; * stands for any")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="every N-th stage from the I-th")
     parser.add_argument("--list", action="store_true", help="say what would run, and stop")
     options = parser.parse_args()
-    todo = _chosen(list(stages(options.out, quick=options.quick)), options)
+    known = {stage.name: stage for stage in stages(options.out, quick=options.quick)}
+    todo = _chosen(list(known.values()), options)
     if options.list:
         print("\n".join(f"{stage.name:<24} recipes/{stage.recipe}.py, {stage.config}" for stage in todo))
         return
     quiet()
+    run = _Run(options.out, options.kept, quick=options.quick)
+    for stage in known.values():
+        run.unpack(stage)
     for number, stage in enumerate(todo, 1):
         print(f"\n[{number}/{len(todo)}] {stage.name}", flush=True)
-        _run(stage, options.out, quick=options.quick)
-    print(f"\nOpen {report(options.out, quick=options.quick)}")
+        if run.ended(stage):
+            print("as before")
+        elif stage.feeds is not None and run.ended(known[stage.feeds]):
+            print(f"not needed: {stage.feeds} has ended")
+        else:
+            run.take(stage)
+    page = report([name for name, stage in known.items() if stage.recipe == "measure"], options.out)
+    for file in page.parent.glob("*.*") if options.kept is not None else ():
+        shutil.copy(file, options.kept)
+    print(f"\nOpen {page}")
 
 
 def _chosen(known: Sequence[Stage], options: argparse.Namespace) -> list[Stage]:
@@ -182,92 +206,65 @@ def _chosen(known: Sequence[Stage], options: argparse.Namespace) -> list[Stage]:
     return found[first - 1 :: count]
 
 
-def _run(stage: Stage, out: Path, *, quick: bool) -> None:
-    """Run a stage, unless it ended with the same settings on the same base before."""
-    module = importlib.import_module(f"recipes.{stage.recipe}")
-    changes = {**stage.changes, **(stage.quick if quick else {}), "out": out / stage.name}
-    arguments = [f"--config={HERE / 'configs' / stage.config}"]
-    arguments += [f"--{name}={_said(value)}" for name, value in changes.items()]
-    settings = parse(module.Settings, arguments)
-    record = json.dumps({"base": base_hash(), "settings": resolved(settings)}, sort_keys=True, default=str)
-    ended = out / stage.name / "ended.json"
-    if ended.exists() and json.loads(ended.read_text())["record"] == record:
-        print("as before")
-        return
-    begin = time.perf_counter()
-    module.run(settings)
-    seconds = round(time.perf_counter() - begin, 1)
-    part = ended.with_suffix(".part")  # whole or not at all: it decides whether the stage is run again
-    part.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
-    part.replace(ended)
+class _Run:
+    """Stages under one folder: which have ended, and how the rest is run and kept."""
+
+    def __init__(self, out: Path, kept: Path | None, *, quick: bool) -> None:
+        self.out, self.kept, self.quick = out, kept, quick
+
+    def ended(self, stage: Stage) -> bool:
+        """Whether it ended with these settings on this base."""
+        file = self.out / stage.name / ENDED
+        return file.exists() and json.loads(file.read_text())["record"] == self._settings(stage)[1]
+
+    def take(self, stage: Stage) -> None:
+        settings, record = self._settings(stage)
+        begin = time.perf_counter()
+        importlib.import_module(f"recipes.{stage.recipe}").run(settings)
+        seconds = round(time.perf_counter() - begin, 1)
+        ended = self.out / stage.name / ENDED
+        part = ended.with_suffix(".part")  # whole or not at all: it decides whether the stage is run again
+        part.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
+        part.replace(ended)
+        self._pack(stage)
+
+    def _settings(self, stage: Stage) -> tuple[Any, str]:
+        """What the stage's recipe is given, and the same with the base as text."""
+        module = importlib.import_module(f"recipes.{stage.recipe}")
+        changes = {**stage.changes, **(stage.quick if self.quick else {}), "out": self.out / stage.name}
+        arguments = [f"--config={HERE / 'configs' / stage.config}"]
+        arguments += [f"--{name}={_said(value)}" for name, value in changes.items()]
+        settings = parse(module.Settings, arguments)
+        return settings, json.dumps({"base": base_hash(), "settings": resolved(settings)}, sort_keys=True, default=str)
+
+    def _pack(self, stage: Stage) -> None:
+        import adapters
+
+        if self.kept is None or stage.recipe not in RESULTS:
+            return
+        with TemporaryDirectory() as folder:
+            page = Path(folder) / stage.name
+            shutil.copytree(self.out / stage.name / RESULTS[stage.recipe], page, ignore=UNKEPT)
+            shutil.copy(self.out / stage.name / ENDED, page)
+            adapters.files.write_manifest(page, {"format": 1, "kind": "results"})
+            adapters.archive.pack(page, self.kept / f"{stage.name}.zip")
+
+    def unpack(self, stage: Stage) -> None:
+        """Put back what was kept of a stage that never ended here."""
+        import adapters
+
+        if self.kept is None or (self.out / stage.name / ENDED).exists():
+            return
+        if not (archive := self.kept / f"{stage.name}.zip").is_file():
+            return
+        adapters.verify.verify(archive)
+        with adapters.archive.unpacked(archive) as page:
+            shutil.copytree(page, self.out / stage.name / RESULTS[stage.recipe], dirs_exist_ok=True)
+            shutil.copy(page / ENDED, self.out / stage.name / ENDED)
 
 
 def _said(value: Any) -> str:
     return str(value) if isinstance(value, str | Path) else json.dumps(value)
-
-
-# ---------------------------------------------------------------------------------------------- the report
-
-
-def report(out: Path, *, quick: bool = False) -> Path:
-    """Every comparison that has ended, recomputed from its table; returns the page."""
-    import adapters
-
-    with adapters.files.write_folder(out / "report") as page:
-        parts = ["# Tables of the study", f"Base {base_hash()}. Every number is recomputed from `*/per_image.csv`."]
-        for stage in stages(out, quick=quick):
-            made = out / stage.name / "measured"
-            if not (made / "gains.json").is_file():
-                continue
-            folder = page / stage.name
-            folder.mkdir()
-            for name in ("gains.json", "per_image.csv", "settings.yaml"):
-                shutil.copy(made / name, folder / name)
-            adapters.files.write_manifest(folder, {"format": 1, "kind": "gains"})
-            adapters.verify.verify(folder)
-            facts = adapters.files.read_json(made / "gains.json")["facts"]
-            measured = {name: value for name, value in facts.items() if name.startswith(("Fréchet", "drift"))}
-            parts += [f"## {stage.name}", _table(folder), *(f"{name}: {value}" for name, value in measured.items())]
-        (page / "tables.md").write_text("\n\n".join(parts) + "\n", "utf-8")
-    return out / "report" / "tables.md"
-
-
-def _table(folder: Path) -> str:
-    """Means of every arm, the primary metric's difference at equal nominal and effective scale, and the verdict."""
-    import adapters
-
-    gains, rows = adapters.verify.recompute(folder), adapters.table.read_csv(folder / "per_image.csv")
-    design, counts, names = gains.design, gains.counts, [arm["name"] for arm in gains.arms]
-    others = [metric for metric in design.higher_is_better if metric != design.primary]
-    head = ["arm", design.primary, "at equal scale", "at equal effective scale", *others, "effective scale", "s"]
-    lines = [_row(head), _row(["---"] * len(head))]
-    for arm in gains.arms:
-        scale = arm["name"].partition(" @ ")[2]
-        plain = f"{design.baseline} @ {scale}" if scale and f"{design.baseline} @ {scale}" in names else design.baseline
-        nominal, equal = "", ""
-        if not arm["name"].startswith((design.baseline, BASE)):
-            pair = [row for row in rows if row.arm in (arm["name"], plain)]
-            nominal = _difference(
-                adapters.gains.compare(pair, replace(design, arm=arm["name"], baseline=plain, sweeps={}))
-            )
-            if design.sweeps:
-                contrast = at_equal_scale(rows, replace(design, arm=arm["name"]))
-                equal = contrast if isinstance(contrast, str) else _difference(contrast)
-        effective = arm["recorded"].get(EFFECTIVE)
-        means = [f"{arm['metrics'][metric]['mean']:.3f}" for metric in (design.primary, *others)]
-        more = [f"{effective:.2f}" if effective else "", f"{arm['seconds']:.2f}"]
-        lines.append(_row([arm["name"], means[0], nominal, equal, *means[1:], *more]))
-    below = f"{counts['pairs']} pairs, {counts['clusters']} {counts['cluster']}s. {gains.verdict.sentence}"
-    return "\n".join(lines) + f"\n\n{below}"
-
-
-def _difference(gains: Any) -> str:
-    contrast = gains.contrasts[0]
-    return f"{contrast.difference:+.3f} [{contrast.low:+.3f}, {contrast.high:+.3f}]"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

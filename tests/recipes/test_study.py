@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -116,17 +119,30 @@ def test_study_prompts_are_in_the_grammar_and_none_is_tuned_on() -> None:
 
 
 def test_a_stage_runs_once_and_its_table_is_recomputed(tmp_path: Path, done: Callable[..., str]) -> None:
-    arguments = ("--quick", "--only", "text-ddim", "--out", tmp_path)
+    out, kept = tmp_path / "study", tmp_path / "kept"
+    arguments = ("--quick", "--only", "text-ddim", "--out", out, "--kept", kept)
     assert "as before" not in done("study", *arguments)
     assert "as before" in done("study", *arguments)
-    tables = (tmp_path / "report" / "tables.md").read_text()
+    tables = (out / "report" / "tables.md").read_text()
+    assert (kept / "tables.md").read_text() == tables
+    shutil.rmtree(out)  # another machine, which has nothing but what was kept
+    assert "as before" in done("study", *arguments)
+    assert (out / "report" / "tables.md").read_text() == tables
+    assert not list(out.rglob("*.png"))
+    assert adapters.verify.verify(kept / "text-ddim.zip")["numbers"] > 0
+    for name in zipfile.ZipFile(kept / "text-ddim.zip").namelist():
+        with adapters.archive.unpacked(kept / "text-ddim.zip") as folder:
+            assert str(ROOT) not in (folder / name).read_text()
     assert "## text-ddim" in tables
     assert "## canny" not in tables
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in tables.splitlines() if "|" in line}
-    gains = adapters.verify.recompute(tmp_path / "report" / "text-ddim")
+    gains = adapters.verify.recompute(out / "report" / "text-ddim")
     for contrast in (c for c in gains.contrasts if c.metric == "prompt accuracy" and "@" not in c.arm):
-        assert lines[contrast.arm][2].startswith(f"{contrast.difference:+.3f}")
+        assert lines[contrast.arm][2].startswith(f"{contrast.difference:+.3g}")
     assert "[" in lines["S-CFG"][3]  # at equal effective scale
+    root = ElementTree.parse(kept / "text-ddim.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert len([node for node in root.iter() if node.tag.endswith("circle")]) >= 5
 
 
 def test_blind_pages_give_nothing_away_and_answers_are_counted(
@@ -172,5 +188,5 @@ def test_the_quick_study_runs_whole(tmp_path: Path, done: Callable[..., str]) ->
     for stage in study.stages(tmp_path, quick=True):
         assert stage.name in out
         if stage.recipe == "measure":
-            assert f"## {stage.name}" in tables
+            assert f"## {stage.name}\n" in tables
             assert adapters.verify.verify(tmp_path / "report" / stage.name)["numbers"] > 0

@@ -69,7 +69,7 @@ def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequen
         f"---\n{yaml.safe_dump(_head(card, kinds, gains), sort_keys=False, allow_unicode=True, width=1000)}---",
         f"# {escape(card.title)}",
         escape(card.description),
-        _gains_section(gains),
+        _gains_section(gains, has),
         _use_section(card, kinds, has),
         _list("## Compatibility", notes),
         _list(
@@ -114,7 +114,7 @@ def _results(gains: Gains) -> list[dict[str, Any]]:
     return rows
 
 
-def _gains_section(gains: Gains | None) -> str:
+def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
     if gains is None:
         return "## Measured gains\n\nNot measured."
     design = gains.design
@@ -139,8 +139,8 @@ def _gains_section(gains: Gains | None) -> str:
             f"**{escape(gains.verdict.sentence)}**",
             "\n".join(table),
             words,
-            "Every number can be recomputed from `per_image.csv` by `python -m adapters verify .`; "
-            "`report.html` shows the pairs, the curves and the worst cases.",
+            "Every number can be recomputed from `per_image.csv` by `python -m adapters verify .`"
+            + ("; `report.html` shows the pairs, the curves and the worst cases." if "report.html" in has else "."),
         ]
     )
 

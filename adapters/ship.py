@@ -24,7 +24,7 @@ from .table import Row, write_csv
 __all__ = ["push", "ship", "versions"]
 
 _PACKAGES = ("scfg-toolkit", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
-SAMPLES = 8
+SAMPLES, FEW = 8, 2
 
 
 def ship(
@@ -42,6 +42,7 @@ def ship(
     page: str | None = None,
     facts: Mapping[str, Any] | None = None,
     name: str | None = None,
+    compact: bool = False,
 ) -> Path:
     """Write a release folder; an older one of the same name is replaced in one step.
 
@@ -57,6 +58,8 @@ def ship(
         page: the report, where it was rendered with the comparison; otherwise it is made here.
         facts: measured things without a column in the table: peak memory, Fréchet distances, tuning.
         name: of the kohya file; by default made from the card's title.
+        compact: small enough to be kept under version control: weights in one spelling (diffusers', else peft's), two
+            samples an arm, no page; `python -m adapters convert` makes the other spellings.
 
     Returns: the folder.
     """
@@ -65,16 +68,20 @@ def ship(
     target, shots = Path(folder), shots or {}
     made = {**versions(), **(facts or {})}
     with files.write_folder(target) as stage:
-        kinds, notes = _weights(stage, weights, slug(name or card.title))
+        kinds, notes = _weights(stage, weights, None if compact else slug(name or card.title))
         if embeds:
             files.write_tensors(stage / EMBEDS_FILE, embeds)
         if guider is not None:
             _json(stage / GUIDER_FILE, guider)
         if config is not None:
             (stage / "config.yaml").write_text(config, "utf-8")
-        _samples(stage / "samples", shots, made)
+        _samples(stage / "samples", shots, made, FEW if compact else SAMPLES)
         if gains is not None:
-            _gains(stage, gains, rows, shots, card, base, made, page)
+            _gains(stage, gains, rows, card, base, made)
+            if not compact:
+                told = {**card.facts, **made}
+                page = page or report.render(gains, shots, title=card.title, command=card.command, facts=told)
+                (stage / "report.html").write_text(page, "utf-8")
         names = sorted(p.name for p in stage.iterdir())
         (stage / "README.md").write_text(render(card, kinds=kinds, gains=gains, has=names, notes=notes), "utf-8")
         kind = kinds[0] if len(kinds) == 1 else "mixed"
@@ -97,8 +104,8 @@ def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
 
 
-def _weights(stage: Path, weights: Adapter | str | Path, name: str) -> tuple[list[str], list[str]]:
-    """Write the weights; returns their kinds and notes on who can read them."""
+def _weights(stage: Path, weights: Adapter | str | Path, name: str | None) -> tuple[list[str], list[str]]:
+    """Write the weights; returns their kinds and notes on who can read them. Without a name: in one spelling."""
     if isinstance(weights, Adapter):
         return _adapter(stage, weights, name)
     source = open_source(weights)
@@ -118,37 +125,39 @@ def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]
     return [kind], [f"A whole {kind}: diffusers loads this folder with `from_pretrained`."]
 
 
-def _adapter(stage: Path, adapter: Adapter, name: str) -> tuple[list[str], list[str]]:
-    for component in adapter.components:
+def _adapter(stage: Path, adapter: Adapter, name: str | None) -> tuple[list[str], list[str]]:
+    plain = set(adapter.kinds) <= {"lora", "dora"}
+    notes = []
+    if plain:
+        tensors, header = to_diffusers(adapter)
+        files.write_tensors(stage / LORA_FILE, tensors, header)
+        notes.append(f"`{LORA_FILE}` loads through plain `pipe.load_lora_weights`.")
+    else:
+        notes.append(
+            f"{', '.join(k for k in adapter.kinds if k in ('loha', 'lokr'))} does not load through plain diffusers "
+            "from this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate "
+            "it by a LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`)."
+        )
+    for component in adapter.components if name is not None or not plain else ():
         place = stage if component == "unet" else stage / component
         place.mkdir(exist_ok=True)
         tensors, config = to_peft(adapter, component)
         files.write_tensors(place / PEFT_FILE, tensors)
         _json(place / "adapter_config.json", config)
-    tensors, header = to_kohya(adapter, uniform_alpha=True)
-    files.write_tensors(stage / f"{name}.kohya.safetensors", tensors, header)
-    notes = [f"`{name}.kohya.safetensors` is for ComfyUI and A1111; every module has its alpha."]
-    if set(adapter.kinds) <= {"lora", "dora"}:
-        tensors, header = to_diffusers(adapter)
-        files.write_tensors(stage / LORA_FILE, tensors, header)
-        notes.insert(0, f"`{LORA_FILE}` loads through plain `pipe.load_lora_weights`.")
-    else:
-        notes.insert(
-            0,
-            f"{', '.join(k for k in adapter.kinds if k in ('loha', 'lokr'))} does not load through plain diffusers "
-            "from this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate "
-            "it by a LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`).",
-        )
-    if "dora" in adapter.kinds:
-        notes.append(
-            "diffusers drops the DoRA magnitudes of kohya files; in diffusers load the folder, not the kohya file."
-        )
+    if name is not None:
+        tensors, header = to_kohya(adapter, uniform_alpha=True)
+        files.write_tensors(stage / f"{name}.kohya.safetensors", tensors, header)
+        notes.append(f"`{name}.kohya.safetensors` is for ComfyUI and A1111; every module has its alpha.")
+        if "dora" in adapter.kinds:
+            notes.append(
+                "diffusers drops the DoRA magnitudes of kohya files; in diffusers load the folder, not the kohya file."
+            )
     return adapter.kinds, notes
 
 
-def _samples(folder: Path, shots: Mapping[str, Sequence[Shot]], facts: Mapping[str, Any]) -> None:
+def _samples(folder: Path, shots: Mapping[str, Sequence[Shot]], facts: Mapping[str, Any], count: int) -> None:
     for arm, images in shots.items():
-        for index, shot in enumerate(images[:SAMPLES]):
+        for index, shot in enumerate(images[:count]):
             write(folder / f"{slug(arm)}-{index:02d}.png", shot, facts)
 
 
@@ -156,11 +165,9 @@ def _gains(
     stage: Path,
     gains: Gains,
     rows: Sequence[Row],
-    shots: Mapping[str, Sequence[Shot]],
     card: Card,
     base: Mapping[str, str],
     facts: Mapping[str, Any],
-    page: str | None,
 ) -> None:
     weights = {p.name: files.sha256(p) for p in sorted(stage.glob("*.safetensors"))}
     identity = {"weights": weights, "base": dict(base), "command": card.command, "facts": dict(facts)}
@@ -168,9 +175,6 @@ def _gains(
     text = json.dumps({"format": 1, "identity": identity, **gains.to_dict()}, indent=2, allow_nan=False)
     (stage / "gains.json").write_text(text + "\n", "utf-8")
     (stage / "per_image.csv").write_bytes(write_csv(rows).encode())
-    if page is None:
-        page = report.render(gains, shots, title=card.title, command=card.command, facts={**card.facts, **facts})
-    (stage / "report.html").write_text(page, "utf-8")
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = True, dry_run: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 import scfg
 from scfg.trace import RECORDABLE
-from scfg.visualize import step_images, strip
+from scfg.visualize import norm_curves, step_images, strip
 from training.pocket import base_path
 
 PROMPTS = (
@@ -39,6 +39,7 @@ def main() -> None:
             _, regions, gamma = step_images(run, pipe)[STEPS // 2]
             if row == 0:
                 strip(run, pipe, columns=4).save(OUT / "strip.webp", quality=90, method=6)
+                norm_curves(run).savefig(OUT / "norms.webp")
         top = row * (SIDE + 22) + 18
         for column, picture in enumerate((plain, guided, regions, gamma)):
             square = picture.crop((0, 0, min(picture.size), min(picture.size)))

@@ -167,6 +167,8 @@ class ShipSettings:
     """Default: "identifier class" of the subject."""
     limits: list[str] = field(default_factory=list)
     """What it does badly, a sentence each."""
+    compact: bool = False
+    """Weights in one spelling, few samples and no page: small enough to be kept under version control."""
     push: str | None = None
     """Hub id (owner/name) to upload to."""
     private: bool = True

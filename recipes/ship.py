@@ -60,8 +60,10 @@ def run(settings: Settings) -> Path | None:
         config=_config(weights),
         facts=facts,
         page=(measured / "report.html").read_text("utf-8") if measured else None,
+        compact=settings.ship.compact,
     )
-    say(f"shipped {folder}; open {folder / ('report.html' if measured else 'README.md')}")
+    paged = measured and not settings.ship.compact
+    say(f"shipped {folder}; open {folder / ('report.html' if paged else 'README.md')}")
     if settings.ship.push:
         names = adapters.ship.push(folder, settings.ship.push, private=settings.ship.private)
         say(f"pushed {len(names)} files to {settings.ship.push}")

@@ -44,6 +44,7 @@ FREE = (
     "train.resume",
     "train.dry_run",
     "train.save_every",
+    "train.save_precision",
     "train.keep",
     "train.log_every",
     "train.trackers",

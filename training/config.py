@@ -293,6 +293,8 @@ class TrainSettings:
     """Checkpoints kept."""
     snapshot_every: int | None = None
     """Steps between results kept in `snapshots/`, of which `recipes/tune.py` can find the best; null: none."""
+    save_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the result and the snapshots; checkpoints keep float32."""
     resume: str | None = "latest"
     """`latest` (starts anew where there is none), a checkpoint folder, or null for a start from nothing."""
     log_every: int = 10

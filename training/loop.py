@@ -27,7 +27,7 @@ from .errors import Stopped, TrainingError
 from .feed import seed_of
 from .log import Log
 from .method import Method, Stepper
-from .setup import Prepared, announce, kernels, make_accelerator, prepare
+from .setup import DTYPES, Prepared, announce, kernels, make_accelerator, prepare
 from .signals import Signals
 from .views import Views
 
@@ -346,6 +346,7 @@ def _ship(run: _Run, folder: Path) -> Path:
     tensors = run.ema.average if run.ema else run.trainable.values()
     weights: dict[str, Tensor] = sharding.whole(dict(zip(run.trainable, tensors, strict=True)))
     if run.accelerator.is_main_process:
+        weights = {name: value.to(DTYPES[run.settings.save_precision]) for name, value in weights.items()}
         metadata = {"settings": json.dumps(run.facts["settings"]), "step": str(run.step)}
         with checkpoint.atomic_folder(folder) as place:
             run.method.save(weights, place, metadata)

@@ -101,6 +101,25 @@ def test_the_folder_is_complete_and_verifies(pipe, measured, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_compact_release_says_and_does_the_same(pipe, measured, tmp_path):
+    full = release(tmp_path / "full", pipe, measured, guider=None)
+    small = release(tmp_path / "small", pipe, measured, guider=None, compact=True)
+    names = {p.relative_to(small).as_posix() for p in small.rglob("*") if p.is_file()}
+    assert "pytorch_lora_weights.safetensors" in names
+    assert not [name for name in names if name.endswith((".html", ".kohya.safetensors")) or "adapter_" in name]
+    assert len([name for name in names if name.startswith("samples/adapter-")]) == min(2, len(measured[2]["adapter"]))
+    assert verify.verify(small)["numbers"] == verify.verify(full)["numbers"]
+    card = (small / "README.md").read_text()
+    assert "report.html" not in card
+    assert "kohya" not in card
+
+    def shoot(folder):
+        with adapters.load(pipe, folder):
+            return [np.asarray(s.image) for s in sample.images(pipe, PROMPTS[:1], SEEDS, steps=2, guidance_scale=3.0)]
+
+    assert all(map(np.array_equal, shoot(full), shoot(small)))
+
+
 def test_no_alpha_tensors_in_the_diffusers_file_and_one_per_module_in_the_kohya_file(pipe, measured, tmp_path):
     folder = release(tmp_path / "mug", pipe, measured)
     plain, header = files.read_tensors(folder / "pytorch_lora_weights.safetensors")

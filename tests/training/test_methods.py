@@ -61,6 +61,23 @@ def test_every_lora_loads_into_a_pipeline_as_it_was_trained(
     assert float((predict(pipe.unet) - before).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_result_is_saved_in_the_precision_asked_for(
+    precision: str, base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name in ("fp32", precision):
+        method = lora.prepare(models.load(base), config.LoraSettings(rank=2))
+        result = train(method, pictures, tmp_path / name, save_precision=name)
+        found[name] = load_file(result.folder / lora.WEIGHTS_NAME)
+        (kept,) = (tmp_path / name / "checkpoints").glob("step-*/weights.safetensors")
+        assert {value.dtype for value in load_file(kept).values()} == {torch.float32}
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert all(torch.equal(value.to(dtype), found[precision][key]) for key, value in found["fp32"].items())
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.load_lora_weights(result.folder)
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_loha_and_lokr_come_back_through_peft(kind: str, base: Path, pictures: Path, tmp_path: Path) -> None:
     parts = models.load(base)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .compose import merged_into
+
 __all__ = ["describe", "fingerprint", "modules_of"]
 
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -51,8 +53,15 @@ def fingerprint(parts: Mapping[str, torch.nn.Module]) -> str:
 
 
 def _own_parameters(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The base's own: adapters beside layers are left out, and what was merged into weights is not seen."""
+    own: dict[str, torch.Tensor] = {}
+    for merged in reversed(merged_into(module)):
+        own |= {f"{path}.weight": value for path, value in merged.originals(module).items()}
+    named = (
+        (name.replace(".base_layer.", ".").removeprefix("text_model."), p) for name, p in module.named_parameters()
+    )
     return [
-        (name.replace(".base_layer.", ".").removeprefix("text_model."), value)
-        for name, value in module.named_parameters()
+        (name, own.get(name, value))
+        for name, value in named
         if not any(part.startswith(_ADAPTER_PARTS) for part in name.split("."))
     ]

@@ -15,7 +15,7 @@ import torch
 from .errors import AdapterError, FormatError
 from .keys import Adapter, Module
 
-__all__ = ["Merged", "delta", "deltas", "extract", "merge", "rerank", "to_lora", "weighted_sum"]
+__all__ = ["Merged", "delta", "deltas", "extract", "merge", "merged_into", "rerank", "to_lora", "weighted_sum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +110,27 @@ class Merged:
     ) -> None:
         self._adapter, self._models, self._saved = adapter, models, dict(saved)
 
+    def originals(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Layer -> its weight as it was, for the layers of one of the models."""
+        split = ((name.partition("."), value) for name, value in self._saved.items())
+        return {path: value for (component, _, path), value in split if self._models[component] is model}
+
     def unmerge(self) -> None:
         """Restore the weights to the bit; calling it twice is harmless. The last merge is undone first."""
         for name, value in self._saved.items():
             component, _, path = name.partition(".")
-            stack = _stack(self._models[component])
+            stack = merged_into(self._models[component])
             if stack and stack[-1] is not self:
                 raise AdapterError("another adapter was merged on top of this one; unmerge that first")
             _weight(self._models[component], path, name).data.copy_(value)
         self._saved.clear()
         for model in self._models.values():
-            if self in _stack(model):
-                _stack(model).remove(self)
+            if self in merged_into(model):
+                merged_into(model).remove(self)
 
 
-def _stack(model: torch.nn.Module) -> list[Merged]:
+def merged_into(model: torch.nn.Module) -> list[Merged]:
+    """What was merged into a model and not taken out again, the first one first."""
     return vars(model).setdefault("_merged_adapters", [])
 
 
@@ -135,7 +141,7 @@ def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: fl
     """
     models = {name: models[name] for name in adapter.components if name in models}
     for model in models.values():
-        if any(_same(adapter, other._adapter) for other in _stack(model)):
+        if any(_same(adapter, other._adapter) for other in merged_into(model)):
             raise AdapterError("this adapter is already merged here; unmerge it before merging it again")
     changes = deltas(adapter, models, weight=weight)
     saved = {}
@@ -146,7 +152,7 @@ def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: fl
         target.data.copy_(target.detach().to(change.dtype) + change)
     merged = Merged(adapter, models, saved)
     for model in models.values():
-        _stack(model).append(merged)
+        merged_into(model).append(merged)
     return merged
 
 

@@ -167,11 +167,15 @@ def without_control(pipe: Any) -> Any:
 
 def adapted(pipe: Any, adapter: str | Path | None, weight: float = 1.0) -> AbstractContextManager[Any]:
     """The adapter on the pipeline for as long as the context lasts; a guidance it ships with is left to the recipe."""
+    import torch
+
     import adapters
 
     if adapter is None:
         return nullcontext()
-    return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext())
+    # Half-precision weights would round a small change away.
+    merged = pipe.unet.dtype == torch.float32
+    return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged)
 
 
 def guidance_of(settings: GuidanceSettings) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,36 @@ def test_attached_changes_detached_is_bit_identical(pipe, make_adapter, tmp_path
     assert {name: type(m) for name, m in pipe.unet.named_modules()} == modules
     assert not hasattr(pipe.unet, "peft_config")
     assert not hasattr(pipe.text_encoder, "peft_config")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_merged_is_the_same_and_leaves_the_same_bits(pipe, make_adapter, tmp_path, kind, weight):
+    folder = save(tmp_path / kind, make_adapter(kind, text=True), "peft")
+    bits = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    known, plain = base.describe(pipe), pixels(pipe)
+    with attach.load(pipe, folder, weight=weight):
+        beside = pixels(pipe)
+    with attach.load(pipe, folder, weight=weight, merged=True):
+        assert hasattr(pipe.unet, "peft_config") == (kind == "dora" and weight != 1)
+        assert base.describe(pipe) == known
+        inside = pixels(pipe)
+    assert np.abs(inside - beside).max() <= 1
+    assert np.abs(inside - plain).max() > 1
+    assert all(torch.equal(value, bits[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_merge_that_fails_leaves_the_weights_as_they_were(pipe, make_adapter, tmp_path):
+    adapter = make_adapter("lora")
+    broken = next(iter(adapter.modules))
+    shape = adapter.modules[broken].tensors["lora_B.weight"].shape
+    tensors = {**adapter.modules[broken].tensors, "lora_B.weight": torch.zeros(shape[0] + 1, *shape[1:])}
+    modules = {**adapter.modules, broken: replace(adapter.modules[broken], tensors=tensors)}
+    folder = save(tmp_path / "broken", Adapter(modules=modules), "peft")
+    bits = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with pytest.raises(BaseMismatchError, match="changes a weight of shape"):
+        attach.load(pipe, folder, merged=True)
+    assert all(torch.equal(value, bits[name]) for name, value in pipe.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])

@@ -9,7 +9,8 @@ from html import escape
 __all__ = ["picture", "plot"]
 
 Point = tuple[float, float, float, float, str]
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 36, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 28, 48  # HEIGHT without the legend
+_ENTRY, _ENTRIES = (166, 16), 3  # pixels of a legend's entry, entries a row
 # Okabe-Ito colours, legible to colour-blind readers on light and dark.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
@@ -32,11 +33,13 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> s
     points = [point for line in series.values() for point in line]
     x0, x1 = _span([p[0] for p in points])
     y0, y1 = _span([value for p in points for value in p[1:4]])
+    legend = _ENTRY[1] * -(-len(series) // _ENTRIES)
+    bottom, top = HEIGHT + legend - BOTTOM, TOP + legend
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
             LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM),
+            bottom - (y - y0) / (y1 - y0) * (bottom - top),
         )
 
     parts = [_axes(x0, x1, y0, y1, place, x_label, y_label)]
@@ -44,7 +47,7 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> s
         parts.append(_line(name, line, _COLORS[index % 6], _DASHES[index % 6], index, place))
     title = f"{y_label} against {x_label}"
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + legend}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
         f'font-size="12" font-family="system-ui, sans-serif">{"".join(parts)}</svg>'
     )
 
@@ -66,7 +69,9 @@ def _axes(x0, x1, y0, y1, place, x_label, y_label) -> str:  # type: ignore[no-un
         parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{x:.3g}</text>')
         parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
         parts.append(f'<path d="M{left:.1f} {py:.1f}H{right:.1f}" stroke="currentColor" opacity=".12"/>')
-    parts.append(f'<text x="{(left + right) / 2:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{(left + right) / 2:.1f}" y="{bottom + 40:.1f}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     parts.append(f'<text x="{left}" y="14" font-weight="bold">{escape(y_label)}</text>')
     return "".join(parts)
 
@@ -81,7 +86,8 @@ def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, p
         parts.append(f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{color}" stroke-width="1.5"/>')
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{color}"/>')
         parts.append(f'<text x="{px + 6:.1f}" y="{py - 6:.1f}" font-size="11">{escape(label)}</text>')
-    y = 14 + 14 * index
-    parts.append(f'<path d="M{WIDTH - 190} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
-    parts.append(f'<text x="{WIDTH - 156}" y="{y}">{escape(name)}</text>')
+    row, column = divmod(index, _ENTRIES)
+    x, y = LEFT + column * _ENTRY[0], TOP + row * _ENTRY[1] + 4
+    parts.append(f'<path d="M{x} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
+    parts.append(f'<text x="{x + 34}" y="{y}">{escape(name)}</text>')
     return "".join(parts)

@@ -97,8 +97,10 @@ def curves(gains: Any) -> str:
             continue
         nominal = scale or f"{design.notes['guidance'][arm['name']]['scale']:g}"
         value = arm["metrics"][design.primary]
-        x = arm["recorded"].get(EFFECTIVE, float(nominal))
-        series.setdefault(method, []).append((x, value["mean"], value["low"], value["high"], nominal))
+        mean, x = value["mean"], arm["recorded"].get(EFFECTIVE, float(nominal))
+        # Bars at plain CFG alone: differences are paired, and their intervals stand in the table.
+        bar = (value["low"], value["high"]) if method == design.baseline else (mean, mean)
+        series.setdefault(method, []).append((x, mean, *bar, nominal))
     ordered = {name: sorted(series[name]) for name in DRAWN if name in series}
     return picture(ordered, "effective guidance scale (points: nominal)", design.primary)
 

@@ -6,7 +6,7 @@ a pipeline, `verify.verify` recomputes its numbers.
 
 from __future__ import annotations
 
-from . import archive, attach, compose, files, gains, keys, metrics, report, sample, ship, table, tune, verify
+from . import archive, attach, compose, files, gains, keys, metrics, report, sample, ship, source, table, tune, verify
 from .attach import Attached, load
 from .base import describe
 from .card import Card
@@ -41,6 +41,7 @@ __all__ = [
     "report",
     "sample",
     "ship",
+    "source",
     "table",
     "tune",
     "verify",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from . import compose, files, keys
-from .attach import LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
 from .errors import AdapterError, FileError
+from .source import LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
 from .verify import verify
 
 

@@ -146,7 +146,7 @@ def test_the_whole_recipe_does_what_its_stages_do_alone(run: Path, measured: Pat
 def test_a_lora_in_another_trainers_keys_is_measured_alike(
     run: Path, lora: Path, measured: Path, tmp_path: Path, done
 ) -> None:
-    tensors, header = adapters.keys.to_kohya(adapters.attach.read_adapter(adapters.attach.open_source(lora)))
+    tensors, header = adapters.keys.to_kohya(adapters.source.read_adapter(adapters.source.open_source(lora)))
     assert all(name.startswith("lora_unet_") for name in tensors)
     save_file(tensors, tmp_path / "x.safetensors", {"ss_network_module": header["ss_network_module"]})
     common = ["--base.path=pocket", *SAMPLE, *MEASURE, *SUBJECT, "--measure.base_arm=false"]
@@ -223,7 +223,7 @@ def test_text_to_image_learns_another_look(tmp_path: Path, done) -> None:
     data = ["--base.path=pocket", "--data.source=pocket-fluent", "--data.count=8", "--data.resolution=64"]
     said = done("text_to_image_lora", *data, *TRAIN, "--train.steps=2", "--train.batch_size=2", f"--out={tmp_path}")
     assert "lora: 8 views" in said
-    adapter = adapters.attach.read_adapter(adapters.attach.open_source(tmp_path / "lora"))
+    adapter = adapters.source.read_adapter(adapters.source.open_source(tmp_path / "lora"))
     assert adapter.components == ["unet"]
     assert any(module.tensors["lora_B.weight"].any() for module in adapter.modules.values())
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from adapters.card import slug
 from recipes.tables import report
 from recipes.wiring import explained, quiet
 from training.config import parse, resolved
@@ -57,6 +58,7 @@ class Stage:
         changes: settings changed, by dotted name.
         quick: further ones of the quick form.
         feeds: the stage for which alone it is run.
+        borrows: folders of pictures under another stage's name that are this stage's own too, arm by arm.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Stage:
     changes: Mapping[str, Any] = field(default_factory=dict)
     quick: Mapping[str, Any] = field(default_factory=dict)
     feeds: str | None = None
+    borrows: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 FEW = {"sampling.steps": 4, "measure.limit": 2, "measure.seeds": [1, 2], "measure.overlays": 0}
@@ -111,9 +114,11 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
         changes={
             "tuned": out / "text-tuning" / "tuned",
             "measure.arms": {name: cell["arms"][name] for name in CONTROLS} | curve,
+            "sampling.scheduler": "ddim",
             **own,
         },
         quick=few,
+        borrows={"text-ddim": [slug(name) for name in curve]},
     )
     yield Stage(
         name="text-frechet",
@@ -219,6 +224,11 @@ class _Run:
 
     def take(self, stage: Stage) -> None:
         settings, record = self._settings(stage)
+        for other, folders in stage.borrows.items():
+            for name in folders:
+                source, target = (self.out / place / "pictures" / name for place in (other, stage.name))
+                if source.is_dir() and not target.exists():
+                    shutil.copytree(source, target)
         begin = time.perf_counter()
         importlib.import_module(f"recipes.{stage.recipe}").run(settings)
         seconds = round(time.perf_counter() - begin, 1)

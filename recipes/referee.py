@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ __all__ = [
 ]
 
 PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
+PARTS = {"object accuracy": "objects", "colour accuracy": "colours"}
+PARTS |= {"relation accuracy": "relation", "background accuracy": "background"}
 IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|kernel distance) \((\w+)\)")
 
 
@@ -81,6 +83,7 @@ def metrics(settings: MeasureSettings, case: Case, *, pocket: bool) -> list[Metr
 def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
     plain: dict[str, Callable[[], Metric]] = {
         PROMPT: lambda: prompt_accuracy(case.identifier),
+        **{part: partial(prompt_accuracy, case.identifier, part) for part in PARTS},
         SUBJECT: lambda: subject_similarity(_folder(name, case), case.noun),
         "class IoU": lambda: Measure(name, True, lambda shots: _class_iou(shots, case)),
         "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot)),
@@ -172,17 +175,20 @@ def _reference(settings: MeasureSettings, what: str) -> list[Image.Image]:
 # ---------------------------------------------------------------------------------------------- the pocket world
 
 
-def prompt_accuracy(identifier: str) -> Measure:
-    """Share of what the prompt says (objects, colours, relation, background) that the judge sees.
+def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
+    """Share of what the prompt says (objects, colours, relation, background) that the judge sees; or of one kind of it.
 
-    The identifier is left out of the prompt: a subject counts as what it is one of.
+    The identifier is left out of the prompt: a subject counts as what it is one of. NaN where the prompt says nothing
+    of the kind.
     """
+    part = PARTS.get(name, "mean")
 
     def measure(shots: Sequence[Shot]) -> list[float]:
         prompts = [_without(shot.prompt, identifier) for shot in shots]
-        return [score.mean for score in judge().scores([shot.image for shot in shots], prompts)]
+        values = [getattr(score, part) for score in judge().scores([shot.image for shot in shots], prompts)]
+        return [float("nan") if value is None else value for value in values]
 
-    return Measure(PROMPT, True, measure)
+    return Measure(name, True, measure)
 
 
 def subject_similarity(folder: Path, noun: str) -> Measure:

@@ -7,6 +7,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -44,6 +45,23 @@ def test_every_noun_has_its_own_words_though_colours_repeat() -> None:
     assert [[words[i].text for i in own] for own in phrases.values()] == [["red", "car"], ["red", "apple"]]
     positions = pointing._phrases(words, captions.parse(prompt), by_word=False)
     assert positions == {name: [i + 1 for i in own] for name, own in phrases.items()}  # BOS comes first
+
+
+def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
+    from recipes import referee
+    from training.pocket.control import Scenes
+
+    drawn = [Scenes(control="canny", count=24)[i] for i in range(24)]
+    shots = [
+        adapters.sample.Shot(prompt=scene.caption, seed=1, latents="0", image=scene.image)
+        for scene in [*drawn, *[replace(drawn[i], image=drawn[i - 1].image) for i in range(24)]]
+    ]
+    parts = np.array([referee.prompt_accuracy("", name)(shots) for name in referee.PARTS])
+    whole = np.array(referee.prompt_accuracy("")(shots))
+    assert np.nanmean(parts, axis=0) == pytest.approx(whole)
+    assert whole[:24].mean() > 0.8 > whole[24:].mean()  # own pictures, and those of other captions
+    said = [captions.parse(shot.prompt) for shot in shots]
+    assert [bool(np.isnan(value)) for value in parts[2]] == [not one.relation for one in said]
 
 
 def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable[..., str]) -> None:

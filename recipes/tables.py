@@ -42,7 +42,7 @@ def report(names: Sequence[str], out: Path) -> Path:
             adapters.verify.verify(folder)
             gains, rows = adapters.verify.recompute(folder), adapters.table.read_csv(folder / "per_image.csv")
             facts = adapters.files.read_json(made / "gains.json")["facts"]
-            measured = {key: value for key, value in facts.items() if key.startswith(("Fréchet", "drift"))}
+            measured = {key: value for key, value in facts.items() if key.startswith(("Fréchet", "drift", "at equal"))}
             parts += [f"## {name}", table(gains, rows), *(f"{key}: {value}" for key, value in measured.items())]
             if gains.design.sweeps:
                 (page / f"{name}.svg").write_text(curves(gains), "utf-8")

@@ -109,7 +109,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
     if what == "diversity":
         return kinds.Diversity(name=name, features=features)
     if what == "kernel distance":
-        return kinds.Kid(name=name, features=features, references=_reference(settings, name))
+        return kinds.Kid(name=name, features=features, references=_reference(settings.reference, settings.limit, name))
     pictures, masks = _pictures(_folder(name, case))
     if what == "similarity":
         return kinds.Similarity(name=name, features=features, references=pictures)
@@ -144,8 +144,8 @@ def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
     """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
     assert settings.frechet is not None
     features = space(settings.frechet, settings.spaces.get(settings.frechet))
-    real = _reference(settings, "measure.frechet")
-    return kinds.frechet(features([shot.image for shot in shots]), _reference_features(settings, features, real))
+    real = _real(settings.frechet, settings.spaces.get(settings.frechet), settings.reference, settings.limit)
+    return kinds.frechet(features([shot.image for shot in shots]), real)
 
 
 def check_frechet(settings: MeasureSettings) -> None:
@@ -157,19 +157,21 @@ def check_frechet(settings: MeasureSettings) -> None:
         images.folder(str(settings.reference), prompt="", minimum=1)
 
 
-def _reference_features(settings: MeasureSettings, features: Any, pictures: Sequence[Image.Image]) -> Any:
-    rows = features(list(pictures))
-    require(len(rows) >= 2, f"measure.reference {settings.reference} has fewer than two pictures")
+@lru_cache(maxsize=2)
+def _real(name: str, path: str | None, reference: str | None, limit: int | None) -> Any:
+    """Features of the reference's pictures, the same for every arm."""
+    rows = space(name, path)(_reference(reference, limit, "measure.frechet"))
+    require(len(rows) >= 2, f"measure.reference {reference} has fewer than two pictures")
     return rows
 
 
-def _reference(settings: MeasureSettings, what: str) -> list[Image.Image]:
-    require(settings.reference is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
-    assert settings.reference is not None
-    if settings.reference == POCKET:
-        drawn = Scenes(count=settings.limit or 1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
+def _reference(reference: str | None, limit: int | None, what: str) -> list[Image.Image]:
+    require(reference is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
+    assert reference is not None
+    if reference == POCKET:
+        drawn = Scenes(count=limit or 1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
         return [drawn[i].image for i in range(len(drawn))]
-    return _pictures(Path(settings.reference))[0]
+    return _pictures(Path(reference))[0]
 
 
 # ---------------------------------------------------------------------------------------------- the pocket world

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,15 +62,21 @@ class Similarity:
         if (self.mask is None) != (self.reference_masks is None):
             raise GainsError(f"{self.name}: give both mask and reference_masks, or neither")
 
+    @cached_property
+    def _wanted(self) -> np.ndarray:
+        references = list(self.references)
+        if self.reference_masks is not None:
+            references = [cutout(i, np.asarray(m)) for i, m in zip(references, self.reference_masks, strict=True)]
+        return unit_features(self.features, references)
+
     def __call__(self, shots: Sequence[Shot]) -> np.ndarray:
-        images, references = [shot.image for shot in shots], list(self.references)
+        images = [shot.image for shot in shots]
         there = np.ones(len(images), dtype=bool)
-        if self.mask is not None and self.reference_masks is not None:
+        if self.mask is not None:
             masks = [np.asarray(m).astype(bool) for m in self.mask(images)]
             there = np.array([m.any() for m in masks])
             images = [cutout(image, m) for image, m in zip(images, masks, strict=True)]
-            references = [cutout(i, np.asarray(m)) for i, m in zip(references, self.reference_masks, strict=True)]
-        cosines = unit_features(self.features, images) @ unit_features(self.features, references).T
+        cosines = unit_features(self.features, images) @ self._wanted.T
         return np.where(there, cosines.mean(axis=1), 0.0)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,5 +78,9 @@ class Kid:
     references: Sequence[Image.Image]
     higher_is_better: bool = False
 
+    @cached_property
+    def _real(self) -> np.ndarray:
+        return _rows(self.features(list(self.references)))
+
     def __call__(self, shots: Sequence[Shot]) -> np.ndarray:
-        return kid_contributions(self.features([shot.image for shot in shots]), self.features(list(self.references)))
+        return kid_contributions(self.features([shot.image for shot in shots]), self._real)

@@ -153,3 +153,23 @@ def test_a_metric_must_give_one_finite_number_per_image():
     with pytest.raises(GainsError, match=r"expected \(n, d\)"):
         metrics.Diversity(name="d", features=lambda images: np.ones(3))([shot(noise(0))])
     assert isinstance(metrics.Saturation(), metrics.Metric)
+
+
+def test_references_are_looked_at_once_for_all_arms():
+    looked = []
+
+    def features(images):
+        looked.append(len(images))
+        return np.stack([np.asarray(image, float).mean((0, 1)) for image in images])
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(7)]
+    shots = [Shot(prompt=str(i), seed=1, latents="0", image=picture) for i, picture in enumerate(pictures[:3])]
+    for metric in (
+        metrics.Kid(name="kid", features=features, references=pictures),
+        metrics.Similarity(name="similarity", features=features, references=pictures),
+    ):
+        looked.clear()
+        first = metric(shots)
+        assert np.array_equal(metric(shots), first)
+        assert sorted(looked) == [3, 3, 7]

@@ -129,9 +129,9 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
                         "object": noun,
                         "step": step.index,
                         "timestep": int(step.timestep),
-                        **_compared(regions, owners, truth),
+                        **{name: _short(value) for name, value in _compared(regions, owners, truth).items()},
                         **{
-                            name: _mean(values, area, owners) / step.sigma
+                            name: _short(_mean(values, area, owners) / step.sigma)
                             for name, values in zip(NORMS, norms, strict=True)
                         },
                     }
@@ -162,6 +162,11 @@ def _compared(regions: Any, owners: Sequence[int], truth: Any) -> dict[str, floa
         return {"iou": float("nan"), "chance": float("nan")}
     both, a, b = (region & small).float().mean(), region.float().mean(), small.float().mean()
     return {"iou": float(both / (a + b - both)), "chance": float(a * b / (a + b - a * b))}
+
+
+def _short(value: float) -> float:
+    """Six digits: more say nothing, and the table is kept."""
+    return float(f"{value:.6g}")
 
 
 def _mean(values: Any, area: Any, owners: Sequence[int]) -> float:

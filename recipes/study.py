@@ -191,6 +191,7 @@ def main() -> None:
             print(f"not needed: {stage.feeds} has ended")
         else:
             run.take(stage)
+        run.pack(stage)
     page = report([name for name, stage in known.items() if stage.recipe == "measure"], options.out)
     for file in page.parent.glob("*.*") if options.kept is not None else ():
         shutil.copy(file, options.kept)
@@ -236,7 +237,6 @@ class _Run:
         part = ended.with_suffix(".part")  # whole or not at all: it decides whether the stage is run again
         part.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
         part.replace(ended)
-        self._pack(stage)
 
     def _settings(self, stage: Stage) -> tuple[Any, str]:
         """What the stage's recipe is given, and the same with the base as text."""
@@ -247,7 +247,8 @@ class _Run:
         settings = parse(module.Settings, arguments)
         return settings, json.dumps({"base": base_hash(), "settings": resolved(settings)}, sort_keys=True, default=str)
 
-    def _pack(self, stage: Stage) -> None:
+    def pack(self, stage: Stage) -> None:
+        """Keep the results of a stage that has ended."""
         import adapters
 
         if self.kept is None or stage.recipe not in RESULTS:

@@ -60,6 +60,7 @@ __all__ = [
 PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
 PARTS = {"object accuracy": "objects", "colour accuracy": "colours"}
 PARTS |= {"relation accuracy": "relation", "background accuracy": "background"}
+_last: list[Any] = []  # the shots, the identifier and the scores of `_scores`: five metrics ask for the same
 IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|kernel distance) \((\w+)\)")
 
 
@@ -186,11 +187,18 @@ def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
     part = PARTS.get(name, "mean")
 
     def measure(shots: Sequence[Shot]) -> list[float]:
-        prompts = [_without(shot.prompt, identifier) for shot in shots]
-        values = [getattr(score, part) for score in judge().scores([shot.image for shot in shots], prompts)]
+        values = [getattr(score, part) for score in _scores(shots, identifier)]
         return [float("nan") if value is None else value for value in values]
 
     return Measure(name, True, measure)
+
+
+def _scores(shots: Sequence[Shot], identifier: str) -> list[Any]:
+    """What the judge says of every shot; of the shots it was asked for last, what it said then."""
+    if not (_last and _last[0] is shots and _last[1] == identifier):
+        prompts = [_without(shot.prompt, identifier) for shot in shots]
+        _last[:] = [shots, identifier, judge().scores([shot.image for shot in shots], prompts)]
+    return _last[2]
 
 
 def subject_similarity(folder: Path, noun: str) -> Measure:

@@ -56,27 +56,25 @@ def table(gains: Any, rows: Sequence[Any]) -> str:
     import adapters
 
     design, counts, names = gains.design, gains.counts, [arm["name"] for arm in gains.arms]
-    others = [metric for metric in design.higher_is_better if metric != design.primary]
-    judges = [design.primary, *filter(None, [design.referee])] if design.sweeps else []
-    equal_head = [f"{metric} at equal effective scale" for metric in judges]
-    head = ["arm", design.primary, "at equal scale", *equal_head, *others, "effective scale", "s"]
+    judges = [design.primary, *filter(None, [design.referee])]
+    asked = ("at equal scale", *(["at equal effective scale"] if design.sweeps else []))
+    head = ["arm", *(f"{metric} {how}" for metric in judges for how in asked), *design.higher_is_better]
+    head += ["effective scale", "s"]
     lines = [_row(head), _row(["---"] * len(head))]
     for arm in gains.arms:
         scale = arm["name"].partition(" @ ")[2]
         plain = f"{design.baseline} @ {scale}" if scale and f"{design.baseline} @ {scale}" in names else design.baseline
-        nominal, equal = "", [""] * len(judges)
+        found: list[Any] = [""] * len(asked)
         if not arm["name"].startswith((design.baseline, BASE)):
+            own = replace(design, arm=arm["name"])
             pair = [row for row in rows if row.arm in (arm["name"], plain)]
-            nominal = _difference(
-                adapters.gains.compare(pair, replace(design, arm=arm["name"], baseline=plain, sweeps={}))
-            )
-            if judges:
-                found = at_equal_scale(rows, replace(design, arm=arm["name"]))
-                equal = [found if isinstance(found, str) else _difference(found, metric) for metric in judges]
+            found = [adapters.gains.compare(pair, replace(own, baseline=plain, sweeps={}))]
+            found += [at_equal_scale(rows, own)] if design.sweeps else []
+        differences = [_difference(one, metric) for metric in judges for one in found]
         effective = arm["recorded"].get(EFFECTIVE)
-        means = [f"{arm['metrics'][metric]['mean']:.3g}" for metric in (design.primary, *others)]
+        means = [f"{value['mean']:.3g}" for value in arm["metrics"].values()]
         more = [f"{effective:.2f}" if effective else "", f"{arm['seconds']:.2f}"]
-        lines.append(_row([arm["name"], means[0], nominal, *equal, *means[1:], *more]))
+        lines.append(_row([arm["name"], *differences, *means, *more]))
     hours = sum(row.seconds for row in rows) / 3600
     below = (
         f"{counts['pairs']} pairs, {counts['clusters']} {counts['cluster']}s. {gains.verdict.sentence} "
@@ -105,10 +103,12 @@ def curves(gains: Any) -> str:
     return picture(ordered, "effective guidance scale (points: nominal)", design.primary)
 
 
-def _difference(gains: Any, metric: str | None = None) -> str:
-    wanted = (gains.design.arm, metric or gains.design.primary)
-    contrast = next(c for c in gains.contrasts if (c.arm, c.metric) == wanted)
-    return f"{contrast.difference:+.3g} [{contrast.low:+.3g}, {contrast.high:+.3g}]"
+def _difference(found: Any, metric: str) -> str:
+    """A comparison's number for a metric; text, such as why there is no comparison, as it is."""
+    if isinstance(found, str):
+        return found
+    contrast = next(c for c in found.contrasts if (c.arm, c.metric) == (found.design.arm, metric))
+    return f"{contrast.difference:+.4f} [{contrast.low:+.4f}, {contrast.high:+.4f}]"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -156,8 +156,8 @@ def test_a_stage_runs_once_and_its_table_is_recomputed(tmp_path: Path, done: Cal
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in tables.splitlines() if "|" in line}
     gains = adapters.verify.recompute(out / "report" / "text-ddim")
     for contrast in (c for c in gains.contrasts if c.metric == "prompt accuracy" and "@" not in c.arm):
-        assert lines[contrast.arm][2].startswith(f"{contrast.difference:+.3g}")
-    assert "[" in lines["S-CFG"][3]  # at equal effective scale
+        assert lines[contrast.arm][1].startswith(f"{contrast.difference:+.4f}")
+    assert "[" in lines["S-CFG"][2]  # at equal effective scale
     root = ElementTree.parse(kept / "text-ddim.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert len([node for node in root.iter() if node.tag.endswith("circle")]) >= 5

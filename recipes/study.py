@@ -27,7 +27,6 @@ from typing import Any
 
 import yaml
 
-from adapters.card import slug
 from recipes.tables import report
 from recipes.wiring import explained, quiet
 from training.config import parse, resolved
@@ -58,7 +57,7 @@ class Stage:
         changes: settings changed, by dotted name.
         quick: further ones of the quick form.
         feeds: the stage for which alone it is run.
-        borrows: folders of pictures under another stage's name that are this stage's own too, arm by arm.
+        borrows: another stage's name -> its arms whose pictures are this stage's own too.
     """
 
     name: str
@@ -118,7 +117,7 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
             **own,
         },
         quick=few,
-        borrows={"text-ddim": [slug(name) for name in curve]},
+        borrows={"text-ddim": list(curve)},
     )
     yield Stage(
         name="text-frechet",
@@ -224,10 +223,12 @@ class _Run:
         return file.exists() and json.loads(file.read_text())["record"] == self._settings(stage)[1]
 
     def take(self, stage: Stage) -> None:
+        from adapters.card import slug
+
         settings, record = self._settings(stage)
-        for other, folders in stage.borrows.items():
-            for name in folders:
-                source, target = (self.out / place / "pictures" / name for place in (other, stage.name))
+        for other, arms in stage.borrows.items():
+            for arm in arms:
+                source, target = (self.out / place / "pictures" / slug(arm) for place in (other, stage.name))
                 if source.is_dir() and not target.exists():
                     shutil.copytree(source, target)
         begin = time.perf_counter()

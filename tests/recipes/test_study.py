@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import adapters
-from recipes import blind, pointing, study
+from recipes import blind, pointing, study, tables
 from training.pocket import captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,6 +197,24 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
     said = call("blind", "--out", out, "--score", answers)
     assert said.code == 2  # type: ignore[attr-defined]
     assert "'1 right' is no answer, or a second one" in said.err  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_of_these_settings_and_its_tables_follow(tmp_path: Path) -> None:
+    kept = ROOT / "docs" / "study"
+    stages = {stage.name: stage for stage in study.stages(Path("runs/study"))}
+    names = [archive.stem for archive in kept.glob("*.zip")]
+    assert set(names) <= set(stages)
+    run = study._Run(Path("runs/study"), None, quick=False)
+    for name in names:
+        with adapters.archive.unpacked(kept / f"{name}.zip") as folder:
+            assert json.loads((folder / study.ENDED).read_text())["record"] == run._settings(stages[name])[1], name
+            shutil.copytree(folder, tmp_path / "study" / name / study.RESULTS[stages[name].recipe])
+    measured = [name for name, stage in stages.items() if stage.recipe == "measure"]
+    page = tables.report(measured, tmp_path / "study")
+    assert page.read_text() == (kept / "tables.md").read_text()
+    for curve in kept.glob("*.svg"):
+        assert (page.parent / curve.name).read_text() == curve.read_text()
 
 
 @pytest.mark.slow

@@ -115,9 +115,10 @@ def _candidates(settings: Settings, name: str, adapter: str | None) -> list[dict
     arm = plan.arms[name]
     grid = [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
     scales = list(search.scales)
-    if name == plan.baseline and len(grid) > 1:
-        low, high, count = min(scales), max(scales), len(scales) * len(grid)
-        scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
+    if name == plan.baseline:  # the grid is the arm's alone
+        if len(grid) > 1:
+            low, high, count = min(scales), max(scales), len(scales) * len(grid)
+            scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
         grid = [{}]
     return [
         {**asdict(replace(arm, scale=scale, options={**arm.options, **more}, weight=weight)), "adapter": adapter}

@@ -23,18 +23,18 @@ def verify(source: str | Path) -> dict[str, Any]:
     Args:
         source: a release folder, or what `adapters.archive.pack` made of one.
     """
-    with archive.unpacked(Path(source)) as folder:
-        return _verified(folder, str(source))
+    with archive.unpacked(Path(source)) as folder:  # which also makes errors name the archive
+        return _verified(folder)
 
 
-def _verified(path: Path, said: str) -> dict[str, Any]:
+def _verified(path: Path) -> dict[str, Any]:
     manifest = files.verify_folder(path)
     summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
     if "gains.json" in manifest["files"]:
         stored = files.read_json(path / "gains.json")
         ours = recompute(path).to_dict()
         if difference := _difference(ours, {name: stored.get(name) for name in ours}, "gains"):
-            raise GainsError(f"{said}: {difference}; gains.json does not follow from per_image.csv")
+            raise GainsError(f"{path}: {difference}; gains.json does not follow from per_image.csv")
         summary["verdict"] = ours["verdict"]["sentence"]
         summary["numbers"] = _count(ours)
     return summary

@@ -58,8 +58,12 @@ __all__ = [
 ]
 
 PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
-PARTS = {"object accuracy": "objects", "colour accuracy": "colours"}
-PARTS |= {"relation accuracy": "relation", "background accuracy": "background"}
+PARTS = {
+    "object accuracy": "objects",
+    "colour accuracy": "colours",
+    "relation accuracy": "relation",
+    "background accuracy": "background",
+}
 _last: list[Any] = []  # the shots, the identifier and the scores of `_scores`: five metrics ask for the same
 IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|kernel distance) \((\w+)\)")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -92,15 +92,23 @@ class Case:
         """What the pipeline is given beside a prompt: its condition, where there are conditions."""
         return {"image": self.conditions[prompt]} if self.conditions else {}
 
+    @property
+    def given(self) -> Callable[[str, int], dict[str, Any]] | None:
+        """`inputs`, where there are any."""
+        return self.inputs if self.conditions else None
 
-def cases(settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None) -> list[Case]:
+
+def cases(
+    settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None, begin: int = 0
+) -> list[Case]:
     """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name.
 
     Args:
         size: (width, height) that targets and their conditions are cut to; null: each its own.
+        begin: first of the pocket world's held-out scenes, where they are the targets.
     """
     if settings.targets is not None:
-        return [_controlled(settings, adapter, size)]
+        return [_controlled(settings, adapter, size, begin)]
     if not settings.subjects:
         require(adapter is None or "{subject}" not in adapter, f"adapter {adapter} needs measure.subjects")
         prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
@@ -135,7 +143,7 @@ def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Ca
     return Case(name=folder.name, prompts=prompts, adapter=path, folder=folder, identifier=identifier, noun=noun)
 
 
-def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None) -> Case:
+def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None, begin: int) -> Case:
     """Captions of the targets as prompts, each with the condition made from its picture."""
     from training import images
     from training.pocket.control import Scenes
@@ -147,7 +155,7 @@ def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int,
         require(
             settings.control != "given", "measure.targets pocket draws its conditions: control canny or segmentation"
         )
-        source = Scenes(control=settings.control, count=settings.limit or 64, seed=HELD_OUT_SEED, begin=0)
+        source = Scenes(control=settings.control, count=settings.limit or 64, seed=HELD_OUT_SEED, begin=begin)
     else:
         require(settings.control != "segmentation", "control segmentation of your own pictures: set control given")
         place = Path(settings.targets)

@@ -83,14 +83,15 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
         found = tune.run(
             tune.Settings(
                 base=settings.base,
-                adapter=adapter,
+                adapter=None if controlnet else adapter,
+                controlnet=adapter if controlnet else None,
                 measure=settings.measure,
                 tune=settings.tune,
                 sampling=settings.sampling,
                 out=settings.out,
             )
         )
-        tuned, adapter = str(found), tune.chosen(found)
+        tuned, adapter = str(found), tune.chosen(found) or adapter
         folder = found
     measured = None
     if settings.measure is not None:

@@ -49,6 +49,7 @@ class Settings:
 def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
     import adapters
+    from adapters.metrics import Drift
     from recipes import referee
     from training.ranks import state
 
@@ -68,6 +69,7 @@ def run(settings: Settings) -> Path | None:
     shots: dict[str, list[Any]] = {}
     for case, metrics in zip(units, judges, strict=True):
         made = _sample(pipe, case, arms, settings)
+        metrics = [replace(one, base=made[BASE]) if isinstance(one, Drift) else one for one in metrics]
         if state().is_main_process:
             rows += adapters.table.tabulate(made, metrics, subject=partial(_name_of, case))
             shots = {name: [*shots.get(name, []), *taken] for name, taken in made.items()}
@@ -97,8 +99,7 @@ def _check(settings: Settings, units: Sequence[Case], names: Sequence[str]) -> N
 def _sample(pipe: Any, case: Case, arms: Mapping[str, GuidanceSettings], settings: Settings) -> dict[str, list[Any]]:
     plan = settings.measure
     folder = Path(settings.out) / "pictures" / case.name
-    inputs = case.inputs if case.conditions else None
-    take = partial(_timed, case=case, settings=settings, inputs=inputs)
+    take = partial(_timed, case=case, settings=settings, inputs=case.given)
     shots = {}
     if plan.base_arm:
         first = replace(arms[plan.baseline], method="cfg", options={})

@@ -9,6 +9,7 @@
 | alignment (clip) | cosine of picture and prompt, identifier left out | clip |
 | similarity (SPACE), masked similarity (judge) | cosine to the subject's pictures | subject |
 | diversity (SPACE) | distance to the other pictures of a prompt | two seeds |
+| drift (SPACE) | distance to the base's own picture of the same prompt and seed | adapter, `base_arm` |
 | kernel distance (SPACE) | to `reference`; the mean over pictures is KID | reference |
 | saturation, contrast, clipped share | burnt pictures | |
 
@@ -65,7 +66,7 @@ PARTS = {
     "background accuracy": "background",
 }
 _last: list[Any] = []  # the shots, the identifier and the scores of `_scores`: five metrics ask for the same
-IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|kernel distance) \((\w+)\)")
+IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
 
 
 def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
@@ -103,7 +104,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
     if found is None:
         raise TrainingError(
             f"measure.metrics: {name!r} is unknown; there are {', '.join(plain)}, and alignment, similarity, masked "
-            "similarity, diversity, kernel distance of a space, such as 'similarity (dino)'"
+            "similarity, diversity, drift, kernel distance of a space, such as 'similarity (dino)'"
         )
     what, where = found.groups()
     features = space(where, settings.spaces.get(where))
@@ -113,8 +114,11 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
         return TextAlignment(name=name, clip=features, prompt=without)
     if what == "diversity":
         return kinds.Diversity(name=name, features=features)
+    if what == "drift":
+        require(settings.base_arm, f"{name} compares with the base's own pictures: set measure.base_arm true")
+        return kinds.Drift(name=name, features=features, base=[])  # which recipes/measure.py samples first
     if what == "kernel distance":
-        return kinds.Kid(name=name, features=features, references=_reference(settings.reference, settings.limit, name))
+        return kinds.Kid(name=name, features=features, references=_reference(settings.reference, name))
     pictures, masks = _pictures(_folder(name, case))
     if what == "similarity":
         return kinds.Similarity(name=name, features=features, references=pictures)
@@ -149,7 +153,7 @@ def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
     """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
     assert settings.frechet is not None
     features = space(settings.frechet, settings.spaces.get(settings.frechet))
-    real = _real(settings.frechet, settings.spaces.get(settings.frechet), settings.reference, settings.limit)
+    real = _real(settings.frechet, settings.spaces.get(settings.frechet), settings.reference)
     return kinds.frechet(features([shot.image for shot in shots]), real)
 
 
@@ -163,18 +167,18 @@ def check_frechet(settings: MeasureSettings) -> None:
 
 
 @lru_cache(maxsize=2)
-def _real(name: str, path: str | None, reference: str | None, limit: int | None) -> Any:
+def _real(name: str, path: str | None, reference: str | None) -> Any:
     """Features of the reference's pictures, the same for every arm."""
-    rows = space(name, path)(_reference(reference, limit, "measure.frechet"))
+    rows = space(name, path)(_reference(reference, "measure.frechet"))
     require(len(rows) >= 2, f"measure.reference {reference} has fewer than two pictures")
     return rows
 
 
-def _reference(reference: str | None, limit: int | None, what: str) -> list[Image.Image]:
+def _reference(reference: str | None, what: str) -> list[Image.Image]:
     require(reference is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
     assert reference is not None
     if reference == POCKET:
-        drawn = Scenes(count=limit or 1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
+        drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
         return [drawn[i].image for i in range(len(drawn))]
     return _pictures(Path(reference))[0]
 

@@ -135,6 +135,10 @@ class TuneSettings:
     """Prompts to tune on; {} stands for "identifier class". None may be held out by `measure`."""
     prompt_file: str | None = None
     """Text file with a prompt a line, beside or instead of `prompts`."""
+    targets: str | None = None
+    """What conditions are made from instead, see `measure.targets`; `pocket`: other scenes than the report has."""
+    limit: int | None = None
+    """Only so many targets."""
     seeds: list[int] = field(default_factory=lambda: [101, 102, 103])
     """Seeds to tune on; successive halving gives the better candidates more of them."""
     scales: list[float] = field(default_factory=lambda: [3.0, 5.0, 7.5])

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +35,7 @@ from training.pocket import base_hash
 from training.pocket.captions import article
 from training.pocket.subjects import SUBJECTS
 
-__all__ = ["Stage", "main", "stages"]
+__all__ = ["Stage", "comparable", "main", "stages"]
 
 # As seen from where the command is given: settings are kept beside results, and name no machine's folders.
 HERE = Path(os.path.relpath(Path(__file__).parent))
@@ -75,11 +75,44 @@ FEW = {"sampling.steps": 4, "measure.limit": 2, "measure.seeds": [1, 2], "measur
 def stages(out: Path, *, quick: bool = False) -> Iterator[Stage]:
     """All of them, in an order in which each finds what it needs; fewer subjects and scales in the quick form."""
     yield from _text(out, (4.0,) if quick else SCALES, [2.5, 9.0] if quick else SWEEP)
-    yield from _subjects(out, SUBJECTS[:2] if quick else SUBJECTS, [] if quick else [2.5, 6.0, 9.0])
-    for control in ("canny", "segmentation"):
-        more = {"measure.limit": 200, "measure.sweep": [2.5, 6.0, 9.0]}
-        config = f"measure/pocket_{control}.yaml"
-        yield Stage(name=control, recipe="measure", config=config, changes=more, quick={**FEW, "measure.sweep": []})
+    yield from _subjects(out, SUBJECTS[:2] if quick else SUBJECTS)
+    shared = ["prompt accuracy", "kernel distance (judge)", "kernel distance (lite0)"]
+    for control, fidelity in (("canny", "canny F1"), ("segmentation", "class IoU")):
+        both = {"controlnet": f"pocket-{control}", "measure.control": control}
+        stage = Stage(
+            name=control,
+            recipe="measure",
+            config="measure/study_control.yaml",
+            changes={**both, "measure.metrics": [fidelity, *shared]},
+            quick={**FEW, "measure.sweep": [], "measure.metrics": [fidelity], "measure.referee": None},
+        )
+        yield stage
+        search = {**both, "measure.metrics": [fidelity]}
+        yield from _tuned(out, stage, "tune/study_control.yaml", search, {"tune.limit": 2})
+
+
+def _tuned(
+    out: Path, stage: Stage, config: str, search: Mapping[str, Any], quick: Mapping[str, Any]
+) -> Iterator[Stage]:
+    """The search for what a stage measured, and what it found on that stage's own units."""
+    name = f"{stage.name}-tuning"
+    few = {"tune.seeds": [101], "tune.scales": [4.0], "tune.grid": {"reference": ["mean"]}, "sampling.steps": 4}
+    held = {key: stage.quick[key] for key in ("measure.limit", "measure.seeds") if key in stage.quick}
+    yield Stage(name=name, recipe="tune", config=config, changes=search, quick={**few, **held, **quick})
+    plain = {f"CFG @ {scale:g}": {"method": "cfg", "scale": scale} for scale in (2.5, 5.0, 7.0, 9.0)}
+    yield replace(
+        stage,
+        name=f"{stage.name}-tuned",
+        changes={
+            **stage.changes,
+            "tuned": out / name / "tuned",
+            "measure.arms": {"CFG": {"method": "cfg"}, "S-CFG": {"method": "semantic"}, **plain},
+            "measure.base_arm": False,
+            "measure.sweep": [4.0],
+            "measure.overlays": 0,
+        },
+        borrows={stage.name: list(plain)},
+    )
 
 
 def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterator[Stage]:
@@ -119,6 +152,14 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
         quick=few,
         borrows={"text-ddim": list(curve)},
     )
+    for sampler in ("dpm++", "ddim"):
+        yield Stage(
+            name=f"text-confirm-{sampler}",
+            recipe="measure",
+            config="measure/study_confirm.yaml",
+            changes={"sampling.scheduler": sampler},
+            quick=few,
+        )
     yield Stage(
         name="text-frechet",
         recipe="measure",
@@ -134,9 +175,13 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
     )
 
 
-def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Iterator[Stage]:
+def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     folders = {subject: HERE / "subjects" / subject for subject in subjects}
-    for recipe, made, weights in (("dreambooth_lora", "lora", "lora"), ("dreambooth", "full", "dreambooth/unet")):
+    small = {"lora.rank": 2, "train.learning_rate": 2e-3, "train.save_precision": "fp16"}  # .36 MB each: some ship
+    for recipe, made, weights, how in (
+        ("dreambooth_lora", "lora", "lora", small),
+        ("dreambooth", "full", "dreambooth/unet", {}),
+    ):
         for subject, folder in folders.items():
             more = {
                 "data.source": folder,
@@ -144,24 +189,28 @@ def _subjects(out: Path, subjects: Sequence[str], sweep: Sequence[float]) -> Ite
                 "dreambooth.class_prompt": article(json.loads((folder / "subject.json").read_text())["class"]),
                 "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
                 "dreambooth.class_folder": out / "class_images" / subject,
+                **how,
                 **ALONE,
             }
             few = {"train.steps": 2, "train.warmup": 0, "dreambooth.class_images": 4}
             config = f"{recipe}/pocket_dog.yaml"
             name, measured = f"{made}-{subject}", f"subjects-{made}"
             yield Stage(name=name, recipe=recipe, config=config, changes=more, quick=few, feeds=measured)
-        yield Stage(
+        adapted = {
+            "adapter": out / f"{made}-{{subject}}" / weights,
+            "measure.subjects": [str(folder) for folder in folders.values()],
+        }
+        stage = Stage(
             name=measured,
             recipe="measure",
             config="measure/study_subject.yaml",
-            changes={
-                "adapter": out / f"{made}-{{subject}}" / weights,
-                "measure.subjects": [str(folder) for folder in folders.values()],
-                "measure.limit": 8,
-                "measure.sweep": list(sweep),
-            },
-            quick={**FEW, "measure.drift_prompts": []},
+            changes=adapted,
+            quick={**FEW, "measure.sweep": []},
         )
+        yield stage
+        yield replace(stage, name=f"drift-{made}", config="measure/study_drift.yaml", quick=FEW)
+        if made == "lora":  # what is found there is what ships
+            yield from _tuned(out, stage, "tune/study_subject.yaml", adapted, {})
 
 
 def main() -> None:
@@ -220,7 +269,9 @@ class _Run:
     def ended(self, stage: Stage) -> bool:
         """Whether it ended with these settings on this base."""
         file = self.out / stage.name / ENDED
-        return file.exists() and json.loads(file.read_text())["record"] == self._settings(stage)[1]
+        return file.exists() and comparable(json.loads(file.read_text())["record"]) == comparable(
+            self._settings(stage)[1]
+        )
 
     def take(self, stage: Stage) -> None:
         from adapters.card import slug
@@ -273,6 +324,17 @@ class _Run:
         with adapters.archive.unpacked(archive) as page:
             shutil.copytree(page, self.out / stage.name / RESULTS[stage.recipe], dirs_exist_ok=True)
             shutil.copy(page / ENDED, self.out / stage.name / ENDED)
+
+
+def comparable(record: str) -> Any:
+    """A record without what is null: a setting that came later begins as null, and spoils no result from before."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: filled(item) for name, item in value.items() if item is not None}
+        return [filled(item) for item in value] if isinstance(value, list) else value
+
+    return filled(json.loads(record))
 
 
 def _said(value: Any) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -17,10 +17,12 @@ from recipes.arms import digest_of
 from recipes.cases import Case, cases, texts
 from recipes.sample import draw
 from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
-from recipes.wiring import POCKET, adapted, guidance_of, launch, pipeline, say
+from recipes.wiring import POCKET, adapted, guidance_of, launch, pipeline, say, size_of
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "chosen", "run"]
+
+TUNING = 50_000  # the pocket world's scenes from here on are tuned on; the report has the first ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Settings:
     """What is tuned for; see recipes/measure.py."""
     weight: float = 1.0
     """Scale of the adapter's change."""
+    controlnet: str | None = None
+    """See recipes/measure.py; needs tune.targets."""
     measure: MeasureSettings = field(default_factory=MeasureSettings)
     """The comparison to come: its prompts and seeds are kept out of the search."""
     tune: TuneSettings = field(default_factory=TuneSettings)
@@ -47,28 +51,24 @@ def run(settings: Settings) -> Path:
     """Tune; returns the folder of what was found."""
     import adapters
     import scfg
-    from recipes import referee
     from training.ranks import state
 
     plan, search = settings.measure, settings.tune
-    require(plan.targets is None and len(plan.subjects) <= 1, "recipes/tune.py tunes one subject or prompts at a time")
-    held = cases(plan, settings.adapter)[0]
-    prompts = texts(search.prompts, search.prompt_file, name=held.calls)
-    case = replace(held, prompts=prompts)
-    pocket = settings.base.path == POCKET
-    known = {metric.name: metric for metric in referee.metrics(plan, case, pocket=pocket)}
-    wanted = search.metric or plan.primary or next(iter(known))
-    require(wanted in known, f"tune.metric {wanted!r} is none of {', '.join(known)}")
-    pipe = pipeline(settings.base, settings.sampling)
+    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    size = size_of(pipe, settings.sampling)
+    held = [prompt for case in cases(plan, settings.adapter, size=size) for prompt in case.prompts]
+    units = _units(settings, set(held), size)
+    prompts = [prompt for case in units for prompt in case.prompts]
+    objective = _objective(units, settings)
 
     def best_of(name: str, candidates: list[dict[str, Any]]) -> Any:
         best = adapters.tune.search(
             candidates,
-            lambda values, texts_, seeds: _try(pipe, case, values, texts_, seeds, settings),
-            known[wanted],
+            lambda values, _, seeds: [shot for case in units for shot in _try(pipe, case, values, seeds, settings)],
+            objective,
             prompts=prompts,
             seeds=search.seeds,
-            held_out_prompts=held.prompts,
+            held_out_prompts=held,
             held_out_seeds=plan.seeds,
         )
         say(f"{name}: {best.best} of {len(candidates)} tried, {best.images} pictures")
@@ -82,7 +82,7 @@ def run(settings: Settings) -> Path:
     if state().is_main_process:
         with adapters.files.write_folder(out) as stage:
             record = {
-                "metric": wanted,
+                "metric": objective.name,
                 "best": {name: _without_adapter(found[name].best) for name in (plan.baseline, plan.arm)},
                 "adapter": adapter,
                 "prompts": prompts,
@@ -98,9 +98,45 @@ def run(settings: Settings) -> Path:
     return out
 
 
-def chosen(tuned: Path) -> str:
-    """The adapter, or its checkpoint, that measured best."""
+def chosen(tuned: Path) -> str | None:
+    """The adapter, or its checkpoint, that measured best; null where none was tuned."""
     return json.loads((tuned / "tuned.json").read_text())["adapter"]
+
+
+def _units(settings: Settings, held: Set[str], size: tuple[int, int] | None) -> list[Case]:
+    """What is tuned on: every subject with the search's prompts, its prompts alone, or its own targets."""
+    plan, search = settings.measure, settings.tune
+    require(
+        (plan.targets is None) == (search.targets is None) == (settings.controlnet is None),
+        "controlnet, measure.targets and tune.targets belong together: the network, and what its conditions are made "
+        "from in the report and in the search",
+    )
+    if search.targets is None:
+        found = cases(plan, settings.adapter, size=size)
+        return [replace(case, prompts=texts(search.prompts, search.prompt_file, name=case.calls)) for case in found]
+    other = replace(plan, targets=search.targets, limit=search.limit)
+    case = cases(other, settings.adapter, size=size, begin=TUNING)[0]
+    return [replace(case, prompts=[prompt for prompt in case.prompts if prompt not in held])]
+
+
+def _objective(units: Sequence[Case], settings: Settings) -> Any:
+    """What is maximised, over all units: each picture by its own unit's metric."""
+    from adapters.metrics import Measure, score
+    from recipes import referee
+
+    plan, pocket = settings.measure, settings.base.path == POCKET
+    known = [{metric.name: metric for metric in referee.metrics(plan, case, pocket=pocket)} for case in units]
+    wanted = settings.tune.metric or plan.primary or next(iter(known[0]))
+    require(wanted in known[0], f"tune.metric {wanted!r} is none of {', '.join(known[0])}")
+
+    def measure(shots: Sequence[Any]) -> list[float]:
+        values: dict[int, float] = {}
+        for case, metrics in zip(units, known, strict=True):
+            own = [shot for shot in shots if shot.prompt in case.prompts]
+            values |= zip(map(id, own), score(metrics[wanted], own), strict=True)
+        return [values[id(shot)] for shot in shots]
+
+    return Measure(wanted, known[0][wanted].higher_is_better, measure)
 
 
 def _checkpoints(settings: Settings, folders: Sequence[str]) -> list[dict[str, Any]]:
@@ -140,15 +176,15 @@ def _without_adapter(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "adapter"}
 
 
-def _try(
-    pipe: Any, case: Case, values: Mapping[str, Any], prompts: Sequence[str], seeds: Sequence[int], settings: Settings
-) -> list[Any]:
+def _try(pipe: Any, case: Case, values: Mapping[str, Any], seeds: Sequence[int], settings: Settings) -> list[Any]:
     guidance, adapter = GuidanceSettings(**_without_adapter(values)), values["adapter"]
+    path = adapter.replace("{subject}", case.name) if adapter else None
     weight = settings.weight if guidance.weight is None else guidance.weight
-    label = json.dumps({**values, "adapter": digest_of(adapter)}, sort_keys=True)
-    folder = Path(settings.out) / "tuning" / _short(label)
-    with adapted(pipe, adapter, weight):
-        return draw(pipe, prompts, seeds, guidance, settings.sampling, folder, f"{digest_of(adapter)} {weight:g}")
+    label = json.dumps({**values, "adapter": digest_of(path)}, sort_keys=True)
+    folder = Path(settings.out) / "tuning" / _short(label) / case.name
+    weights = f"{digest_of(path)} {weight:g}"
+    with adapted(pipe, path, weight):
+        return draw(pipe, case.prompts, seeds, guidance, settings.sampling, folder, weights, inputs=case.given)
 
 
 def _short(label: str) -> str:

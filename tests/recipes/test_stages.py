@@ -102,6 +102,60 @@ def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: P
     assert shot.numbers["effective scale"] > 0
 
 
+def test_tuning_over_subjects_is_the_mean_of_tuning_each(run: Path, lora: Path, tmp_path: Path, done) -> None:
+    def tuned(out: Path, adapter: object, *subjects: str) -> dict[str, dict[str, float]]:
+        folders = json.dumps([str(DOG.parent / subject) for subject in subjects])
+        more = [f"--measure.subjects={folders}", f"--adapter={adapter}", "--measure.metrics=[similarity (judge)]"]
+        done("tune", "--base.path=pocket", *SAMPLE, *MEASURE, *TUNE, *more, "--tune.scales=[2.0, 4.0]", f"--out={out}")
+        found = json.loads((out / "tuned" / "tuned.json").read_text())
+        return {
+            name: {item["settings"]["scale"]: item["mean"] for item in rounds[0]["results"]}
+            for name, rounds in found["rounds"].items()
+            if name != "checkpoint"
+        }
+
+    shutil.copytree(lora, tmp_path / "dog")
+    shutil.copytree(run / "snapshots" / "step-000002", tmp_path / "bird")
+    both = tuned(tmp_path / "both", tmp_path / "{subject}", "dog", "bird")
+    dog = tuned(tmp_path / "one", tmp_path / "dog", "dog")
+    bird = tuned(tmp_path / "other", tmp_path / "bird", "bird")
+    assert both == {
+        arm: {scale: pytest.approx((dog[arm][scale] + bird[arm][scale]) / 2) for scale in (2.0, 4.0)}
+        for arm in ("CFG", "S-CFG")
+    }
+    drawn = {path.parent.name for path in (tmp_path / "both" / "tuning").rglob("*.png")}
+    assert drawn == {"dog", "bird"}
+
+
+def test_guidance_beside_a_condition_is_tuned_on_other_scenes(tmp_path: Path, done, call) -> None:
+    controlled = ["--controlnet=pocket-canny", "--measure.targets=pocket", "--measure.control=canny"]
+    common = ["--base.path=pocket", *controlled, *SAMPLE, *MEASURE, "--tune.scales=[4.0]", "--tune.seeds=[101]"]
+    refused = call("tune", *common, "--tune.prompts=[a dog]", f"--out={tmp_path}")
+    assert "controlnet, measure.targets and tune.targets belong together" in refused.err
+    done("tune", *common, "--tune.targets=pocket", "--tune.limit=3", f"--out={tmp_path}")
+    tuned = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+    assert (tuned["metric"], tuned["adapter"], tuned["pictures"]) == ("canny F1", None, {"CFG": 3, "S-CFG": 3})
+    done("measure", *common[:-2], f"--tuned={tmp_path / 'tuned'}", f"--out={tmp_path}")
+    assert not {row["prompt"] for row in rows_of(tmp_path)} & set(tuned["prompts"])
+
+
+def test_drift_is_the_distance_to_the_bases_own_pictures(lora: Path, tmp_path: Path, done) -> None:
+    unrelated = ["--measure.prompts=[a red car, a cat]", "--measure.metrics=[drift (judge)]"]
+    common = ["--base.path=pocket", *SAMPLE, *MEASURE, *SUBJECT, *unrelated]
+    done("measure", *common, f"--adapter={lora}", f"--out={tmp_path / 'on'}")
+    done("measure", *common, f"--adapter={lora}", "--weight=0", f"--out={tmp_path / 'off'}")
+
+    def drifts(out: Path) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for row in rows_of(out):
+            found.setdefault(row["arm"], []).append(float(row["drift (judge)"]))
+        return found
+
+    on, off = drifts(tmp_path / "on"), drifts(tmp_path / "off")
+    assert on["base"] == off["base"] == off["CFG"] == pytest.approx([0, 0], abs=1e-6)
+    assert min(on["CFG"]) > 1e-4, "a trained adapter moves the pictures"
+
+
 def test_shipping_alone_gives_a_release_that_verifies(run: Path, measured: Path, done) -> None:
     chosen = json.loads((run / "tuned" / "tuned.json").read_text())["adapter"]
     ship = ["--base.path=pocket", f"--adapter={chosen}", f"--measured={measured}", f"--out={run}"]

@@ -199,6 +199,12 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
     assert "'1 right' is no answer, or a second one" in said.err  # type: ignore[attr-defined]
 
 
+def test_a_new_setting_that_is_null_spoils_no_result() -> None:
+    before, now = ({"a": 1, "b": [{"c": None, "d": 2}]}, {"a": 1, "b": [{"d": 2}], "new": None})
+    assert study.comparable(json.dumps(before)) == study.comparable(json.dumps(now))
+    assert study.comparable(json.dumps(before)) != study.comparable(json.dumps({**now, "new": 3}))
+
+
 @pytest.mark.slow
 def test_what_is_kept_is_of_these_settings_and_its_tables_follow(tmp_path: Path) -> None:
     kept = ROOT / "docs" / "study"
@@ -208,7 +214,8 @@ def test_what_is_kept_is_of_these_settings_and_its_tables_follow(tmp_path: Path)
     run = study._Run(Path("runs/study"), None, quick=False)
     for name in names:
         with adapters.archive.unpacked(kept / f"{name}.zip") as folder:
-            assert json.loads((folder / study.ENDED).read_text())["record"] == run._settings(stages[name])[1], name
+            record = json.loads((folder / study.ENDED).read_text())["record"]
+            assert study.comparable(record) == study.comparable(run._settings(stages[name])[1]), name
             shutil.copytree(folder, tmp_path / "study" / name / study.RESULTS[stages[name].recipe])
     measured = [name for name, stage in stages.items() if stage.recipe == "measure"]
     page = tables.report(measured, tmp_path / "study")

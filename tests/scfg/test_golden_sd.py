@@ -81,8 +81,8 @@ def assert_recorded_attention_gives_the_recorded_masks(recorded, run, step):
             average.add_tokens(cond, grid)
             average.add_pair(torch.stack([uncond[:, :, 0], uncond[:, :, 1:].sum(-1)], dim=-1), grid)
     regions = average.regions()
-    assert torch.equal(one_hot(regions.index, 77), recorded[f"{run}.step{step}.region_mask"])
-    assert torch.equal(regions.foreground[:, None].float(), recorded[f"{run}.step{step}.foreground_mask"])
+    assert torch.equal(one_hot(regions.index, 77), recorded[f"{run}.step{step}.region_mask"].float())
+    assert torch.equal(regions.foreground[:, None].float(), recorded[f"{run}.step{step}.foreground_mask"].float())
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -62,7 +62,7 @@ def main(noto_json: str, fluent_json: str) -> None:
         row, column = divmod(index, COLUMNS)
         sheet[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = cell
     DATA.mkdir(exist_ok=True)
-    Image.fromarray(sheet).save(DATA / "atlas.png", optimize=True)
+    Image.fromarray(sheet).save(DATA / "atlas.webp", lossless=True, quality=100, method=6, exact=True)
     origin = {
         "noto": "Noto Emoji (Google), Apache-2.0, via @iconify-json/noto",
         "fluent": "Fluent Emoji (Microsoft), MIT, via @iconify-json/fluent-emoji",

@@ -24,9 +24,9 @@ LOOKS = ("noto", "fluent")
 
 @lru_cache(maxsize=1)
 def _atlas() -> dict[tuple[str, str], np.ndarray]:
-    sheet = cv2.imread(str(DATA / "atlas.png"), cv2.IMREAD_UNCHANGED)
+    sheet = cv2.imread(str(DATA / "atlas.webp"), cv2.IMREAD_UNCHANGED)
     if sheet is None:
-        raise PocketError(f"the sprite atlas {DATA / 'atlas.png'} is missing or unreadable; reinstall the package")
+        raise PocketError(f"the sprite atlas {DATA / 'atlas.webp'} is missing or unreadable; reinstall the package")
     sheet = cv2.cvtColor(sheet, cv2.COLOR_BGRA2RGBA)
     names = json.loads((DATA / "atlas.json").read_text())["names"]
     columns = sheet.shape[1] // CELL

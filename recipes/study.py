@@ -99,7 +99,7 @@ def _tuned(
     few = {"tune.seeds": [101], "tune.scales": [4.0], "tune.grid": {"reference": ["mean"]}, "sampling.steps": 4}
     held = {key: stage.quick[key] for key in ("measure.limit", "measure.seeds") if key in stage.quick}
     yield Stage(name=name, recipe="tune", config=config, changes=search, quick={**few, **held, **quick})
-    plain = {f"CFG @ {scale:g}": {"method": "cfg", "scale": scale} for scale in (2.5, 5.0, 7.0, 9.0)}
+    plain = {f"CFG @ {scale:g}": {"method": "cfg", "scale": scale} for scale in (1.5, 2.5, 5.0, 7.0, 9.0)}
     yield replace(
         stage,
         name=f"{stage.name}-tuned",
@@ -274,14 +274,8 @@ class _Run:
         )
 
     def take(self, stage: Stage) -> None:
-        from adapters.card import slug
-
         settings, record = self._settings(stage)
-        for other, arms in stage.borrows.items():
-            for arm in arms:
-                source, target = (self.out / place / "pictures" / slug(arm) for place in (other, stage.name))
-                if source.is_dir() and not target.exists():
-                    shutil.copytree(source, target)
+        self.borrow(stage)
         begin = time.perf_counter()
         importlib.import_module(f"recipes.{stage.recipe}").run(settings)
         seconds = round(time.perf_counter() - begin, 1)
@@ -289,6 +283,18 @@ class _Run:
         part = ended.with_suffix(".part")  # whole or not at all: it decides whether the stage is run again
         part.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
         part.replace(ended)
+
+    def borrow(self, stage: Stage) -> None:
+        """Copy the pictures that another stage drew with the same settings, of every subject; all are still checked."""
+        from adapters.card import slug
+
+        for other, arms in stage.borrows.items():
+            there, here = (self.out / place / "pictures" for place in (other, stage.name))
+            for arm in arms:
+                for source in there.rglob(slug(arm)):
+                    target = here / source.relative_to(there)
+                    if source.is_dir() and not target.exists():
+                        shutil.copytree(source, target)
 
     def _settings(self, stage: Stage) -> tuple[Any, str]:
         """What the stage's recipe is given, and the same with the base as text."""

@@ -54,9 +54,11 @@ def report(names: Sequence[str], out: Path) -> Path:
 def table(gains: Any, rows: Sequence[Any]) -> str:
     """Means of every arm, differences at equal nominal and effective scale, the verdict, and what the pictures took."""
     import adapters
+    from recipes.referee import PROMPT
 
     design, counts, names = gains.design, gains.counts, [arm["name"] for arm in gains.arms]
-    judges = [design.primary, *filter(None, [design.referee])]
+    also = [PROMPT] if PROMPT in design.higher_is_better else []
+    judges = list(dict.fromkeys([design.primary, *filter(None, [design.referee]), *also]))
     asked = ("at equal scale", *(["at equal effective scale"] if design.sweeps else []))
     head = ["arm", *(f"{metric} {how}" for metric in judges for how in asked), *design.higher_is_better]
     head += ["effective scale", "s"]
@@ -104,9 +106,9 @@ def curves(gains: Any) -> str:
 
 
 def _difference(found: Any, metric: str) -> str:
-    """A comparison's number for a metric; text, such as why there is no comparison, as it is."""
+    """A comparison's number for a metric; there is none where an effective scale is outside those of plain CFG."""
     if isinstance(found, str):
-        return found
+        return "not known" if found else ""
     contrast = next(c for c in found.contrasts if (c.arm, c.metric) == (found.design.arm, metric))
     return f"{contrast.difference:+.4f} [{contrast.low:+.4f}, {contrast.high:+.4f}]"
 

@@ -199,6 +199,24 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
     assert "'1 right' is no answer, or a second one" in said.err  # type: ignore[attr-defined]
 
 
+def test_pictures_are_borrowed_of_every_subject_and_none_is_overwritten(tmp_path: Path) -> None:
+    stage = study.Stage(name="b", recipe="measure", config="", borrows={"a": ["CFG @ 2.5"]})
+    for place in (
+        "a/pictures/dog/cfg-2-5",
+        "a/pictures/bird/cfg-2-5",
+        "a/pictures/bird/cfg",
+        "b/pictures/bird/cfg-2-5",
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "0.png").write_text(place)
+    study._Run(tmp_path, None, quick=False).borrow(stage)
+    here = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in (tmp_path / "b").rglob("*.png")}
+    assert here == {
+        "b/pictures/dog/cfg-2-5/0.png": "a/pictures/dog/cfg-2-5",
+        "b/pictures/bird/cfg-2-5/0.png": "b/pictures/bird/cfg-2-5",
+    }
+
+
 def test_a_new_setting_that_is_null_spoils_no_result() -> None:
     before, now = ({"a": 1, "b": [{"c": None, "d": 2}]}, {"a": 1, "b": [{"d": 2}], "new": None})
     assert study.comparable(json.dumps(before)) == study.comparable(json.dumps(now))

@@ -33,7 +33,7 @@ class Row:
     latents: str
     subject: str = ""
     image: str = ""
-    """First 16 hex digits of the SHA-256 of the RGB pixels."""
+    """First 8 hex digits of the SHA-256 of the RGB pixels."""
     seconds: float = 0.0
     numbers: Mapping[str, float] = field(default_factory=dict)
 
@@ -58,7 +58,7 @@ def measure(
 def tabulate(
     shots: Mapping[str, Sequence[Shot]], metrics: Sequence[Metric], *, subject: Callable[[Shot], str] | None = None
 ) -> list[Row]:
-    """One row per image: what was recorded while sampling, and every metric, to six digits.
+    """One row per image: what was recorded while sampling, and every metric, to four digits.
 
     More digits say nothing, and a table is to be small enough to be kept beside what it says.
     """
@@ -72,7 +72,7 @@ def tabulate(
             if clash := set(shot.numbers) & set(columns):
                 raise GainsError(f"{sorted(clash)} is both recorded while sampling and a metric; rename one")
             numbers = {**shot.numbers, **{name: float(values[index]) for name, values in columns.items()}}
-            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()[:16]
+            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()[:8]
             rows.append(
                 Row(
                     arm=arm,
@@ -81,8 +81,8 @@ def tabulate(
                     latents=shot.latents,
                     subject=subject(shot) if subject is not None else "",
                     image=digest,
-                    seconds=round(shot.seconds, 4),
-                    numbers={name: float(f"{value:.6g}") for name, value in numbers.items()},
+                    seconds=round(shot.seconds, 3),
+                    numbers={name: float(f"{value:.4g}") for name, value in numbers.items()},
                 )
             )
     return rows

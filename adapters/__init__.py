@@ -6,7 +6,23 @@ a pipeline, `verify.verify` recomputes its numbers.
 
 from __future__ import annotations
 
-from . import archive, attach, compose, files, gains, keys, metrics, report, sample, ship, source, table, tune, verify
+from . import (
+    archive,
+    attach,
+    compose,
+    files,
+    gains,
+    keys,
+    metrics,
+    pointing,
+    report,
+    sample,
+    ship,
+    source,
+    table,
+    tune,
+    verify,
+)
 from .attach import Attached, load
 from .base import describe
 from .card import Card
@@ -38,6 +54,7 @@ __all__ = [
     "keys",
     "load",
     "metrics",
+    "pointing",
     "report",
     "sample",
     "ship",

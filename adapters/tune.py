@@ -17,7 +17,9 @@ from .errors import GainsError
 from .metrics import Metric, score
 from .sample import Shot
 
-__all__ = ["Tuned", "search"]
+__all__ = ["KEEP", "Tuned", "check", "search"]
+
+KEEP = 1 / 3  # share of candidates that go on to the next round
 
 Try = Callable[[Mapping[str, Any], Sequence[str], Sequence[int]], Sequence[Shot]]
 
@@ -29,7 +31,8 @@ class Tuned:
     best: dict[str, Any]
     """The winning settings, for `guider_config.json`."""
     rounds: list[dict[str, Any]]
-    """Per round: seeds per prompt and every candidate's settings and mean; what goes beside the winner as its curve."""
+    """Per round: seeds per prompt, and every candidate's settings, its images' numbers (null where one could not
+    be judged) and their mean; what goes beside the winner as its curve."""
     images: int
 
 
@@ -42,7 +45,7 @@ def search(
     seeds: Sequence[int],
     held_out_prompts: Sequence[str],
     held_out_seeds: Sequence[int],
-    keep: float = 1 / 3,
+    keep: float = KEEP,
     first: int = 1,
 ) -> Tuned:
     """Find the candidate with the best mean objective.
@@ -64,15 +67,44 @@ def search(
         raise GainsError(f"seed {shared_seeds[0]} is held out for the report and cannot be tuned on")
     left, n, rounds, images = [dict(c) for c in candidates], min(first, len(seeds)), [], 0
     while True:
-        means = []
+        results = []
         for candidate in left:
             shots = sample(candidate, prompts, seeds[:n])
             images += len(shots)
-            means.append(float(np.nanmean(score(objective, shots))))
-        rounds.append({"seeds": n, "results": [{"settings": c, "mean": m} for c, m in zip(left, means, strict=True)]})
-        up = 1 if objective.higher_is_better else -1
-        order = sorted(range(len(left)), key=lambda i: -up * means[i])  # stable: ties go to the earlier candidate
-        left = [left[i] for i in order[: math.ceil(len(left) * keep)]]
+            values = [None if math.isnan(v) else float(f"{v:.4g}") for v in score(objective, shots)]
+            results.append({"settings": candidate, "mean": _mean(values), "values": values})
+        rounds.append({"seeds": n, "results": results})
+        left = _better(results, keep, higher_is_better=objective.higher_is_better)
         if len(left) == 1 or n == len(seeds):
             return Tuned(best=left[0], rounds=rounds, images=images)
         n = min(len(seeds), math.ceil(n / keep))
+
+
+def check(rounds: Sequence[Mapping[str, Any]], *, higher_is_better: bool, keep: float = KEEP) -> dict[str, Any]:
+    """The winner, recomputed from every image's number; raises `GainsError` where a round does not follow."""
+    left: list[dict[str, Any]] = []
+    for number, made in enumerate(rounds):
+        results = made["results"]
+        if number and [result["settings"] for result in results] != left:
+            raise GainsError(f"round {number + 1} did not try the better ones of the round before")
+        for result in results:
+            mean = _mean(result["values"])
+            if not math.isclose(mean, result["mean"], rel_tol=1e-9, abs_tol=1e-12):
+                raise GainsError(f"{result['settings']} has a mean of {mean!r}, not {result['mean']!r}")
+        left = _better(results, keep, higher_is_better=higher_is_better)
+    if not left:
+        raise GainsError("nothing was tried")
+    return left[0]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    judged = [value for value in values if value is not None]
+    if not judged:
+        raise GainsError("no image of a candidate could be judged; tune on other prompts, or by another metric")
+    return float(np.mean(judged))
+
+
+def _better(results: Sequence[Mapping[str, Any]], keep: float, *, higher_is_better: bool) -> list[dict[str, Any]]:
+    """The better share of the candidates, best first; ties go to the earlier one."""
+    order = sorted(results, key=lambda result: -result["mean"] if higher_is_better else result["mean"])
+    return [result["settings"] for result in order[: math.ceil(len(order) * keep)]]

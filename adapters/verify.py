@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from . import archive, files
+from . import archive, files, pointing, tune
 from .errors import FileError, GainsError
 from .gains import Design, Gains, compare
 from .table import read_csv
@@ -18,7 +18,7 @@ TOLERANCE = 1e-9  # relative; sums may be ordered differently by another numpy
 
 
 def verify(source: str | Path) -> dict[str, Any]:
-    """Check files against the manifest and gains against the table; returns a summary, raises on any difference.
+    """Check files against the manifest and numbers against their table; returns a summary, raises on any difference.
 
     Args:
         source: a release folder, or what `adapters.archive.pack` made of one.
@@ -37,7 +37,32 @@ def _verified(path: Path) -> dict[str, Any]:
             raise GainsError(f"{path}: {difference}; gains.json does not follow from per_image.csv")
         summary["verdict"] = ours["verdict"]["sentence"]
         summary["numbers"] = _count(ours)
+    if "tuned.json" in manifest["files"]:
+        summary["tuned"] = _tuned(path)
+    if "pointing.json" in manifest["files"]:
+        ours = pointing.summary(pointing.read_csv(path / "pointing.csv"))
+        if difference := _difference(ours, files.read_json(path / "pointing.json"), "pointing"):
+            raise GainsError(f"{path}: {difference}; pointing.json does not follow from pointing.csv")
+        summary["objects"] = ours["objects"]
     return summary
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    """What a search found, recomputed from every image's number."""
+    try:
+        record = files.read_json(folder / "tuned.json")
+        up, best = record["higher is better"], record["best"]
+        found = {name: tune.check(rounds, higher_is_better=up) for name, rounds in record["rounds"].items()}
+        ours = {name: {k: v for k, v in found[name].items() if k != "adapter"} for name in best}
+        ours |= {"adapter": found["checkpoint"]["adapter"]} if "checkpoint" in found else {}
+        best = best | ({"adapter": record["adapter"]} if "checkpoint" in found else {})
+    except GainsError as error:
+        raise GainsError(f"{folder}: tuned.json: {error}") from error
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise FileError(f"{folder / 'tuned.json'}: not what recipes/tune.py writes ({error!r})") from error
+    if ours != best:
+        raise GainsError(f"{folder}: tuned.json names {best} as the best, recomputed {ours}")
+    return ours
 
 
 def recompute(folder: Path) -> Gains:
@@ -63,7 +88,7 @@ def _difference(ours: Any, stored: Any, where: str) -> str | None:
             return f"{where} has {len(stored)} entries, recomputed {len(ours)}"
         return next((d for i, o in enumerate(ours) if (d := _difference(o, stored[i], f"{where}[{i}]"))), None)
     if isinstance(ours, float) and isinstance(stored, int | float) and not isinstance(stored, bool):
-        same = math.isclose(ours, stored, rel_tol=TOLERANCE, abs_tol=1e-12)
+        same = math.isclose(ours, stored, rel_tol=TOLERANCE, abs_tol=1e-12) or (math.isnan(ours) and math.isnan(stored))
     else:
         same = ours == stored and type(ours) is type(stored)
     return None if same else f"{where} is {stored!r}, recomputed {ours!r}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +66,7 @@ def run(settings: Settings) -> Path:
     pipe = pipeline(settings.base, settings.sampling)
     with adapted(pipe, settings.adapter, settings.weight):
         rows = _watched(pipe, prompts, settings)
-    summary = _summary(rows)
+    summary = adapters.pointing.summary(rows)
     out = Path(settings.out) / "pointing"
     with adapters.files.write_folder(out) as stage:
         with (stage / "pointing.csv").open("w", newline="") as file:
@@ -173,24 +172,6 @@ def _mean(values: Any, area: Any, owners: Sequence[int]) -> float:
     """Mean over the owners' positions; nan where they own none."""
     share = area[list(owners)]
     return float((values[list(owners)] * share).sum() / share.sum()) if share.sum() > 0 else float("nan")
-
-
-def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    import numpy as np
-
-    steps = defaultdict(list)
-    for row in rows:
-        steps[row["step"], row["timestep"]].append(row)
-    columns = ("iou", "chance", *NORMS)
-    first = next(iter(steps.values()))
-    return {
-        "said": len(first),
-        "objects": int(np.isfinite([row["iou"] for row in first]).sum()),
-        "steps": [
-            {"step": step, "timestep": t} | {name: float(np.nanmean([row[name] for row in own])) for name in columns}
-            for (step, t), own in sorted(steps.items())
-        ],
-    }
 
 
 def _plot(summary: Mapping[str, Any]) -> str:

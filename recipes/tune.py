@@ -83,6 +83,7 @@ def run(settings: Settings) -> Path:
         with adapters.files.write_folder(out) as stage:
             record = {
                 "metric": objective.name,
+                "higher is better": objective.higher_is_better,
                 "best": {name: _without_adapter(found[name].best) for name in (plan.baseline, plan.arm)},
                 "adapter": adapter,
                 "prompts": prompts,

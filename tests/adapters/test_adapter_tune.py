@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from adapters import tune
-from adapters.errors import GainsError
+from adapters import files, tune, verify
+from adapters.errors import FileError, GainsError
 from adapters.metrics import Measure
 from adapters.sample import Shot
 
@@ -36,6 +39,39 @@ def test_finds_the_peak_and_counts_what_it_spent():
     assert [len(r["results"]) for r in found.rounds] == [9, 3]
     assert [r["seeds"] for r in found.rounds] == [1, 3]
     assert found.images == 9 * 2 * 1 + 3 * 2 * 3
+
+
+def test_what_was_found_follows_from_every_images_number(tmp_path):
+    up = {"higher_is_better": True}
+    found = tune.search(CANDIDATES, sample, brightness(True), prompts=["a", "b"], seeds=range(9), **HELD)
+    assert [len(result["values"]) for result in found.rounds[1]["results"]] == [6, 6, 6]
+    assert tune.check(found.rounds, **up) == found.best
+    record = {"higher is better": True, "best": {"S-CFG": {"scale": 6}}, "rounds": {"S-CFG": found.rounds}}
+
+    def verified(**change):
+        (tmp_path / "tuned.json").write_text(json.dumps({**record, **change}))
+        files.write_manifest(tmp_path, {"format": 1, "kind": "results"})
+        return verify.verify(tmp_path)
+
+    assert verified()["tuned"] == {"S-CFG": {"scale": 6}}
+    with pytest.raises(GainsError, match=r"recomputed \{'S-CFG': \{'scale': 6\}\}"):
+        verified(best={"S-CFG": {"scale": 5}})
+    with pytest.raises(FileError, match=r"not what recipes/tune\.py writes"):
+        verified(rounds=3)
+    one = copy.deepcopy(found.rounds)
+    one[0]["results"][2]["values"][0] += 5
+    with pytest.raises(GainsError, match="'scale': 3} has a mean of"):
+        tune.check(one, **up)
+    other = copy.deepcopy(found.rounds)
+    other[1]["results"].reverse()
+    with pytest.raises(GainsError, match="round 2 did not try the better ones"):
+        tune.check(other, **up)
+
+
+def test_what_no_image_can_be_judged_by_is_refused():
+    nothing = Measure("nothing", True, lambda shots: [float("nan")] * len(shots))
+    with pytest.raises(GainsError, match="no image of a candidate could be judged"):
+        tune.search(CANDIDATES, sample, nothing, prompts=["a"], seeds=range(3), **HELD)
 
 
 def test_lower_can_be_better():

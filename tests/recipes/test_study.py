@@ -88,6 +88,15 @@ def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable
     assert all(float(row["delta"]) > 0 for row in rows if row["delta"] != "nan")
     assert "judge" in said
 
+    made = tmp_path / "pointing"
+    adapters.files.write_manifest(made, {"format": 1, "kind": "results"})
+    assert adapters.verify.verify(made)["objects"] == summary["objects"]
+    summary["steps"][2]["delta"] *= 1.001
+    (made / "pointing.json").write_text(json.dumps(summary))
+    adapters.files.write_manifest(made, {"format": 1, "kind": "results"})
+    with pytest.raises(adapters.GainsError, match=r"pointing\.steps\[2\]\.delta"):
+        adapters.verify.verify(made)
+
 
 @pytest.mark.parametrize(
     ("arguments", "named"),

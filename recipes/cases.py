@@ -98,17 +98,14 @@ class Case:
         return self.inputs if self.conditions else None
 
 
-def cases(
-    settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None, begin: int = 0
-) -> list[Case]:
+def cases(settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None) -> list[Case]:
     """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name.
 
     Args:
         size: (width, height) that targets and their conditions are cut to; null: each its own.
-        begin: first of the pocket world's held-out scenes, where they are the targets.
     """
     if settings.targets is not None:
-        return [_controlled(settings, adapter, size, begin)]
+        return [_controlled(settings, adapter, size)]
     if not settings.subjects:
         require(adapter is None or "{subject}" not in adapter, f"adapter {adapter} needs measure.subjects")
         prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
@@ -143,7 +140,7 @@ def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Ca
     return Case(name=folder.name, prompts=prompts, adapter=path, folder=folder, identifier=identifier, noun=noun)
 
 
-def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None, begin: int) -> Case:
+def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None) -> Case:
     """Captions of the targets as prompts, each with the condition made from its picture."""
     from training import images
     from training.pocket.control import Scenes
@@ -151,17 +148,20 @@ def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int,
 
     assert settings.targets is not None
     source: Any
+    first = settings.skip or 0
     if settings.targets == POCKET:
         require(
             settings.control != "given", "measure.targets pocket draws its conditions: control canny or segmentation"
         )
-        source = Scenes(control=settings.control, count=settings.limit or 64, seed=HELD_OUT_SEED, begin=begin)
+        source = Scenes(control=settings.control, count=first + (settings.limit or 64), seed=HELD_OUT_SEED, begin=0)
     else:
         require(settings.control != "segmentation", "control segmentation of your own pictures: set control given")
         place = Path(settings.targets)
         given = str(place / "conditioning") if settings.control == "given" else None
         source = images.load(DataSettings(source=str(place), conditioning=given))
-    samples = [_cut(source[i], size, settings) for i in range(min(len(source), settings.limit or len(source)))]
+    wanted = range(len(source))[first:][: settings.limit]
+    require(bool(wanted), f"measure.skip {first} leaves none of {len(source)} targets")
+    samples = [_cut(source[i], size, settings) for i in wanted]
     kept = {sample.caption: sample for sample in samples}
     if len(kept) < len(samples):
         say(f"{len(samples) - len(kept)} targets are left out: their captions repeat others, and a prompt is a unit")

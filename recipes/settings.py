@@ -83,6 +83,8 @@ class MeasureSettings:
     """How a condition is made from a target; given: `targets` has them in its folder `conditioning`."""
     limit: int | None = None
     """Only so many prompts, or targets."""
+    skip: int | None = None
+    """So many targets are left out first."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Seeds of every prompt; none of them may have been tuned on."""
     arms: dict[str, GuidanceSettings] = field(default_factory=_arms)

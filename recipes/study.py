@@ -89,6 +89,12 @@ def stages(out: Path, *, quick: bool = False) -> Iterator[Stage]:
         yield stage
         search = {**both, "measure.metrics": [fidelity]}
         yield from _tuned(out, stage, "tune/study_control.yaml", search, {"tune.limit": 2})
+        yield replace(
+            stage,
+            name=f"{control}-frechet",
+            config="measure/study_control_frechet.yaml",
+            quick={**stage.quick, "measure.frechet": None},
+        )
 
 
 def _tuned(

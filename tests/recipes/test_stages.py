@@ -139,6 +139,19 @@ def test_guidance_beside_a_condition_is_tuned_on_other_scenes(tmp_path: Path, do
     assert not {row["prompt"] for row in rows_of(tmp_path)} & set(tuned["prompts"])
 
 
+def test_targets_left_out_first_are_those_that_came_first() -> None:
+    from recipes.cases import cases
+    from recipes.settings import MeasureSettings
+    from training.errors import TrainingError
+
+    def captions(**more: int) -> list[str]:
+        return cases(MeasureSettings(targets="pocket", control="canny", **more), None, size=(64, 64))[0].prompts
+
+    assert captions(limit=6)[2:] == captions(skip=2, limit=4)
+    with pytest.raises(TrainingError, match="skip 8 leaves none of 8 targets"):
+        cases(MeasureSettings(targets=str(DOG), control="canny", skip=8, limit=1), None)
+
+
 def test_drift_is_the_distance_to_the_bases_own_pictures(lora: Path, tmp_path: Path, done) -> None:
     unrelated = ["--measure.prompts=[a red car, a cat]", "--measure.metrics=[drift (judge)]"]
     common = ["--base.path=pocket", *SAMPLE, *MEASURE, *SUBJECT, *unrelated]

@@ -50,7 +50,7 @@ def base(vae: AutoencoderKL, parts: Base) -> Path:
         config = folder / "text_encoder" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
-    return _replaced(VERSION, write, keep=("README.md", "sheet.png"))
+    return _replaced(VERSION, write, keep=("README.md", "sheet.webp"))
 
 
 def controlnet(control: str, network: ControlNetModel) -> Path:
@@ -89,7 +89,7 @@ def write_manifest() -> dict:
     files = {}
     for folder, limit in LIMITS.items():
         paths = [
-            path for path in sorted((DATA / folder).rglob("*")) if path.is_file() and path.suffix not in (".md", ".png")
+            path for path in sorted((DATA / folder).rglob("*")) if path.is_file() and path.suffix not in (".md", ".webp")
         ]
         size = sum(path.stat().st_size for path in paths)
         if size > limit:

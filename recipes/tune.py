@@ -121,7 +121,7 @@ def _units(settings: Settings, held: Set[str], size: tuple[int, int] | None) -> 
 
 
 def _objective(units: Sequence[Case], settings: Settings) -> Any:
-    """What is maximised, over all units: each picture by its own unit's metric."""
+    """What is maximised, over all units: each picture by its own unit's metric, the shots being in the units' order."""
     from adapters.metrics import Measure, score
     from recipes import referee
 
@@ -131,11 +131,12 @@ def _objective(units: Sequence[Case], settings: Settings) -> Any:
     require(wanted in known[0], f"tune.metric {wanted!r} is none of {', '.join(known[0])}")
 
     def measure(shots: Sequence[Any]) -> list[float]:
-        values: dict[int, float] = {}
+        seeds = len(shots) // sum(len(case.prompts) for case in units)
+        values: list[float] = []
         for case, metrics in zip(units, known, strict=True):
-            own = [shot for shot in shots if shot.prompt in case.prompts]
-            values |= zip(map(id, own), score(metrics[wanted], own), strict=True)
-        return [values[id(shot)] for shot in shots]
+            own = shots[len(values) :][: seeds * len(case.prompts)]
+            values += score(metrics[wanted], own).tolist()
+        return values
 
     return Measure(wanted, known[0][wanted].higher_is_better, measure)
 

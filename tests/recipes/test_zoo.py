@@ -1,0 +1,49 @@
+"""The adapters that ship: whole, made on the base that ships, and doing what their cards say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import adapters
+import scfg
+from recipes.settings import SamplingSettings
+from recipes.wiring import pipeline
+from training import pocket
+from training.config import BaseSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+ZOO = sorted(path for path in (ROOT / "recipes" / "zoo").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("release", ZOO, ids=lambda path: path.name)
+def test_a_shipped_adapter_verifies_and_draws_its_subject(release: Path) -> None:
+    assert adapters.verify.verify(release)["numbers"] > 50
+    facts = json.loads((release / "gains.json").read_text())
+    assert facts["design"]["notes"]["held out"]
+    assert pocket.base_hash() in (release / "README.md").read_text("utf-8")
+    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings(steps=8))
+    subject = json.loads((ROOT / "recipes" / "subjects" / release.name / "subject.json").read_text())
+    prompt = f"a {subject['identifier']} {subject['class']} in the snow"
+
+    def draw(**more: object) -> np.ndarray:
+        generator = torch.Generator().manual_seed(1)
+        return np.asarray(pipe(prompt, num_inference_steps=8, generator=generator, **more).images[0], np.float32)
+
+    plain = draw(guidance_scale=3.0)
+    with adapters.load(pipe, release, guidance=scfg.from_config(pipe)) as loaded:
+        adapted = draw(**loaded.run.call_kwargs)
+    assert np.abs(adapted - plain).mean() > 2, "the adapter draws another picture than the base"
+    assert np.array_equal(draw(guidance_scale=3.0), plain), "and leaves the base as it was"
+
+
+def test_samples_of_a_shipped_adapter_are_pictures() -> None:
+    for release in ZOO:
+        samples = sorted((release / "samples").rglob("*.png"))
+        assert samples, release
+        assert all(Image.open(path).size == (64, 64) for path in samples)

@@ -59,6 +59,7 @@ def table(gains: Any, rows: Sequence[Any]) -> str:
     design, counts, names = gains.design, gains.counts, [arm["name"] for arm in gains.arms]
     also = [PROMPT] if PROMPT in design.higher_is_better else []
     judges = list(dict.fromkeys([design.primary, *filter(None, [design.referee]), *also]))
+    shown = {metric: design.higher_is_better[metric] for metric in judges}
     asked = ("at equal scale", *(["at equal effective scale"] if design.sweeps else []))
     head = ["arm", *(f"{metric} {how}" for metric in judges for how in asked), *design.higher_is_better]
     head += ["effective scale", "s"]
@@ -68,7 +69,7 @@ def table(gains: Any, rows: Sequence[Any]) -> str:
         plain = f"{design.baseline} @ {scale}" if scale and f"{design.baseline} @ {scale}" in names else design.baseline
         found: list[Any] = [""] * len(asked)
         if not arm["name"].startswith((design.baseline, BASE)):
-            own = replace(design, arm=arm["name"])
+            own = replace(design, arm=arm["name"], higher_is_better=shown)
             pair = [row for row in rows if row.arm in (arm["name"], plain)]
             found = [adapters.gains.compare(pair, replace(own, baseline=plain, sweeps={}))]
             found += [at_equal_scale(rows, own)] if design.sweeps else []

@@ -24,7 +24,7 @@ from .table import Row, write_csv
 __all__ = ["push", "ship", "versions"]
 
 _PACKAGES = ("scfg-toolkit", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
-SAMPLES, FEW = 8, 2
+SAMPLES, FEW = 8, 1
 
 
 def ship(
@@ -58,8 +58,8 @@ def ship(
         page: the report, where it was rendered with the comparison; otherwise it is made here.
         facts: measured things without a column in the table: peak memory, Fréchet distances, tuning.
         name: of the kohya file; by default made from the card's title.
-        compact: small enough to be kept under version control: weights in one spelling (diffusers', else peft's), two
-            samples an arm, no page; `python -m adapters convert` makes the other spellings.
+        compact: small enough to be kept under version control: weights in one spelling (diffusers', else peft's), one
+            sample an arm, no page; `python -m adapters convert` makes the other spellings.
 
     Returns: the folder.
     """

@@ -94,14 +94,18 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
 
 
 def _shots(folder: Path, plan: MeasureSettings, arms: dict[str, GuidanceSettings]) -> dict[str, list[Any]]:
-    """The sampled pictures by arm, as far as they are still there."""
+    """The sampled pictures by arm, as far as they are still there, in the order of the prompts."""
     import adapters
 
     found: dict[str, list[Any]] = {name: [] for name in (BASE, *arms)}
-    wanted = {shot for case in cases(plan, None) for shot in case.prompts} if not plan.targets else None
+    listed = [prompt for case in cases(plan, None) for prompt in case.prompts] if not plan.targets else None
     for shot in adapters.sample.shots_in(folder):
-        if shot.arm in found and (wanted is None or shot.prompt in wanted):
+        if shot.arm in found and (listed is None or shot.prompt in listed):
             found[shot.arm].append(shot)
+    if listed is not None:
+        place = {prompt: index for index, prompt in enumerate(listed)}
+        for shots in found.values():
+            shots.sort(key=lambda shot: (place[shot.prompt], shot.seed))
     return {name: shots for name, shots in found.items() if shots}
 
 

@@ -88,9 +88,8 @@ def write_manifest() -> dict:
     """List what ships with size and sha256; refuse what is over its limit. Cards and pictures are no part of it."""
     files = {}
     for folder, limit in LIMITS.items():
-        paths = [
-            path for path in sorted((DATA / folder).rglob("*")) if path.is_file() and path.suffix not in (".md", ".webp")
-        ]
+        every = (path for path in sorted((DATA / folder).rglob("*")) if path.is_file())
+        paths = [path for path in every if path.suffix not in (".md", ".webp")]
         size = sum(path.stat().st_size for path in paths)
         if size > limit:
             raise ValueError(f"{folder} has {size:,} bytes, over its limit of {limit:,}")

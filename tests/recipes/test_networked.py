@@ -189,7 +189,7 @@ def test_subjects_are_measured_with_an_adapter_each(base: str, models, photos, l
     assert gains["counts"]["subjects"] == 2
     # The adapters differ, so the subjects' pictures of equal noise do.
     adapted, bare = ({row["prompt"]: row for row in rows if row["arm"] == arm} for arm in ("CFG", "base"))
-    assert any(adapted[prompt]["similarity (dino)"] != bare[prompt]["similarity (dino)"] for prompt in bare)
+    assert any(adapted[prompt]["image"] != bare[prompt]["image"] for prompt in bare)
 
 
 @pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl"])

@@ -39,7 +39,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """The table, numbers as numbers."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [
+            rows = [
                 {
                     name: cell if name in ("prompt", "object") else int(cell) if name in _KEYS else float(cell)
                     for name, cell in row.items()
@@ -48,6 +48,9 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
             ]
     except (OSError, ValueError, TypeError) as error:
         raise GainsError(f"{path}: no table of objects and steps ({error})") from error
+    if not rows or not {*_KEYS, "iou"} <= set(rows[0]):
+        raise GainsError(f"{path}: no table of objects and steps (no rows, or not the columns {', '.join(_KEYS)}, iou)")
+    return rows
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -96,6 +96,10 @@ def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable
     adapters.files.write_manifest(made, {"format": 1, "kind": "results"})
     with pytest.raises(adapters.GainsError, match=r"pointing\.steps\[2\]\.delta"):
         adapters.verify.verify(made)
+    for text in ("", "prompt,seed\na dog,1\n"):
+        (made / "pointing.csv").write_text(text)
+        with pytest.raises(adapters.GainsError, match="no table of objects and steps"):
+            adapters.pointing.read_csv(made / "pointing.csv")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ ZOO = sorted(path for path in (ROOT / "recipes" / "zoo").iterdir() if path.is_di
 
 
 @pytest.mark.parametrize("release", ZOO, ids=lambda path: path.name)
-def test_a_shipped_adapter_verifies_and_draws_its_subject(release: Path) -> None:
+def test_a_shipped_adapter_verifies_changes_the_picture_and_leaves_the_base(release: Path) -> None:
     assert adapters.verify.verify(release)["numbers"] > 50
     facts = json.loads((release / "gains.json").read_text())
     assert facts["design"]["notes"]["held out"]

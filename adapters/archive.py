@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import lzma
 import tempfile
 import zipfile
 import zlib
@@ -16,16 +15,7 @@ from .errors import AdapterError, FileError
 __all__ = ["pack", "unpacked"]
 
 MAX_BYTES = 256 * 2**20
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
+_DAMAGED = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can say: a file's own would make equal folders unequal
 
 
@@ -38,7 +28,7 @@ def pack(folder: Path, archive: Path) -> None:
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _LONG_AGO)
                 entry.external_attr = 0o644 << 16
-                zipped.writestr(entry, path.read_bytes(), zipfile.ZIP_LZMA)
+                zipped.writestr(entry, path.read_bytes(), zipfile.ZIP_BZIP2)  # smallest for such tables
         part.replace(archive)
     finally:
         part.unlink(missing_ok=True)

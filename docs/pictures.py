@@ -38,14 +38,14 @@ def main() -> None:
             guided = _draw(pipe, prompt)
             _, regions, gamma = step_images(run, pipe)[STEPS // 2]
             if row == 0:
-                strip(run, pipe, columns=4).save(OUT / "strip.webp", quality=90, method=6)
+                strip(run, pipe, columns=4).save(OUT / "strip.webp", quality=80, method=6)
                 norm_curves(run).savefig(OUT / "norms.webp")
         top = row * (SIDE + 22) + 18
         for column, picture in enumerate((plain, guided, regions, gamma)):
             square = picture.crop((0, 0, min(picture.size), min(picture.size)))
             page.paste(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (column * (SIDE + 8), top))
         pen.text((2, top + SIDE + 3), prompt, fill="black")
-    page.save(OUT / "guidance.webp", quality=90, method=6)
+    page.save(OUT / "guidance.webp", quality=80, method=6)
 
 
 def _draw(pipe: StableDiffusionPipeline, prompt: str) -> Image.Image:

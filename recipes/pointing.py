@@ -164,8 +164,8 @@ def _compared(regions: Any, owners: Sequence[int], truth: Any) -> dict[str, floa
 
 
 def _short(value: float) -> float:
-    """Six digits: more say nothing, and the table is kept."""
-    return float(f"{value:.6g}")
+    """Four digits: more say nothing, and the table is kept."""
+    return float(f"{value:.4g}")
 
 
 def _mean(values: Any, area: Any, owners: Sequence[int]) -> float:

@@ -79,7 +79,7 @@ def run(settings: Settings) -> Path | None:
             with guided(pipe, settings.guidance)():
                 say(f"would draw {2 * len(conditions) * len(settings.seeds)} pictures with {type(pipe).__name__}")
             return None
-        plain = GuidanceSettings(method="cfg", scale=settings.guidance.scale)
+        plain = GuidanceSettings(method="cfg", scale=settings.guidance.scale, rescale=settings.guidance.rescale)
         arms = {"CFG": plain, settings.guidance.method: settings.guidance}
         common = {"controlnet_conditioning_scale": settings.conditioning_scale}
         weights = f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g}"

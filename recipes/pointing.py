@@ -14,7 +14,7 @@ from typing import Any
 
 from recipes.cases import texts
 from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import POCKET, adapted, guidance_of, launch, pipeline, say
+from recipes.wiring import POCKET, adapted, arguments_of, guidance_of, launch, pipeline, say
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -112,12 +112,13 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
         steps=settings.sampling.steps,
         batch_size=settings.sampling.batch_size,
         negative_prompt=settings.sampling.negative_prompt,
+        common=arguments_of(pipe, settings.guidance),
     )
     seen = judge().segment([shot.image for shot in shots])
     rows = []
     for shot, steps, labels in zip(shots, taken, seen, strict=True):
         words = scfg.prompt_words(pipe.tokenizer, shot.prompt, pipe.tokenizer.model_max_length)
-        phrases = _phrases(words, captions.parse(shot.prompt), by_word=guidance.tokens == "prompt")
+        phrases = _phrases(words, captions.parse(shot.prompt), guidance.tokens)
         for noun, owners in phrases.items():
             truth = labels == list(CLASSES).index(noun) + 1
             for step, regions, (area, *norms) in steps:
@@ -139,14 +140,22 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
     return rows
 
 
-def _phrases(words: Sequence[Any], said: Any, *, by_word: bool) -> dict[str, list[int]]:
+def _phrases(words: Sequence[Any], said: Any, tokens: str) -> dict[str, list[int]]:
     """Object -> the regions of its noun and its colour."""
+    from scfg.words import competitors
+
+    competing = competitors(list(words), tokens)
     found: dict[str, list[int]] = {}
     begin = 0
     for noun in said.nouns:
         place = next(i for i in range(begin, len(words)) if words[i].text == noun.name)
-        own = [place - 1, place] if noun.colour else [place]
-        found[noun.name] = own if by_word else [position for i in own for position in words[i].positions]
+        own = words[place - 1 : place + 1] if noun.colour else words[place : place + 1]
+        positions = {position for word in own for position in word.positions}
+        found[noun.name] = (
+            sorted(positions)
+            if tokens == "all"
+            else [index for index, one in enumerate(competing) if positions & set(one.positions)]
+        )
         begin = place + 1
     return found
 

@@ -192,7 +192,7 @@ def _overlay(pipe: Any, settings: Settings, units: Sequence[Case]) -> Callable[[
                 width=settings.sampling.width,
                 negative_prompt=settings.sampling.negative_prompt,
                 inputs=case.inputs,
-                common=arguments_of(pipe),
+                common=arguments_of(pipe, arm),
             )
             return {"regions and gamma over the steps": strip(run, pipe)}
 

@@ -105,6 +105,7 @@ def draw(
         "guidance": [guidance.method, guidance.preset, guidance.options],
         "weights": weights,
         "precision": sampling.precision,
+        **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
     }
 
     def share(rank: int, world: int) -> list[Any]:
@@ -122,7 +123,7 @@ def draw(
             negative_prompt=sampling.negative_prompt,
             arm=arm,
             inputs=inputs,
-            common={**arguments_of(pipe), **(common or {})},
+            common={**arguments_of(pipe, guidance), **(common or {})},
             folder=folder,
             settings=told,
             rank=rank,

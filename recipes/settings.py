@@ -33,9 +33,12 @@ class GuidanceSettings:
     """Fields changed, such as {"latent_ratio": 4, "stop": 0.8}; see docs/guidance.md."""
     weight: float | None = None
     """Weight of the adapter; null: the recipe's."""
+    rescale: float | None = None
+    """`guidance_rescale` of the pipeline's call (Lin et al. 2023), from 0 to 1; null: the pipeline's own, none."""
 
     def __post_init__(self) -> None:
         require(self.scale >= 1, f"guidance scale must be at least 1, got {self.scale}")
+        require(self.rescale is None or 0 <= self.rescale <= 1, f"rescale must be from 0 to 1, got {self.rescale}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from recipes.arms import BASE, arms_of
 from recipes.cases import cases
 from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
-from recipes.wiring import POCKET, guidance_of, launch, pipeline, say
+from recipes.wiring import POCKET, guider_of, launch, pipeline, say
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -73,7 +73,6 @@ def run(settings: Settings) -> Path | None:
 def _measured(folder: Path | None) -> tuple[Any, ...]:
     """Plan, gains, rows, shots, the guider that measured best, and the facts of a comparison."""
     import adapters
-    import scfg
     from recipes import measure
     from training.config import parse
 
@@ -88,7 +87,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     arms = arms_of(made.measure, made.tuned)
     # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
     best = arms[made.measure.arm if gains.verdict.word == "gain" else made.measure.baseline]
-    guider = scfg.to_config(guidance_of(best), guidance_scale=best.scale)
+    guider = guider_of(best)
     facts = json.loads((folder / "gains.json").read_text())["facts"]
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, arms), guider, facts
 

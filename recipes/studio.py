@@ -18,7 +18,19 @@ from typing import Any, get_args, get_type_hints
 from PIL import Image
 
 from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import POCKET, adapted, effective_scales, explained, guidance_of, guided, launch, pipeline, say
+from recipes.wiring import (
+    POCKET,
+    adapted,
+    arguments_of,
+    effective_scales,
+    explained,
+    guidance_of,
+    guided,
+    guider_of,
+    launch,
+    pipeline,
+    say,
+)
 from training.config import BaseSettings, require
 from training.errors import TrainingError
 
@@ -108,7 +120,7 @@ def draw_pair(
     require(bool(prompt.strip()), "there is no prompt; write what to draw")
     require(guidance.scale > 1, "at guidance scale 1 there is no guidance to compare; choose a scale above 1")
     with adapted(pipe, adapter):
-        plain, _ = _shot(pipe, prompt, seed, GuidanceSettings(method="cfg", scale=guidance.scale), sampling)
+        plain, _ = _shot(pipe, prompt, seed, _plain(guidance), sampling)
         other, strip = _shot(pipe, prompt, seed, guidance, sampling)
     line = " · ".join(
         f"**{shot.arm}** {shot.seconds:.2f} s, effective guidance scale {shot.numbers['effective scale']:.2f}"
@@ -117,6 +129,10 @@ def draw_pair(
     if strip is None:
         line += f" · no strip: {guidance.method} makes no regions"
     return Pair(plain=plain, guided=other, strip=strip, line=line)
+
+
+def _plain(guidance: GuidanceSettings) -> GuidanceSettings:
+    return GuidanceSettings(method="cfg", scale=guidance.scale, rescale=guidance.rescale)
 
 
 def _shot(
@@ -137,6 +153,7 @@ def _shot(
             height=sampling.height,
             width=sampling.width,
             negative_prompt=sampling.negative_prompt,
+            common=arguments_of(pipe, guidance),
         )
         numbers = effective_scales(run)[0] if run is not None else {"effective scale": guidance.scale}
         mapped = run is not None and any(step.regions is not None and step.gamma is not None for step in run.trace)
@@ -150,14 +167,13 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
         TrainingError: the adapter is no folder of this machine.
         AdapterError: a release folder that does not verify; it is left as it is.
     """
-    import scfg
     from adapters import files
     from adapters.attach import GUIDER_FILE
 
     folder = Path(adapter).expanduser().resolve()
     require(bool(adapter.strip()), "there is no adapter to save the guider into; name a release folder")
     require(folder.is_dir(), f"adapter {adapter} is no folder of this machine; a guider is saved into folders only")
-    config = scfg.to_config(guidance_of(guidance), guidance_scale=guidance.scale)
+    config = guider_of(guidance)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     if (folder / files.MANIFEST).exists():
         _into_release(folder, text)

@@ -166,6 +166,15 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
             changes={"sampling.scheduler": sampler},
             quick=few,
         )
+    plain = ["CFG", *(f"CFG @ {scale:g}" for scale in (2.5, 5.0, 7.0))]
+    yield Stage(
+        name="text-phrases",
+        recipe="measure",
+        config="measure/study_phrases.yaml",
+        quick=few,
+        borrows={"text-ddim": plain},
+    )
+    yield Stage(name="text-rescaled", recipe="measure", config="measure/study_rescaled.yaml", quick=few)
     yield Stage(
         name="text-frechet",
         recipe="measure",
@@ -183,18 +192,22 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
 
 def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     small = {"lora.rank": 2, "train.learning_rate": 2e-3, "train.save_precision": "fp16"}  # .36 MB each: some ship
+    aware = {**small, "data.masks": None, "objective.background": 0.2}  # of the loss outside the class word's region
     for recipe, made, weights, how, count in (
         ("dreambooth_lora", "lora", "lora", small, len(subjects)),
         ("dreambooth", "full", "dreambooth/unet", {}, 13),  # 208 units; each takes minutes
+        ("dreambooth_lora", "aware", "lora", aware, 13),
     ):
         folders = {subject: HERE / "subjects" / subject for subject in subjects[:count]}
         for subject, folder in folders.items():
+            kind = json.loads((folder / "subject.json").read_text())["class"]
             more = {
                 "data.source": folder,
                 "data.masks": folder / "masks",
-                "dreambooth.class_prompt": article(json.loads((folder / "subject.json").read_text())["class"]),
+                "dreambooth.class_prompt": article(kind),
                 "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
                 "dreambooth.class_folder": out / "class_images" / subject,
+                **({"region": kind} if made == "aware" else {}),
                 **how,
                 **ALONE,
             }
@@ -213,6 +226,9 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
             changes=adapted,
             quick={**FEW, "measure.sweep": []},
         )
+        if made == "aware":
+            yield replace(stage, config="measure/study_aware.yaml")
+            continue
         yield stage
         yield replace(stage, name=f"drift-{made}", config="measure/study_drift.yaml", quick=FEW)
         if made == "lora":  # what is found there is what ships

@@ -17,7 +17,7 @@ from recipes.arms import digest_of
 from recipes.cases import Case, cases, texts
 from recipes.sample import draw
 from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
-from recipes.wiring import POCKET, adapted, guidance_of, launch, pipeline, say, size_of
+from recipes.wiring import POCKET, adapted, guider_of, launch, pipeline, say, size_of
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "chosen", "run"]
@@ -50,7 +50,6 @@ class Settings:
 def run(settings: Settings) -> Path:
     """Tune; returns the folder of what was found."""
     import adapters
-    import scfg
     from training.ranks import state
 
     plan, search = settings.measure, settings.tune
@@ -93,7 +92,7 @@ def run(settings: Settings) -> Path:
             }
             (stage / "tuned.json").write_text(json.dumps(record, indent=1))
             winner = GuidanceSettings(**_without_adapter(found[plan.arm].best))
-            guider = scfg.to_config(guidance_of(winner), guidance_scale=winner.scale)
+            guider = guider_of(winner)
             (stage / "guider_config.json").write_text(json.dumps(guider, indent=1))
     state().wait_for_everyone()
     return out

@@ -21,6 +21,7 @@ __all__ = [
     "explained",
     "guidance_of",
     "guided",
+    "guider_of",
     "launch",
     "load_parts",
     "pipeline",
@@ -149,9 +150,16 @@ def size_of(pipe: Any, sampling: SamplingSettings) -> tuple[int, int]:
     return sampling.width or columns * factor, sampling.height or rows * factor
 
 
-def arguments_of(pipe: Any) -> dict[str, Any]:
-    """What every call of the pipeline is given: DeepFloyd IF cleans prompts only where Beautiful Soup is installed."""
-    return {"clean_caption": False} if "clean_caption" in signature(pipe.__call__).parameters else {}
+def arguments_of(pipe: Any, guidance: GuidanceSettings) -> dict[str, Any]:
+    """What every call of the pipeline is given besides its scale; raises for a rescale that it does not take."""
+    taken = signature(pipe.__call__).parameters
+    arguments: dict[str, Any] = {}
+    if "clean_caption" in taken:  # DeepFloyd IF cleans prompts only where Beautiful Soup is installed
+        arguments["clean_caption"] = False
+    if guidance.rescale is not None:
+        require("guidance_rescale" in taken, f"rescale {guidance.rescale}: {type(pipe).__name__} has none; set null")
+        arguments["guidance_rescale"] = guidance.rescale
+    return arguments
 
 
 def without_control(pipe: Any) -> Any:
@@ -184,6 +192,15 @@ def guidance_of(settings: GuidanceSettings) -> Any:
 
     start = None if settings.preset == "default" else getattr(scfg.SemanticCFG, settings.preset)()
     return scfg.guidance(settings.method, start, **settings.options)
+
+
+def guider_of(settings: GuidanceSettings) -> dict[str, Any]:
+    """The same as an adapter ships it: what `guider_config.json` holds."""
+    import scfg
+
+    return scfg.to_config(
+        guidance_of(settings), guidance_scale=settings.scale, guidance_rescale=settings.rescale or 0.0
+    )
 
 
 def guided(

@@ -10,7 +10,7 @@ from .config import GuiderConfig, from_config, read_config, to_config
 from .errors import ScfgError
 from .guidance import SemanticCFG
 from .trace import Step
-from .words import Word, prompt_words
+from .words import Word, prompt_phrases, prompt_words
 
 if TYPE_CHECKING:
     from .guider import SemanticGuider
@@ -32,6 +32,7 @@ __all__ = [
     "attach",
     "from_config",
     "guidance",
+    "prompt_phrases",
     "prompt_words",
     "read_config",
     "to_config",

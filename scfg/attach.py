@@ -26,7 +26,7 @@ from .regions import Regions
 from .scale import ScaleMap, image_seed, rewrite
 from .segment import NO_TEXT, Segmenter, background_positions, foreground_half, grouping
 from .trace import RECORDABLE, Step
-from .words import Word, prompt_words
+from .words import Word, competitors, prompt_words
 
 __all__ = ["Run", "attach"]
 
@@ -234,7 +234,7 @@ class Run:
             foreground = call.uncond if self._foreground_half == "unconditional" else call.cond
         length = call.context.shape[1]
         groups = None
-        if self.guidance.tokens == "prompt":
+        if self.guidance.tokens != "all":
             groups = grouping(self._word_positions(call), length, call.context.device)
         segmenter.start(
             (call.sample.shape[2], call.sample.shape[3]),
@@ -267,10 +267,11 @@ class Run:
         images = call.cond.stop - call.cond.start
         if not words or not all(words) or images % len(words):
             raise ScfgError(
-                "tokens='prompt' needs the words of every prompt; call the pipeline with non-empty texts, set "
-                "run.prompts where it is given embeddings, or use tokens='all'"
+                f"tokens={self.guidance.tokens!r} needs the words of every prompt; call the pipeline with non-empty "
+                "texts, set run.prompts where it is given embeddings, or use tokens='all'"
             )
-        return [[word.positions for word in words[i * len(words) // images]] for i in range(images)]
+        own = [competitors(said, self.guidance.tokens) for said in words]
+        return [[one.positions for one in own[i * len(own) // images]] for i in range(images)]
 
     # -- telling
 

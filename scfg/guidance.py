@@ -32,7 +32,7 @@ __all__ = ["SemanticCFG"]
 Completion = Literal["published", "paper"]
 Foreground = Literal["unconditional", "conditional", "auto"]
 EmptyForeground = Literal["one", "published"]
-Tokens = Literal["all", "prompt"]
+Tokens = Literal["all", "prompt", "phrases"]
 Reference = Literal["foreground", "mean"]
 _CHOICES = {
     "completion": Completion,
@@ -69,7 +69,7 @@ class SemanticCFG:
     empty_foreground: EmptyForeground = "one"
     """What gamma is where no position is foreground: 1, or what the published code makes of it (`gamma_min`, or 0)."""
     tokens: Tokens = "all"
-    """Who competes for regions: every token, BOS, EOS and padding too, or the words of the prompt only."""
+    """Who competes for regions: every token, BOS, EOS and padding too, or the prompt's words or phrases only."""
     reference: Reference = "foreground"
     """Whose mean norm the regions are brought to: the foreground's or the whole image's."""
     gamma_min: float | None = 0.8

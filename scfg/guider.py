@@ -28,7 +28,7 @@ from .regions import Regions
 from .scale import image_seed
 from .segment import NO_TEXT, Segmenter, background_positions, foreground_half, grouping
 from .trace import Step
-from .words import Word
+from .words import Word, competitors
 
 __all__ = ["SemanticGuider"]
 
@@ -48,8 +48,8 @@ class SemanticGuider(BaseGuidance):
         semantic_start, semantic_stop: `SemanticCFG.start` and `.stop`: outside, plain CFG (with method "interval":
             guidance inside only). None: the method's default.
 
-    The rest are the fields of `SemanticCFG`. For `tokens="prompt"` set `guider.words` before the call, e.g. to
-    `[scfg.prompt_words(pipe.tokenizer, prompt, 77)]`. Inpainting masks are seen with 9-channel U-nets only.
+    The rest are the fields of `SemanticCFG`. For words or phrases as `tokens` set `guider.words` before the call, e.g.
+    to `[scfg.prompt_words(pipe.tokenizer, prompt, 77)]`. Inpainting masks are seen with 9-channel U-nets only.
     `guider.trace` has one `scfg.Step` per step of the latest call.
 
     Raises:
@@ -269,14 +269,15 @@ class SemanticGuider(BaseGuidance):
             warnings.warn("semantic guidance: no complete attention maps in a step; last regions kept", stacklevel=2)
 
     def _groups(self, context: Tensor, images: int) -> Tensor | None:
-        if self.guidance.tokens != "prompt":
+        if self.guidance.tokens == "all":
             return None
         if not self.words or images % len(self.words):
             raise ScfgError(
-                "tokens='prompt' needs the words of every prompt: set guider.words = [scfg.prompt_words(...)], or use "
-                "tokens='all'"
+                f"tokens={self.guidance.tokens!r} needs the words of every prompt: set guider.words = "
+                "[scfg.prompt_words(...)], or use tokens='all'"
             )
-        positions = [[w.positions for w in self.words[i * len(self.words) // images]] for i in range(images)]
+        own = [competitors(said, self.guidance.tokens) for said in self.words]
+        positions = [[one.positions for one in own[i * len(own) // images]] for i in range(images)]
         return grouping(positions, context.shape[1], context.device)
 
     def _release(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .attach import Run
 from .errors import ScfgError
 from .trace import Step
-from .words import Word
+from .words import Word, competitors
 
 __all__ = [
     "gamma_heat_map",
@@ -44,9 +44,9 @@ def region_names(words: Sequence[Word] | None, count: int, *, grouped: bool, len
     """A name per region: words where words competed, else each token's word, "BOS", "EOS" or "pad".
 
     Args:
-        words: the prompt's words with their token positions; None: unknown, positions are named.
+        words: the prompt's words, or phrases, with their token positions; None: unknown, positions are named.
         count: number of regions.
-        grouped: whether words competed (`tokens="prompt"`).
+        grouped: whether these competed (`tokens="prompt"`, "phrases").
         length: tokens per chunk of the text encoder, BOS first.
     """
     if words is None:
@@ -217,8 +217,8 @@ def _names(run: Run, step: Step, image: int) -> list[str]:
     """Region names of one image of the batch, from the run's prompts."""
     words, images = run.words, len(step.effective_scale)
     count = step.norms.area.shape[1] if step.norms is not None else int(_recorded(step.regions).max()) + 1
-    own = words[image * len(words) // images] if words else None
-    return region_names(own, count, grouped=run.guidance.tokens == "prompt", length=run.text_length or count)
+    own = competitors(words[image * len(words) // images], run.guidance.tokens) if words else None
+    return region_names(own, count, grouped=run.guidance.tokens != "all", length=run.text_length or count)
 
 
 def _recorded(value: Tensor | None) -> Tensor:

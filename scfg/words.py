@@ -1,16 +1,25 @@
-"""Words, not tokens, where people look: which token positions belong to which word of a prompt."""
+"""Words and phrases, not tokens, where people look: which token positions belong to which of a prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Word", "prompt_words"]
+__all__ = ["Word", "competitors", "prompt_phrases", "prompt_words"]
+
+# English words that join phrases and belong to none; a word of place is one of them before "of" ("to the left of").
+_JOINING = (
+    "a an the this that these those some any each every no its his her their my your our and or but nor with without "
+    "of on onto in into inside outside at by to from for over under above below beside besides between behind near "
+    "next against around across along through before after while as is are was were be been being has have having "
+    "who which where there it he she they"
+)
+_PLACES = "left right front back top bottom side middle center centre"
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the positions of its sub-tokens in the text encoder's output."""
+    """A word, or a phrase, and the positions of its sub-tokens in the text encoder's output."""
 
     text: str
     positions: tuple[int, ...]
@@ -43,3 +52,40 @@ def prompt_words(tokenizer: Any, prompt: str, length: int) -> list[Word]:
             close()
     close()
     return words
+
+
+def prompt_phrases(words: list[Word]) -> list[Word]:
+    """Runs of words between articles, prepositions, conjunctions and punctuation: "red dog", "grass". English.
+
+    What joins phrases competes for no region. A prompt of joining words alone keeps its words.
+    """
+    phrases: list[Word] = []
+    run: list[Word] = []
+    after = [word.text for word in words[1:]] + [""]
+    for word, following in zip(words, after, strict=True):
+        if _joins(word.text, following):
+            phrases += _merged(run)
+            run = []
+        else:
+            run.append(word)
+    return phrases + _merged(run) or words
+
+
+def competitors(words: list[Word], tokens: str) -> list[Word]:
+    """What competes for regions with `tokens="prompt"` (the words) and `tokens="phrases"`."""
+    return prompt_phrases(words) if tokens == "phrases" else words
+
+
+def _joins(text: str, following: str) -> bool:
+    low = text.lower()
+    return (
+        low in _JOINING.split()
+        or not any(map(str.isalnum, low))
+        or (low in _PLACES.split() and following.lower() == "of")
+    )
+
+
+def _merged(run: list[Word]) -> list[Word]:
+    if not run:
+        return []
+    return [Word(" ".join(word.text for word in run), tuple(place for word in run for place in word.positions))]

@@ -123,7 +123,8 @@ def prepare(
     def entries(views: Views) -> Encoded | Live:
         if cache == "off":
             return Live(views, parts.factor)
-        return encode_views(views, parts, store, device=device, region=region, progress=said)
+        own = region if views is data else None  # class images count whole, as they do beside masks
+        return encode_views(views, parts, store, device=device, region=own, progress=said)
 
     weighted = [(data, 1.0, 1.0)] + ([(prior.views, prior.ratio, prior.weight)] if prior else [])
     total = sum(ratio for _, ratio, _ in weighted)

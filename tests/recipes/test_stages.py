@@ -317,14 +317,18 @@ def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_pat
     from recipes.sample import draw
     from recipes.settings import GuidanceSettings, SamplingSettings
     from recipes.wiring import pipeline, size_of
+    from training.errors import TrainingError
 
     sampling = SamplingSettings(steps=1)
     pipe = pipeline(BaseSettings(path=str(models / "sd15")), sampling, controlnet=str(models / "controlnet-sd15"))
     condition = {"image": Image.new("RGB", size_of(pipe, sampling))}
 
-    def again() -> list[adapters.Shot]:
-        guidance = GuidanceSettings(method="cfg")
+    def again(**more: float) -> list[adapters.Shot]:
+        guidance = GuidanceSettings(method="cfg", **more)
         return draw(pipe, ["a dog"], [1], guidance, sampling, tmp_path, None, inputs=lambda prompt, seed: condition)
+
+    with pytest.raises(TrainingError, match=r"rescale 0\.7: StableDiffusionControlNetPipeline has none"):
+        again(rescale=0.7)
 
     first = again()
     assert again()[0].path == first[0].path

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -96,7 +98,19 @@ def test_what_cannot_be_compared_is_said(pipe, prompt: str, scale: float, said: 
         draw_pair(pipe, prompt, 3, GuidanceSettings(scale=scale), FEW)
 
 
-@pytest.mark.parametrize("guidance", [TUNED, GuidanceSettings(method="cfg", scale=3.0)], ids=lambda g: g.method)
+def test_a_rescale_is_the_pipelines_own(pipe) -> None:
+    own = partial(pipe, PROMPT, guidance_scale=4.0, num_inference_steps=FEW.steps, guidance_rescale=0.7)
+    asked = GuidanceSettings(scale=4.0, rescale=0.7)
+    pair = draw_pair(pipe, PROMPT, 3, asked, FEW)
+    assert same(pair.plain.image, own(generator=torch.Generator().manual_seed(3)).images[0])
+    with scfg.attach(pipe, scfg.SemanticCFG()):
+        assert same(pair.guided.image, own(generator=torch.Generator().manual_seed(3)).images[0])
+    assert not same(pair.plain.image, draw_pair(pipe, PROMPT, 3, replace(asked, rescale=None), FEW).plain.image)
+
+
+@pytest.mark.parametrize(
+    "guidance", [TUNED, GuidanceSettings(method="cfg", scale=3.0, rescale=0.7)], ids=lambda g: g.method
+)
 def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, guidance: GuidanceSettings) -> None:
     (release / "notes.txt").write_text("mine")
     before = files.read_manifest(release)
@@ -104,7 +118,7 @@ def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, gui
     assert str(release / "guider_config.json") in said
     read = scfg.read_config(json.loads((release / "guider_config.json").read_text()))
     assert read.guidance == scfg.guidance(guidance.method, **guidance.options)
-    assert read.guidance_scale == guidance.scale
+    assert (read.guidance_scale, read.guidance_rescale) == (guidance.scale, guidance.rescale or 0.0)
     after = files.verify_folder(release)
     assert set(after["files"]) == {*before["files"], "guider_config.json"}  # a note is kept, and not shipped
     assert (release / "notes.txt").read_text() == "mine"

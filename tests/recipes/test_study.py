@@ -41,10 +41,12 @@ def test_every_noun_has_its_own_words_though_colours_repeat() -> None:
 
     prompt = "a red car to the left of a red apple on the grass"
     words = scfg.prompt_words(tokenizer.build(), prompt, 20)
-    phrases = pointing._phrases(words, captions.parse(prompt), by_word=True)
+    phrases = pointing._phrases(words, captions.parse(prompt), "prompt")
     assert [[words[i].text for i in own] for own in phrases.values()] == [["red", "car"], ["red", "apple"]]
-    positions = pointing._phrases(words, captions.parse(prompt), by_word=False)
+    positions = pointing._phrases(words, captions.parse(prompt), "all")
     assert positions == {name: [i + 1 for i in own] for name, own in phrases.items()}  # BOS comes first
+    whole = pointing._phrases(words, captions.parse(prompt), "phrases")
+    assert whole == {"car": [0], "apple": [1]}
 
 
 def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:

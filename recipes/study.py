@@ -196,7 +196,7 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     for recipe, made, weights, how, count in (
         ("dreambooth_lora", "lora", "lora", small, len(subjects)),
         ("dreambooth", "full", "dreambooth/unet", {}, 13),  # 208 units; each takes minutes
-        ("dreambooth_lora", "aware", "lora", aware, 13),
+        ("dreambooth_lora", "aware", "lora", aware, 9),  # of twelve prompts: 216 units
     ):
         folders = {subject: HERE / "subjects" / subject for subject in subjects[:count]}
         for subject, folder in folders.items():

@@ -72,7 +72,7 @@ def tabulate(
             if clash := set(shot.numbers) & set(columns):
                 raise GainsError(f"{sorted(clash)} is both recorded while sampling and a metric; rename one")
             numbers = {**shot.numbers, **{name: float(values[index]) for name, values in columns.items()}}
-            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()[:8]
+            digest = hashlib.sha256(shot.image.convert("RGB").tobytes()).hexdigest()[:6]
             rows.append(
                 Row(
                     arm=arm,

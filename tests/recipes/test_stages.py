@@ -311,6 +311,15 @@ def test_the_region_aware_loss_needs_words_instead_of_masks(tmp_path: Path, done
     assert "region 'teapot': none of its words is in the caption" in said.err
 
 
+def test_class_images_need_no_word_of_the_region(tmp_path: Path, done) -> None:
+    captions = tmp_path / "class.txt"
+    captions.write_text("a red car in the sea\n")
+    prior = ["--dreambooth.class_prompt=a dog", f"--dreambooth.class_prompt_file={captions}"]
+    few = ["--dreambooth.class_images=1", "--dreambooth.steps=1", "--train.steps=2", "--objective.background=0.2"]
+    said = done("dreambooth_lora", *ON_DOG, *TRAIN, *prior, *few, "--region=dog", f"--out={tmp_path / 'run'}")
+    assert "cached 9 views" in said
+
+
 @pytest.mark.parametrize("changed", ["unet", "controlnet"])
 def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_path: Path, changed: str) -> None:
     """A ControlNet trained further, or a base of the same name, in the folder of an earlier run."""

@@ -4,11 +4,12 @@
     python benchmarks/guidance.py sdxl --size wide --device cuda
     python benchmarks/guidance.py sd15 --tiny               # a smoke test of this file, seconds
 
-Arithmetic: operations in matrix products, attention and convolutions of one step, counted: no machine's noise is in it.
+Arithmetic: operations in matrix products, attention and convolutions of one step, counted: no machine's noise in it.
 Time: all arms in one process, one step per arm and round, order rotated; each arm's ratio to `cfg` within a round,
-median over rounds with its order-statistics interval; `--rounds 0` only counts. Memory: every arm alone in a fresh
-process (CPU: that process's largest resident size, weights included; GPU: the allocator's peak). Prints Markdown for
-docs/benchmarks.md.
+median over rounds with its order-statistics interval; `--rounds 0` only counts. Own time (CPU only): what this guider's
+hooks take over the rest of the same step, which a slow or fast minute of the machine stretches alike. Memory: every arm
+alone in a fresh process (CPU: that process's largest resident size, weights included; GPU: the allocator's peak).
+Prints Markdown for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -40,7 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 import scfg
 from scfg import segment
-from scfg.attention import find_blocks, select_blocks
+from scfg.attach import Run
+from scfg.attention import AttentionRecorder, find_blocks, select_blocks
 from scfg.regions import RegionAverage, complete
 from scfg.scale import rewrite
 
@@ -92,7 +95,9 @@ def build(arguments: argparse.Namespace) -> Any:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     if xl:
         pipe = StableDiffusionXLPipeline(vae, None, None, None, None, unet, scheduler, add_watermarker=False)
     else:
@@ -125,6 +130,8 @@ def one_step(pipe: Any, arguments: argparse.Namespace) -> None:
     texts = {name: random(arguments.batch, TOKENS, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
     if arguments.architecture == "sdxl":
         texts |= {f"{half}pooled_prompt_embeds": random(arguments.batch, 1280) for half in ("", "negative_")}
+    if arguments.no_negative:
+        texts |= {name: torch.zeros_like(text) for name, text in texts.items() if name.startswith("negative_")}
     height, width = arguments.image
     pipe(
         **texts,
@@ -210,14 +217,39 @@ ARMS: dict[str, Callable[[Any, argparse.Namespace], contextlib.AbstractContextMa
 }
 
 
-def seconds(pipe: Any, arm: str, arguments: argparse.Namespace) -> float:
-    """Wall time of one step of an arm."""
-    with ARMS[arm](pipe, arguments):
+# Everything this guider does in a step happens in these hooks; the U-net's and the pipeline's own code is untouched.
+HOOKS = ((Run, "_before"), (AttentionRecorder, "_take"), (Run, "_after"))
+
+
+@contextlib.contextmanager
+def own_time() -> Iterator[list[float]]:
+    """Collects the seconds spent in each call of this guider's hooks, while the context is open."""
+    spent: list[float] = []
+
+    def timed(hook: Callable) -> Callable:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return hook(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - begin)
+
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in HOOKS:
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
+        yield spent
+
+
+def seconds(pipe: Any, arm: str, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Wall time of one step of an arm, and the part of it that was spent in this guider's hooks."""
+    with own_time() as spent, ARMS[arm](pipe, arguments):
         synchronize(arguments)
         begin = time.perf_counter()
         one_step(pipe, arguments)
         synchronize(arguments)
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, sum(spent)
 
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
@@ -238,11 +270,11 @@ def synchronize(arguments: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def time_arms(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[float]]]:
-    """Arithmetic per arm; seconds per arm and round, stopping early, after whole rounds, when the time is up."""
+def time_arms(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[tuple[float, float]]]]:
+    """Arithmetic per arm; `seconds` per arm and round, stopping early, after whole rounds, when the time is up."""
     pipe = build(arguments)
     counts = {arm: arithmetic(pipe, arm, arguments) for arm in arguments.arms}  # the warm-up, too
-    times: dict[str, list[float]] = {arm: [] for arm in arguments.arms}
+    times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arguments.arms}
     begin = time.perf_counter()
     for round_ in range(arguments.rounds):
         shift = round_ % len(arguments.arms)
@@ -282,14 +314,23 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[depth], ordered[-1 - depth]
 
 
+def ratios(values: list[float]) -> str:
+    median, low, high = interval(values)
+    return f"{median:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def report(
-    counts: dict[str, int], times: dict[str, list[float]], peaks: dict[str, int], arguments: argparse.Namespace
+    counts: dict[str, int],
+    times: dict[str, list[tuple[float, float]]],
+    peaks: dict[str, int],
+    arguments: argparse.Namespace,
 ) -> str:
     """A Markdown section: what was run, and one row per arm."""
     height, width = arguments.image
     rounds = len(times["cfg"])
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     reduced = "" if arguments.xl_depth is None else f", transformer depth at most {arguments.xl_depth}"
+    reduced += ", negative embeddings of zeros" if arguments.no_negative else ""
     lines = [
         f"### {arguments.architecture}{' (tiny)' if arguments.tiny else ''}, {height}x{width}{reduced}",
         "",
@@ -297,14 +338,18 @@ def report(
         f"{str(arguments.dtype).removeprefix('torch.')}, one step per measurement, {rounds} interleaved "
         f"rounds, {where}, torch {torch.__version__}",
         "",
-        "| arm | arithmetic / CFG | s per step, median | time / CFG, median [interval] | peak memory | peak / CFG |",
-        "|---|---|---|---|---|---|",
+        "| arm | arithmetic / CFG | s per step, median | time / CFG, median [interval] "
+        "| 1 + own time / rest of its step | peak memory | peak / CFG |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for arm, values in times.items():
-        told = "not timed | "
-        if values:
-            ratio, low, high = interval([value / base for value, base in zip(values, times["cfg"], strict=True)])
-            told = f"{statistics.median(values):.3f} | {ratio:.3f} [{low:.3f}, {high:.3f}]"
+    for arm, measured in times.items():
+        told = "not timed | | "
+        if measured:
+            told = f"{statistics.median(total for total, _ in measured):.3f} | "
+            told += ratios([total / base for (total, _), (base, _) in zip(measured, times["cfg"], strict=True)]) + " | "
+            # A hook returns before the GPU has done its work, and `explicit` has hooks of its own.
+            if arguments.device == "cpu" and arm.startswith("scfg"):
+                told += ratios([total / (total - own) for total, own in measured])
         lines.append(
             f"| {arm} | {counts[arm] / counts['cfg']:.4f} | {told} "
             f"| {peaks[arm] / 2**30:.2f} GiB | {peaks[arm] / peaks['cfg']:.3f} |"
@@ -323,6 +368,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default=None, choices=["float32", "float16", "bfloat16"], help="GPU: float16")
     parser.add_argument("--xl-depth", type=int, default=None, help="SDXL: cut every transformer to so many blocks")
+    parser.add_argument(
+        "--no-negative",
+        action="store_true",
+        help="zeros for the negative embeddings, as SDXL has them without a negative prompt: one half tells all",
+    )
     parser.add_argument("--tiny", action="store_true", help="narrow channels and a small image: tests this file")
     parser.add_argument("--peak-of", default=None, choices=list(ARMS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

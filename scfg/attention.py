@@ -48,13 +48,15 @@ LARGE_LATENT, LARGE_LATENT_RATIO = 64, 4
 def mean_attention(
     query: Float[Tensor, "B N C"], key: Float[Tensor, "B M C"], *, heads: int, scale: float
 ) -> Float[Tensor, "B N M"]:
-    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32."""
+    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32, without gradients."""
     query, key = _split_heads(query, heads), _split_heads(key, heads)  # (B, heads, N|M, C / heads)
     total = query.new_zeros(query.shape[0], query.shape[2], key.shape[2])
+    # Taken once for all heads: fresh memory of this size costs the CPU up to half of the whole time.
+    scores, weights = torch.empty_like(total), torch.empty_like(total)
     for head in range(heads):
-        scores = torch.baddbmm(total, query[:, head], key[:, head].mT, beta=0.0, alpha=scale)
-        total += scores.softmax(dim=-1)
-    return total / heads
+        torch.baddbmm(total, query[:, head], key[:, head].mT, beta=0.0, alpha=scale, out=scores)
+        total += torch.softmax(scores, dim=-1, out=weights)
+    return total.div_(heads)
 
 
 def apply_mean_attention(

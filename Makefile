@@ -19,7 +19,7 @@ demo: $(READY)  ## train, sample, measure and ship one adapter on the pocket bas
 	$(BIN)/python recipes/demo.py
 
 study: $(READY)  ## every comparison of the study, hours; stopped, it goes on where it was: QUICK=1 tries it in minutes
-	$(BIN)/python recipes/study.py $(if $(QUICK),--quick --out runs/study_quick)
+	$(BIN)/python -m benchmarks.study $(if $(QUICK),--quick --out runs/study_quick)
 
 zoo: $(READY)  ## what is made on the pocket base, made anew: after `recipes/pocket.py ship base`
 	$(BIN)/python recipes/pocket.py controlnet canny

@@ -13,8 +13,8 @@ import torch
 
 from . import compose, files, keys
 from .errors import AdapterError, FileError
+from .measuring.verify import verify
 from .source import LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
-from .verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from .errors import AdapterError
-from .gains import Gains
+from .measuring.gains import Gains
 
 __all__ = ["Card", "escape", "render", "slug"]
 

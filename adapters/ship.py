@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from . import files, report
+from . import files
 from .card import Card, render, slug
 from .errors import AdapterError, FileError
-from .gains import Gains
 from .keys import Adapter, to_diffusers, to_kohya, to_peft
-from .sample import Shot, write
+from .measuring import report
+from .measuring.gains import Gains
+from .measuring.sample import Shot, write
+from .measuring.table import Row, write_csv
 from .source import EMBEDS_FILE, GUIDER_FILE, LORA_FILE, MODEL_FILE, MODELS, PEFT_FILE, open_source, read_adapter
-from .table import Row, write_csv
 
 __all__ = ["push", "ship", "versions"]
 

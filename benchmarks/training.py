@@ -38,8 +38,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 
-from training import fused, images, loop, lora, models, prepack, setup, validate, views
+from training import loop, lora, models, prepare, validate
 from training.config import LoraSettings, TrainSettings
+from training.data import crops, images
+from training.kernels import fused, prepack
 from training.models import Parts
 
 ARMS = ("floor", "trainer", "plain")
@@ -55,7 +57,8 @@ def base(name: str) -> Parts:
     """The pocket base (with random weights where it is not there), SD-1.5's architecture, or a tiny one."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from training.pocket import PocketError, base_path, model, tokenizer
+    from training.pocket import PocketError, base_path, tokenizer
+    from training.pocket.making import model
 
     if name == "pocket":
         try:
@@ -131,10 +134,10 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     """Forward, backward and optimizer step of the U-net with LoRA on tensors that are ready."""
     method = lora.prepare(parts, LORA)
     device = args.device
-    dtype = setup.DTYPES[args.precision]
+    dtype = prepare.DTYPES[args.precision]
     settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
-    setup.cast(method, device, dtype)
-    setup.tune(method, settings, device, tokens=(args.resolution // parts.factor) ** 2)
+    prepare.cast(method, device, dtype)
+    prepare.tune(method, settings, device, tokens=(args.resolution // parts.factor) ** 2)
     trainable = list(method.trainable().values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, fused=True)
     size = args.resolution // parts.factor
@@ -156,7 +159,7 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
 def plain(parts: Parts, args: argparse.Namespace, batch: int, paths: list[Path]) -> Callable[[], None]:
     """A loop of the kind that example scripts have."""
     method = lora.prepare(parts, LORA)
-    device, dtype = args.device, setup.DTYPES[args.precision]
+    device, dtype = args.device, prepare.DTYPES[args.precision]
     parts.unet.set_attn_processor(AttnProcessor2_0())
     for module in (parts.unet, parts.vae, parts.text_encoders[0]):
         module.to(device)
@@ -237,7 +240,7 @@ def rounds(args: argparse.Namespace, batch: int, folder: Path) -> tuple[dict[str
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     method = lora.prepare(arms["trainer"], LORA)
     source = images.folder(folder / "pictures", minimum=1)
-    data = views.Views(source, resolution=args.resolution, multiple=arms["trainer"].multiple)
+    data = crops.Views(source, resolution=args.resolution, multiple=arms["trainer"].multiple)
     settings = TrainSettings(
         steps=args.steps * (args.rounds + 1),
         batch_size=batch,
@@ -270,17 +273,18 @@ def rounds(args: argparse.Namespace, batch: int, folder: Path) -> tuple[dict[str
     return seconds, fixed_losses(args, arms, data)
 
 
-def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: views.Views) -> dict[str, float]:
+def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.Views) -> dict[str, float]:
     """The loss at fixed timesteps and noise of what both loops trained, over the same batches."""
-    from training import feed, method, objective
-    from training.cache import Live
+    from training import method, objective
+    from training.data import batches
+    from training.data.cache import Live
 
     encoders = arms["plain"]
     bound = objective.build(encoders.scheduler)
-    stream = feed.Stream(entries=Live(data, encoders.factor))
+    stream = batches.Stream(entries=Live(data, encoders.factor))
     shape = (encoders.unet.config.in_channels, encoders.factor)
     ids = lambda captions: {"ids_0": models.tokenize(encoders, captions)[0]}  # noqa: E731
-    batches = validate.fixed_loss_batches(stream, feed.Draws(latent_shape=shape), 16, seed=5, text=ids)
+    batches = validate.fixed_loss_batches(stream, batches.Draws(latent_shape=shape), 16, seed=5, text=ids)
     found = {}
     for name in ("trainer", "plain"):
         unet = arms[name].unet
@@ -290,7 +294,7 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: views.V
             mean, std = models.encode_images(encoders.vae, moved.pop("pixels"))
             moved["latents"] = mean.float() + std.float() * moved["posterior"]
             moved |= models.encode_text(encoders.text_encoders, [moved.pop("ids_0")], family="sd")
-            dtype = setup.DTYPES[args.precision]
+            dtype = prepare.DTYPES[args.precision]
             return method.denoise_step({"unet": unet}, moved, dtype, parts=encoders, objective=bound)
 
         found[name] = validate.fixed_loss(step, batches, [unet])
@@ -313,7 +317,7 @@ def only(args: argparse.Namespace) -> None:
         paths = pictures(folder / "pictures", args.resolution)
         parts = base(args.model)
         if args.only == "trainer":
-            data = views.Views(images.folder(folder / "pictures", minimum=1), resolution=args.resolution)
+            data = crops.Views(images.folder(folder / "pictures", minimum=1), resolution=args.resolution)
             settings = TrainSettings(steps=args.steps, batch_size=batch, precision=args.precision, trackers=[])
             loop.train(lora.prepare(parts, LORA), data, settings, out=folder / "out")
         else:
@@ -461,7 +465,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds; one more warms up")
     parser.add_argument("--steps", type=int, help="steps per round; default: 20 for pocket, 1 for sd15")
     parser.add_argument("--minutes", type=float, default=10, help="per batch size; later rounds are not counted")
-    parser.add_argument("--precision", choices=tuple(setup.DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=tuple(prepare.DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile the floor's and the trainer's U-net")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
+from recipes.common.base import adapted, guided, launch, pipeline, say, size_of
+from recipes.common.settings import GuidanceSettings, SamplingSettings
 from recipes.sample import draw, keep, sheet
-from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import adapted, guided, launch, pipeline, say, size_of
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -56,9 +56,9 @@ class Settings:
 def run(settings: Settings) -> Path | None:
     """Sample with plain CFG and with the guidance; returns the sheet, or None after a dry run."""
     from adapters import Shot
-    from adapters.metrics import CannyF1
-    from training import images
-    from training.annotators import annotator
+    from adapters.measuring.metrics import CannyF1
+    from training.data import images
+    from training.data.annotators import annotator
 
     make = annotator(settings.annotator, settings.annotator_model) if settings.annotator != "none" else images.rgb
     source = images.folder(settings.pictures, prompt=settings.prompt, minimum=1)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.cases import data
-from recipes.finish import Training, check, finish, train
-from recipes.wiring import launch, load_parts
+from recipes.common.after_training import Training, check, finish, train
+from recipes.common.base import launch, load_parts
+from recipes.common.units import data
 from training.config import (
     ControlNetSettings,
     ObjectiveSettings,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.cases import class_prior, data
-from recipes.finish import Training, check, finish, train
-from recipes.wiring import launch, load_parts
+from recipes.common.after_training import Training, check, finish, train
+from recipes.common.base import launch, load_parts
+from recipes.common.units import class_prior, data
 from training.config import (
     DreamBoothSettings,
     require,
@@ -31,7 +31,7 @@ class Settings(Training):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
-    from recipes.region import region_of
+    from recipes.common.region_mask import region_of
     from training import dreambooth
 
     require(

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.arms import BASE, arms_of, digest_of
-from recipes.cases import Case, cases
-from recipes.results import write_results
+from recipes.common.base import POCKET, adapted, launch, pipeline, say, size_of, without_control
+from recipes.common.comparison import BASE, arms_of, digest_of
+from recipes.common.results import write_results
+from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings
+from recipes.common.units import Case, cases
 from recipes.sample import draw
-from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings
-from recipes.wiring import POCKET, adapted, launch, pipeline, say, size_of, without_control
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -49,8 +49,8 @@ class Settings:
 def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
     import adapters
-    from adapters.metrics import Drift
-    from recipes import referee
+    from adapters.measuring.metrics import Drift
+    from recipes.common import metrics as metrics_by_name
     from training.ranks import state
 
     plan, out = settings.measure, Path(settings.out)
@@ -58,7 +58,7 @@ def run(settings: Settings) -> Path | None:
     arms = arms_of(plan, settings.tuned)
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     units = cases(plan, settings.adapter, size=size_of(pipe, settings.sampling))
-    judges = [referee.metrics(plan, case, pocket=pocket) for case in units]
+    judges = [metrics_by_name.metrics(plan, case, pocket=pocket) for case in units]
     _check(settings, units, [metric.name for metric in judges[0]])
     if settings.dry_run:
         for case in units:
@@ -71,7 +71,7 @@ def run(settings: Settings) -> Path | None:
         made = _sample(pipe, case, arms, settings)
         metrics = [replace(one, base=made[BASE]) if isinstance(one, Drift) else one for one in metrics]
         if state().is_main_process:
-            rows += adapters.table.tabulate(made, metrics, subject=partial(_name_of, case))
+            rows += adapters.measuring.table.tabulate(made, metrics, subject=partial(_name_of, case))
             shots = {name: [*shots.get(name, []), *taken] for name, taken in made.items()}
     drift = _drift(pipe, units[0], settings) if plan.drift_prompts and settings.adapter else None
     if state().is_main_process:
@@ -82,7 +82,7 @@ def run(settings: Settings) -> Path | None:
 
 def _check(settings: Settings, units: Sequence[Case], names: Sequence[str]) -> None:
     """What the comparison would lack in the end is said before anything is sampled."""
-    from recipes import referee
+    from recipes.common import metrics as metrics_by_name
 
     plan = settings.measure
     require(
@@ -93,7 +93,7 @@ def _check(settings: Settings, units: Sequence[Case], names: Sequence[str]) -> N
         require(name is None or name in names, f"measure.{what} {name!r} is none of the metrics {', '.join(names)}")
     require(sum(len(case.prompts) for case in units) >= 2, "a comparison needs at least two prompts or targets")
     if plan.frechet:
-        referee.check_frechet(plan)
+        metrics_by_name.check_frechet(plan)
 
 
 def _sample(pipe: Any, case: Case, arms: Mapping[str, GuidanceSettings], settings: Settings) -> dict[str, list[Any]]:
@@ -142,8 +142,8 @@ def _name_of(case: Case, shot: Any) -> str:
 
 def _drift(pipe: Any, case: Case, settings: Settings) -> dict[str, float]:
     """Mean distance of the adapter's pictures to the base's, of prompts that do not name the subject."""
-    from adapters.metrics import Drift
-    from recipes import referee
+    from adapters.measuring.metrics import Drift
+    from recipes.common import metrics as metrics_by_name
 
     plan = settings.measure
     other = replace(case, prompts=list(plan.drift_prompts), conditions={}, targets={}, name=f"{case.name}-unrelated")
@@ -153,7 +153,7 @@ def _drift(pipe: Any, case: Case, settings: Settings) -> dict[str, float]:
         (name for name in ("dino", "clip") if name in plan.spaces),
         "judge" if settings.base.path == POCKET else "colour",
     )
-    features = referee.space(where, plan.spaces.get(where))
+    features = metrics_by_name.space(where, plan.spaces.get(where))
     metric = Drift(name=f"drift ({where})", features=features, base=shots[BASE])
     return {f"drift ({where}) of {name}": float(metric(shots[name]).mean()) for name in arms}
 

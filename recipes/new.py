@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from recipes import dreambooth_lora
-from recipes.wiring import POCKET, explained, quiet
+from recipes.common.base import POCKET, explained, quiet
 from training.config import parse, require
 from training.errors import exit_on_error
 from training.pocket.captions import article
@@ -95,7 +95,7 @@ def prepare(folder: Path, noun: str, identifier: str, base: str, out: Path) -> P
     Raises:
         TrainingError: too few photos, unreadable or too small ones, or captions that do not name the subject.
     """
-    from training import images
+    from training.data import images
 
     calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]
     prompt = None if any(folder.glob("*.txt")) or (folder / "metadata.jsonl").is_file() else f"a photo of a {calls}"

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def vae(steps: dict, device: str) -> None:
-    from training.pocket import fit_base, fit_vae
+    from training.pocket.making import fit_base, fit_vae
 
     fitted = fit_vae.fit(RUNS / "vae", **steps, device=device)
     fitted.register_to_config(scaling_factor=fit_base.scale(fitted))
@@ -69,7 +69,7 @@ def vae(steps: dict, device: str) -> None:
 
 
 def decoder(steps: dict, device: str) -> None:
-    from training.pocket import fit_vae
+    from training.pocket.making import fit_vae
 
     fitted = fit_vae.refine(_vae(device), RUNS / "vae", **steps, device=device)
     fitted.save_pretrained(RUNS / "vae" / "refined")
@@ -77,8 +77,8 @@ def decoder(steps: dict, device: str) -> None:
 
 
 def judge(steps: dict, device: str) -> None:
-    from training.pocket import fit_judge
-    from training.pocket import ship as shipping
+    from training.pocket.making import fit_judge
+    from training.pocket.making import ship as shipping
 
     fitted = fit_judge.fit(RUNS / "judge", **steps, device=device)
     print(json.dumps(fit_judge.accuracy(fitted)))
@@ -87,7 +87,7 @@ def judge(steps: dict, device: str) -> None:
 
 
 def latents(shards: str, device: str) -> None:
-    from training.pocket import fit_base
+    from training.pocket.making import fit_base
 
     first, last = map(int, shards.split(":"))
     for index in range(first, last):
@@ -97,7 +97,7 @@ def latents(shards: str, device: str) -> None:
 def base(steps: dict, stop_at: int | None, device: str) -> None:
     import torch.distributed as dist
 
-    from training.pocket import fit_base
+    from training.pocket.making import fit_base
 
     if "WORLD_SIZE" in os.environ:  # started by torchrun
         dist.init_process_group()
@@ -118,8 +118,8 @@ def ship(name: str) -> None:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from training.pocket import fit_base
-    from training.pocket import ship as shipping
+    from training.pocket.making import fit_base
+    from training.pocket.making import ship as shipping
 
     if name == "base":
         unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "unet")
@@ -137,10 +137,10 @@ def controlnet(name: str, steps: dict) -> None:
     from training import controlnet as method
     from training import loop, models
     from training.config import ControlNetSettings, TrainSettings
+    from training.data.crops import Views
     from training.pocket import base_hash, base_path
-    from training.pocket import ship as shipping
     from training.pocket.control import Scenes
-    from training.views import Views
+    from training.pocket.making import ship as shipping
 
     parts = models.load(base_path())
     settings = TrainSettings(
@@ -169,7 +169,7 @@ def sheet(seed: int) -> None:
     import numpy as np
     from PIL import Image, ImageDraw
 
-    from training.pocket import evaluate
+    from training.pocket.making import evaluate
 
     prompts = evaluate.single_prompts(seed) + evaluate.pair_prompts(seed)
     images = evaluate.generate(evaluate.load(), prompts, [seed + i for i in range(len(prompts))])
@@ -193,7 +193,8 @@ def sheet(seed: int) -> None:
 
 
 def figures() -> None:
-    from training.pocket import DATA, evaluate
+    from training.pocket import DATA
+    from training.pocket.making import evaluate
     from training.pocket.world import CONTROLS
 
     pipe = evaluate.load()

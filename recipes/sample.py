@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from recipes.cases import texts
-from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import adapted, arguments_of, effective_scales, guided, launch, pipeline, say
+from recipes.common.base import adapted, arguments_of, effective_scales, guided, launch, pipeline, say
+from recipes.common.settings import GuidanceSettings, SamplingSettings
+from recipes.common.units import texts
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "draw", "keep", "run", "sheet"]
@@ -92,7 +92,7 @@ def draw(
     Args:
         weights: name or hash of the adapter on the pipeline, to tell its pictures from another's.
         arm: what the shots are called.
-        inputs, common: see `adapters.sample.images`.
+        inputs, common: see `adapters.measuring.sample.images`.
     """
     import adapters
     from training.ranks import state
@@ -109,7 +109,7 @@ def draw(
     }
 
     def share(rank: int, world: int) -> list[Any]:
-        return adapters.sample.images(
+        return adapters.measuring.sample.images(
             pipe,
             prompts,
             seeds,

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.arms import BASE, arms_of
-from recipes.cases import cases
-from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
-from recipes.wiring import POCKET, guider_of, launch, pipeline, say
+from recipes.common.base import POCKET, guider_of, launch, pipeline, say
+from recipes.common.comparison import BASE, arms_of
+from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
+from recipes.common.units import cases
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -82,8 +82,8 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
         (folder / "settings.yaml").is_file(), f"measured {folder} has no settings.yaml; run recipes/measure.py first"
     )
     made = parse(measure.Settings, ["--config", str(folder / "settings.yaml")])
-    gains = adapters.verify.recompute(folder)
-    rows = adapters.table.read_csv(folder / "per_image.csv")
+    gains = adapters.measuring.verify.recompute(folder)
+    rows = adapters.measuring.table.read_csv(folder / "per_image.csv")
     arms = arms_of(made.measure, made.tuned)
     # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
     best = arms[made.measure.arm if gains.verdict.word == "gain" else made.measure.baseline]
@@ -98,7 +98,7 @@ def _shots(folder: Path, plan: MeasureSettings, arms: dict[str, GuidanceSettings
 
     found: dict[str, list[Any]] = {name: [] for name in (BASE, *arms)}
     listed = [prompt for case in cases(plan, None) for prompt in case.prompts] if not plan.targets else None
-    for shot in adapters.sample.shots_in(folder):
+    for shot in adapters.measuring.sample.shots_in(folder):
         if shot.arm in found and (listed is None or shot.prompt in listed):
             found[shot.arm].append(shot)
     if listed is not None:

@@ -17,8 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from PIL import Image
 
-from recipes.settings import GuidanceSettings, SamplingSettings
-from recipes.wiring import (
+from recipes.common.base import (
     POCKET,
     adapted,
     arguments_of,
@@ -31,6 +30,7 @@ from recipes.wiring import (
     pipeline,
     say,
 )
+from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
 
@@ -143,7 +143,7 @@ def _shot(
     from scfg.visualize import strip
 
     with guided(pipe, guidance, record=RECORDABLE)() as run:
-        [shot] = adapters.sample.images(
+        [shot] = adapters.measuring.sample.images(
             pipe,
             [prompt],
             [seed],
@@ -168,7 +168,7 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
         AdapterError: a release folder that does not verify; it is left as it is.
     """
     from adapters import files
-    from adapters.attach import GUIDER_FILE
+    from adapters.loading import GUIDER_FILE
 
     folder = Path(adapter).expanduser().resolve()
     require(bool(adapter.strip()), "there is no adapter to save the guider into; name a release folder")
@@ -190,7 +190,7 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
 def _into_release(folder: Path, text: str) -> None:
     """The whole folder with the new guider takes the old one's place in one step."""
     from adapters import files
-    from adapters.attach import GUIDER_FILE
+    from adapters.loading import GUIDER_FILE
 
     facts = files.verify_folder(folder)  # otherwise the new manifest would vouch for what someone altered
     names = facts.pop("files")

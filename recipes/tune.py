@@ -13,11 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recipes.arms import digest_of
-from recipes.cases import Case, cases, texts
+from recipes.common.base import POCKET, adapted, guider_of, launch, pipeline, say, size_of
+from recipes.common.comparison import digest_of
+from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
+from recipes.common.units import Case, cases, texts
 from recipes.sample import draw
-from recipes.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
-from recipes.wiring import POCKET, adapted, guider_of, launch, pipeline, say, size_of
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "chosen", "run"]
@@ -61,7 +61,7 @@ def run(settings: Settings) -> Path:
     objective = _objective(units, settings)
 
     def best_of(name: str, candidates: list[dict[str, Any]]) -> Any:
-        best = adapters.tune.search(
+        best = adapters.measuring.tune.search(
             candidates,
             lambda values, _, seeds: [shot for case in units for shot in _try(pipe, case, values, seeds, settings)],
             objective,
@@ -121,11 +121,11 @@ def _units(settings: Settings, held: Set[str], size: tuple[int, int] | None) -> 
 
 def _objective(units: Sequence[Case], settings: Settings) -> Any:
     """What is maximised, over all units: each picture by its own unit's metric, the shots being in the units' order."""
-    from adapters.metrics import Measure, score
-    from recipes import referee
+    from adapters.measuring.metrics import Measure, score
+    from recipes.common import metrics as metrics_by_name
 
     plan, pocket = settings.measure, settings.base.path == POCKET
-    known = [{metric.name: metric for metric in referee.metrics(plan, case, pocket=pocket)} for case in units]
+    known = [{metric.name: metric for metric in metrics_by_name.metrics(plan, case, pocket=pocket)} for case in units]
     wanted = settings.tune.metric or plan.primary or next(iter(known[0]))
     require(wanted in known[0], f"tune.metric {wanted!r} is none of {', '.join(known[0])}")
 

@@ -66,7 +66,7 @@ class DataSettings:
     conditioning: str | None = None
     """Folder of conditioning images named like the images (ControlNet)."""
     annotator: Literal["canny", "lineart", "depth", "segmentation"] | None = None
-    """Makes the conditioning from the image instead of reading it; see training/annotators.py."""
+    """Makes the conditioning from the image instead of reading it; see training/data/annotators.py."""
     annotator_model: str | None = None
     """Folder or hub id of the annotator's network (depth, segmentation); pocket scenes know their classes."""
     split: str = "train"

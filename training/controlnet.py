@@ -14,8 +14,8 @@ from torch import Tensor
 from adapters.files import write_tensors
 
 from .config import ControlNetSettings, ObjectiveSettings
+from .data.batches import seed_of
 from .errors import TrainingError
-from .feed import seed_of
 from .method import Batch, Method, Weights, conditions_of, text_of
 from .models import Parts
 from .objective import Objective, build

@@ -19,15 +19,15 @@ from PIL import Image
 
 from adapters.files import write_tensors
 
-from . import images
 from .config import DreamBoothSettings, ObjectiveSettings
+from .data import images
+from .data.batches import seed_of
+from .data.crops import Views
 from .errors import TrainingError
-from .feed import seed_of
 from .method import Method, Weights, denoise_step
 from .models import Parts, pipeline
 from .objective import build
 from .ranks import state
-from .views import Views
 
 __all__ = ["MANIFEST", "Prior", "class_images", "class_prompts", "prepare", "prior"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainSettings
+from .kernels.prepack import prepacked_bytes
 from .method import Method
-from .prepack import prepacked_bytes
 from .sharding import local
 
 __all__ = ["Estimate", "activation_bytes", "estimate", "table"]

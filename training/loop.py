@@ -20,16 +20,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from . import checkpoint, config, optim, sharding, validate
-from .cache import Region
 from .config import TrainSettings
+from .data.batches import seed_of
+from .data.cache import Region
+from .data.crops import Views
 from .dreambooth import Prior
 from .errors import Stopped, TrainingError
-from .feed import seed_of
 from .log import Log
 from .method import Method, Stepper
-from .setup import DTYPES, Prepared, announce, kernels, make_accelerator, prepare
+from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare
 from .signals import Signals
-from .views import Views
 
 __all__ = ["Result", "train"]
 

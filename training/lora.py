@@ -19,8 +19,8 @@ from torch import nn
 from adapters.files import write_tensors
 
 from .config import LoraSettings, ObjectiveSettings
+from .data.batches import seed_of
 from .errors import TrainingError
-from .feed import seed_of
 from .method import Method, Weights, denoise_step
 from .models import Parts
 from .objective import build

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .config import ValidationSettings
+from .data.batches import Draws, Feed, Stream
+from .data.images import rgb
 from .errors import TrainingError
-from .feed import Draws, Feed, Stream
-from .images import rgb
 from .method import Method
 from .models import pipeline
 

@@ -8,8 +8,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from adapters import archive, files, gains, table, verify
+from adapters import files
 from adapters.errors import FileError, GainsError
+from adapters.measuring import archive, gains, table, verify
 
 DESIGN = gains.Design(
     arm="S-CFG", baseline="CFG", primary="accuracy", minimum_effect=0.02, higher_is_better={"accuracy": True}

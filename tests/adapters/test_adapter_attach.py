@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import attach, base, files, sample
+from adapters import base, files, loading
 from adapters.errors import AdapterError, BaseMismatchError, FileError, FormatError
 from adapters.keys import Adapter, to_diffusers, to_kohya, to_peft
+from adapters.measuring import sample
 
 KINDS = ["lora", "rslora", "dora", "loha", "lokr"]
 
@@ -45,7 +46,7 @@ def test_attached_changes_detached_is_bit_identical(pipe, make_adapter, tmp_path
     plain = pixels(pipe)
     modules = {name: type(m) for name, m in pipe.unet.named_modules()}
     folder = save(tmp_path / kind, make_adapter(kind, text=True), "peft")
-    attached = attach.load(pipe, folder)
+    attached = loading.load(pipe, folder)
     changed = pixels(pipe)
     attached.detach()
     attached.detach()
@@ -62,9 +63,9 @@ def test_merged_is_the_same_and_leaves_the_same_bits(pipe, make_adapter, tmp_pat
     folder = save(tmp_path / kind, make_adapter(kind, text=True), "peft")
     bits = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     known, plain = base.describe(pipe), pixels(pipe)
-    with attach.load(pipe, folder, weight=weight):
+    with loading.load(pipe, folder, weight=weight):
         beside = pixels(pipe)
-    with attach.load(pipe, folder, weight=weight, merged=True):
+    with loading.load(pipe, folder, weight=weight, merged=True):
         assert hasattr(pipe.unet, "peft_config") == (kind == "dora" and weight != 1)
         assert base.describe(pipe) == known
         inside = pixels(pipe)
@@ -82,7 +83,7 @@ def test_a_merge_that_fails_leaves_the_weights_as_they_were(pipe, make_adapter, 
     folder = save(tmp_path / "broken", Adapter(modules=modules), "peft")
     bits = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     with pytest.raises(BaseMismatchError, match="changes a weight of shape"):
-        attach.load(pipe, folder, merged=True)
+        loading.load(pipe, folder, merged=True)
     assert all(torch.equal(value, bits[name]) for name, value in pipe.unet.state_dict().items())
 
 
@@ -92,7 +93,7 @@ def test_plain_diffusers_gives_our_images(pipe, make_adapter, tmp_path, kind, sp
     if (kind, spelling) == ("dora", "kohya"):
         pytest.skip("diffusers drops DoRA magnitudes from kohya files; the card says so")
     source = save(tmp_path, make_adapter(kind, text=True), spelling)
-    with attach.load(pipe, source):
+    with loading.load(pipe, source):
         ours = pixels(pipe)
     pipe.load_lora_weights(str(source))
     theirs = pixels(pipe)
@@ -107,18 +108,18 @@ def test_all_spellings_give_the_same_images(pipe, make_adapter, tmp_path, kind):
     spellings = ["peft", "kohya"] + (["diffusers"] if kind not in ("loha", "lokr") else [])
     results = []
     for spelling in spellings:
-        with attach.load(pipe, save(tmp_path / spelling, adapter, spelling)):
+        with loading.load(pipe, save(tmp_path / spelling, adapter, spelling)):
             results.append(pixels(pipe))
     assert all(np.abs(r - results[0]).max() <= 1 for r in results)
 
 
 def test_weight_zero_is_the_base_and_weight_scales(pipe, make_adapter, tmp_path):
     folder, plain = save(tmp_path, make_adapter("lora"), "diffusers"), pixels(pipe)
-    with attach.load(pipe, folder, weight=0.0):
+    with loading.load(pipe, folder, weight=0.0):
         assert (pixels(pipe) == plain).all()
     gaps = []
     for weight in (0.1, 1.0):
-        with attach.load(pipe, folder, weight=weight):
+        with loading.load(pipe, folder, weight=weight):
             gaps.append(np.abs(pixels(pipe) - plain).mean())
     assert 0 < gaps[0] < gaps[1]
 
@@ -129,9 +130,9 @@ def test_two_adapters_detach_in_any_order(pipe, make_adapter, tmp_path, order):
     folders = [save(tmp_path / str(i), make_adapter("lora", seed=i), "diffusers") for i in range(2)]
     alone = []
     for folder in folders:
-        with attach.load(pipe, folder):
+        with loading.load(pipe, folder):
             alone.append(pixels(pipe))
-    both = [attach.load(pipe, folder, weight=w) for folder, w in zip(folders, (1.0, 0.5), strict=True)]
+    both = [loading.load(pipe, folder, weight=w) for folder, w in zip(folders, (1.0, 0.5), strict=True)]
     assert np.abs(pixels(pipe) - alone[0]).max() > 1
     both[order[0]].detach()
     left = pixels(pipe)
@@ -144,13 +145,13 @@ def test_two_adapters_detach_in_any_order(pipe, make_adapter, tmp_path, order):
 def test_kinds_do_not_stack_on_one_layer(pipe, make_adapter, tmp_path):
     lora = save(tmp_path / "lora", make_adapter("lora"), "peft")
     loha = save(tmp_path / "loha", make_adapter("loha"), "peft")
-    with attach.load(pipe, lora), pytest.raises(AdapterError, match="another kind"):
-        attach.load(pipe, loha)
+    with loading.load(pipe, lora), pytest.raises(AdapterError, match="another kind"):
+        loading.load(pipe, loha)
 
 
 def test_training_flags_and_mode_come_back(pipe, make_adapter, tmp_path):
     flags = [p.requires_grad for p in pipe.unet.parameters()]
-    with attach.load(pipe, save(tmp_path, make_adapter("lora"), "diffusers")):
+    with loading.load(pipe, save(tmp_path, make_adapter("lora"), "diffusers")):
         assert not any(p.requires_grad for n, p in pipe.unet.named_parameters() if "lora_" in n)
     assert [p.requires_grad for p in pipe.unet.parameters()] == flags
 
@@ -173,14 +174,14 @@ def test_shipped_guidance_is_handed_to_the_callable(pipe, make_adapter, tmp_path
         yield "run"
         events.append("left")
 
-    attached = attach.load(pipe, folder, guidance=guidance)
+    attached = loading.load(pipe, folder, guidance=guidance)
     assert events == [settings]
     assert attached.run == "run"
     attached.detach()
     assert events == [settings, "left"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attach.load(pipe, folder).detach()
+        loading.load(pipe, folder).detach()
     assert [("guidance=" in str(w.message)) for w in caught if "ships the guidance" in str(w.message)] == [True]
 
 
@@ -190,17 +191,17 @@ def test_other_weights_warn_other_architecture_fails(pipe, make_adapter, tmp_pat
     kept = bias.data.clone()
     bias.data += 1
     with pytest.warns(UserWarning, match="other weights"):
-        attach.load(pipe, folder).detach()
+        loading.load(pipe, folder).detach()
     bias.data = kept
     layer, pipe.unet.conv_out = pipe.unet.conv_out, torch.nn.Conv2d(8, 5, 3)
     with pytest.raises(BaseMismatchError, match="architecture"):
-        attach.load(pipe, folder)
+        loading.load(pipe, folder)
     pipe.unet.conv_out = layer
 
 
 def test_base_identity_ignores_attached_adapters_and_half_precision(pipe, make_adapter, tmp_path):
     before = base.describe(pipe)
-    with attach.load(pipe, save(tmp_path, make_adapter("lora", text=True), "diffusers")):
+    with loading.load(pipe, save(tmp_path, make_adapter("lora", text=True), "diffusers")):
         assert base.describe(pipe) == before
     half = copy.copy(pipe)
     half.unet, half.text_encoder = copy.deepcopy(pipe.unet).half(), copy.deepcopy(pipe.text_encoder).half()
@@ -214,7 +215,7 @@ def test_altered_files_are_refused(pipe, make_adapter, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     with pytest.raises(FileError, match="not the file the manifest"):
-        attach.load(pipe, folder)
+        loading.load(pipe, folder)
 
 
 def test_failed_load_leaves_no_trace(pipe, make_adapter, tmp_path):
@@ -222,12 +223,12 @@ def test_failed_load_leaves_no_trace(pipe, make_adapter, tmp_path):
     name = next(iter(adapter.modules))
     wrong = dict(adapter.modules) | {"unet.nowhere.to_q": adapter.modules[name]}
     with pytest.raises(BaseMismatchError, match="no such layer"):
-        attach.load(pipe, save(tmp_path, Adapter(modules=wrong), "peft"))
+        loading.load(pipe, save(tmp_path, Adapter(modules=wrong), "peft"))
     assert (pixels(pipe) == plain).all()
     with pytest.raises(FileError, match="Hub id"):
-        attach.load(pipe, tmp_path / "missing" / "deeper")
+        loading.load(pipe, tmp_path / "missing" / "deeper")
     with pytest.raises(AdapterError, match="weight=nan"):
-        attach.load(pipe, tmp_path, weight=float("nan"))
+        loading.load(pipe, tmp_path, weight=float("nan"))
 
 
 def test_wrong_shape_is_named(pipe, make_adapter, tmp_path):
@@ -237,7 +238,7 @@ def test_wrong_shape_is_named(pipe, make_adapter, tmp_path):
     tensors = {**module.tensors, "lora_A.weight": module.tensors["lora_A.weight"][:, :3]}
     bad = Adapter(modules={name: type(module)(kind="lora", tensors=tensors, rank=4, alpha=4.0)})
     with pytest.raises(BaseMismatchError, match="to_k"):
-        attach.load(pipe, save(tmp_path, bad, "diffusers"))
+        loading.load(pipe, save(tmp_path, bad, "diffusers"))
 
 
 def test_not_representable_is_refused_by_name(pipe, make_adapter, tmp_path):
@@ -246,7 +247,7 @@ def test_not_representable_is_refused_by_name(pipe, make_adapter, tmp_path):
     tensors[f"{first}.lora_mid.weight"] = torch.zeros(4, 4, 3, 3)
     files.write_tensors(tmp_path / "x.safetensors", tensors, header)
     with pytest.raises(FormatError, match="lora_mid"):
-        attach.load(pipe, tmp_path / "x.safetensors")
+        loading.load(pipe, tmp_path / "x.safetensors")
 
 
 def test_learned_tokens_come_and_go(pipe, tmp_path):
@@ -254,7 +255,7 @@ def test_learned_tokens_come_and_go(pipe, tmp_path):
     plain = pixels(pipe)
     files.write_tensors(tmp_path / "learned_embeds.safetensors", {"<mug>": torch.full((1, 16), 3.0)})
     files.write_manifest(tmp_path, {"kind": "lora", "base": base.describe(pipe)})
-    with attach.load(pipe, tmp_path):
+    with loading.load(pipe, tmp_path):
         assert pipe.tokenizer.tokenize("<mug>") == ["<mug>"]
         index = pipe.tokenizer.convert_tokens_to_ids("<mug>")
         assert (pipe.text_encoder.get_input_embeddings().weight[index] == 3).all()

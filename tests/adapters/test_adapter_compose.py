@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from adapters import attach, compose, files, keys
+from adapters import compose, files, keys, loading
 from adapters.errors import AdapterError, FormatError
 
 KINDS = ["lora", "rslora", "dora", "loha", "lokr"]
@@ -30,7 +30,7 @@ def test_merged_equals_attached(pipe, make_adapter, tmp_path, kind):
     files.write_tensors(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text(__import__("json").dumps(config))
     plain = output(pipe.unet)
-    with attach.load(pipe, tmp_path):
+    with loading.load(pipe, tmp_path):
         attached = output(pipe.unet)
     merged = compose.merge(adapter, models(pipe))
     torch.testing.assert_close(output(pipe.unet), attached, rtol=1e-4, atol=1e-4)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from adapters import gains, stats
 from adapters.errors import GainsError
-from adapters.gains import Design
-from adapters.table import Row, read_csv, write_csv
+from adapters.measuring import gains, stats
+from adapters.measuring.gains import Design
+from adapters.measuring.table import Row, read_csv, write_csv
 
 DESIGN = Design(
     arm="scfg",

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from adapters import attach, files
+from adapters import files, loading
 from adapters.errors import AdapterError, FileError
 
 TENSORS = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
@@ -123,7 +123,7 @@ def test_pickles_are_named_and_never_read(pipe, tmp_path, make):
     path = tmp_path / "x.safetensors"
     make(path)
     with pytest.raises(FileError, match="pickled"):
-        attach.load(pipe, path)
+        loading.load(pipe, path)
     assert not Bomb.ran
 
 
@@ -137,7 +137,7 @@ class Bomb:
 def test_a_folder_of_pickles_is_no_adapter(pipe, tmp_path):
     torch.save(TENSORS, tmp_path / "pytorch_lora_weights.bin")
     with pytest.raises(FileError, match=r"no \.safetensors"):
-        attach.load(pipe, tmp_path)
+        loading.load(pipe, tmp_path)
 
 
 FUZZ_VALUES = st.recursive(
@@ -262,7 +262,7 @@ def folder_with(tmp_path: Path, manifest: object) -> Path:
 )
 def test_manifests_that_lie(pipe, tmp_path, manifest):
     with pytest.raises(FileError):
-        attach.load(pipe, folder_with(tmp_path, manifest))
+        loading.load(pipe, folder_with(tmp_path, manifest))
 
 
 def test_links_out_of_the_folder(pipe, tmp_path):
@@ -274,7 +274,7 @@ def test_links_out_of_the_folder(pipe, tmp_path):
         json.dumps({"files": {"pytorch_lora_weights.safetensors": {"sha256": files.sha256(secret), "size": len(GOOD)}}})
     )
     with pytest.raises(FileError, match="link out of the folder"):
-        attach.load(pipe, folder)
+        loading.load(pipe, folder)
     outside = tmp_path / "elsewhere"
     outside.mkdir()
     put(outside / "x.txt", b"x")
@@ -305,7 +305,7 @@ def test_guider_and_config_that_are_not_json(pipe, tmp_path):
     )
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(FileError, match="not valid JSON"):
-        attach.load(pipe, tmp_path)
+        loading.load(pipe, tmp_path)
 
 
 KEY_PIECES = [
@@ -326,7 +326,7 @@ KEY_PIECES = [
 def test_strange_keys_and_shapes(pipe_module, fuzz_path, names, shape):
     put(fuzz_path, save({"".join(names): torch.ones(shape)}))
     with pytest.raises(AdapterError):
-        attach.load(pipe_module, fuzz_path).detach()
+        loading.load(pipe_module, fuzz_path).detach()
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import pytest
 import scipy.linalg
 from PIL import Image
 
-from adapters import metrics
 from adapters.errors import GainsError
-from adapters.metrics import sets
-from adapters.sample import Shot
+from adapters.measuring import metrics
+from adapters.measuring.metrics import sets
+from adapters.measuring.sample import Shot
 
 
 def picture(*color: int, size: int = 32) -> Image.Image:

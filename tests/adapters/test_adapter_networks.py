@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from adapters.errors import AdapterError, FileError
-from adapters.metrics import Similarity, networks, score
-from adapters.sample import Shot
+from adapters.measuring.metrics import Similarity, networks, score
+from adapters.measuring.sample import Shot
 
 
 def noise(seed: int, size=(40, 30)) -> Image.Image:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adapters import gains, report
-from adapters.gains import Design
-from adapters.plot import plot
-from adapters.sample import Shot
-from adapters.table import Row
+from adapters.measuring import gains, report
+from adapters.measuring.gains import Design
+from adapters.measuring.plot import plot
+from adapters.measuring.sample import Shot
+from adapters.measuring.table import Row
 
 EVIL = '</title></script><script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x'
 BROWSER = next(

@@ -7,8 +7,8 @@ import contextlib
 import numpy as np
 import pytest
 
-from adapters import sample
 from adapters.errors import AdapterError
+from adapters.measuring import sample
 
 PROMPTS = ["a dog", "a red car on grass"]
 SEEDS = [3, 4, 5]

@@ -18,10 +18,11 @@ import torch
 import yaml
 
 import adapters
-from adapters import attach, files, gains, keys, sample, ship, table, verify
+from adapters import files, keys, loading, ship
 from adapters.card import Card, escape, render
 from adapters.errors import AdapterError, FileError, GainsError
-from adapters.metrics import Measure
+from adapters.measuring import gains, sample, table, verify
+from adapters.measuring.metrics import Measure
 
 PROMPTS, SEEDS = ["a dog", "a cat on snow", "two cars"], [11, 12]
 EVIL = '</script><script>alert(1)</script><img src=x onerror=alert(1)>" onload="x\n---\nlicense: evil | `x` ]('
@@ -52,7 +53,7 @@ def measured(_pipe, make_adapter):
         with tempfile.TemporaryDirectory() as folder:
             tensors, header = keys.to_diffusers(adapter)
             files.write_tensors(Path(folder) / "x.safetensors", tensors, header)
-            with attach.load(_pipe, Path(folder) / "x.safetensors"):
+            with loading.load(_pipe, Path(folder) / "x.safetensors"):
                 return arm("adapter")(prompts, seeds)
 
     arms = {"base": arm("base"), "adapter": with_adapter}

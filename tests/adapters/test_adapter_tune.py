@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from adapters import files, tune, verify
+from adapters import files
 from adapters.errors import FileError, GainsError
-from adapters.metrics import Measure
-from adapters.sample import Shot
+from adapters.measuring import tune, verify
+from adapters.measuring.metrics import Measure
+from adapters.measuring.sample import Shot
 
 CANDIDATES = [{"scale": s} for s in (1, 2, 3, 4, 5, 6, 7, 8, 9)]
 HELD = {"held_out_prompts": ["held"], "held_out_seeds": [100]}

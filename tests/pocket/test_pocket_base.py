@@ -13,9 +13,10 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
 
 from training import pocket
-from training.pocket import evaluate, fit_judge, scenes
+from training.pocket import scenes
 from training.pocket.control import condition
-from training.pocket.ship import LIMITS
+from training.pocket.making import evaluate, fit_judge
+from training.pocket.making.ship import LIMITS
 from training.pocket.world import CONTROLS
 
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from training.pocket import fit_base, fit_judge, fit_vae, model
-from training.pocket.fitting import MuonAdamW, _orthogonal, learning_rate
+from training.pocket.making import fit_base, fit_judge, fit_vae, model
+from training.pocket.making.fitting import MuonAdamW, _orthogonal, learning_rate
 
 
 @pytest.fixture(autouse=True)

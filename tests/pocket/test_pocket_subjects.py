@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.pocket import PocketError, rendered, subjects
+from training.pocket import PocketError, subjects
 from training.pocket.captions import parse
-from training.pocket.rendered import TOYS
+from training.pocket.making import rendered
+from training.pocket.making.rendered import TOYS
 from training.pocket.subjects import SUBJECTS
 from training.pocket.world import CLASSES, SIZE
 

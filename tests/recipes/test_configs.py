@@ -17,7 +17,9 @@ from training.config import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
-FILES = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+STUDY = ROOT / "benchmarks" / "study" / "configs"
+SHIPPED = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "accelerate")
+FILES = [*SHIPPED, *sorted(STUDY.glob("*/*.yaml"))]
 LAUNCHER = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 RECIPES = (
     "dreambooth",
@@ -31,18 +33,16 @@ RECIPES = (
     "controlled",
     "new",
     "demo",
-    "pointing",
-    "study",
-    "blind",
 )
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(CONFIGS).as_posix()
+    return path.relative_to(STUDY if path.is_relative_to(STUDY) else CONFIGS).as_posix()
 
 
 def settings_of(path: Path) -> type:
-    return importlib.import_module(f"recipes.{path.parent.name}").Settings
+    room = "benchmarks.study" if path.parent.name == "pointing" else "recipes"
+    return importlib.import_module(f"{room}.{path.parent.name}").Settings
 
 
 def tables_of(kind: type) -> dict[str, type]:
@@ -76,9 +76,9 @@ def repeated(given: dict, kind: type, start: object = None) -> list[str]:
 
 
 def test_there_are_configs_for_every_recipe_that_takes_one() -> None:
-    """ship.py reads what a run left behind, study.py all the others."""
-    folders = {path.parent.name for path in FILES}
-    assert folders == set(RECIPES) - {"ship", "new", "demo", "study", "blind"}
+    """ship.py reads what a run left behind; tune.py is mostly a stage of another run."""
+    folders = {path.parent.name for path in SHIPPED}
+    assert folders == set(RECIPES) - {"tune", "ship", "new", "demo"}
     assert len(LAUNCHER) == 2
 
 
@@ -87,7 +87,11 @@ def test_it_parses_and_its_first_line_launches_it(path: Path) -> None:
     parse(settings_of(path), ["--config", str(path)])
     first = path.read_text("utf-8").splitlines()[0]
     place = path.relative_to(ROOT).as_posix()
-    command = f"# accelerate launch recipes/{path.parent.name}.py --config {place}"
+    recipe = path.parent.name
+    start = f"accelerate launch recipes/{recipe}.py"
+    if recipe == "pointing":
+        start = "python -m benchmarks.study.pointing"
+    command = f"# {start} --config {place}"
     assert first == command or first.startswith(f"{command} --")
     more = shlex.split(first.removeprefix(command))
     parse(settings_of(path), ["--config", str(path), *more])

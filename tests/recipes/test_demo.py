@@ -46,7 +46,7 @@ def pocket_pipeline():
 def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
     out, said = demo
     assert {path.name for path in (out / "release").iterdir()} >= RELEASE
-    assert adapters.verify.verify(out / "release")["kind"] == "lora"
+    assert adapters.measuring.verify.verify(out / "release")["kind"] == "lora"
     assert f"Open {out / 'release' / 'report.html'}" in said
     for line in ("S-CFG", "placebo", "prompt accuracy", "subject similarity", "s in all"):
         assert line in said
@@ -80,7 +80,7 @@ def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
     assert len(files) == 2
     pipe = pocket_pipeline()
     pipe.load_lora_weights(out / "release")
-    for shot, settings in map(adapters.sample.read, files):
+    for shot, settings in map(adapters.measuring.sample.read, files):
         image = pipe(
             shot.prompt,
             num_inference_steps=settings["steps"],
@@ -101,7 +101,7 @@ def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
 def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
     arms = {
-        name: next(iter(adapters.sample.shots_in(out / "pictures" / "dog" / name)))
+        name: next(iter(adapters.measuring.sample.shots_in(out / "pictures" / "dog" / name)))
         for name in ("base", "cfg", "s-cfg", "dose", "placebo", "pointwise")
     }
     assert len({shot.key for shot in arms.values()}) == 1
@@ -121,7 +121,7 @@ def test_the_card_s_first_lines_put_the_adapter_on_plain_diffusers(demo, monkeyp
     monkeypatch.chdir(out / "release")
     names: dict = {}
     exec(snippets(out / "release")[0], names)
-    shot, settings = adapters.sample.read(next((out / "pictures" / "dog" / "cfg").glob("*.png")))
+    shot, settings = adapters.measuring.sample.read(next((out / "pictures" / "dog" / "cfg").glob("*.png")))
     names["pipe"].set_progress_bar_config(disable=True)
     image = names["pipe"](
         shot.prompt,

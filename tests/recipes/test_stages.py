@@ -90,13 +90,13 @@ def test_tuning_tries_every_snapshot_and_names_one(run: Path, lora: Path, measur
 
 
 def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: Path) -> None:
-    from recipes.arms import digest_of
+    from recipes.common.comparison import digest_of
 
     tuned = json.loads((run / "tuned" / "tuned.json").read_text())
     gains = json.loads((measured / "gains.json").read_text())
     for arm, found in tuned["best"].items():
         assert gains["design"]["notes"]["guidance"][arm] == found
-    shot, settings = adapters.sample.read(next((run / "pictures" / "dog" / "s-cfg").glob("*.png")))
+    shot, settings = adapters.measuring.sample.read(next((run / "pictures" / "dog" / "s-cfg").glob("*.png")))
     assert settings["weights"] == f"{digest_of(tuned['adapter'])} 1"
     assert settings["guidance_scale"] == tuned["best"]["S-CFG"]["scale"]
     assert shot.numbers["effective scale"] > 0
@@ -140,8 +140,8 @@ def test_guidance_beside_a_condition_is_tuned_on_other_scenes(tmp_path: Path, do
 
 
 def test_targets_left_out_first_are_those_that_came_first() -> None:
-    from recipes.cases import cases
-    from recipes.settings import MeasureSettings
+    from recipes.common.settings import MeasureSettings
+    from recipes.common.units import cases
     from training.errors import TrainingError
 
     def captions(**more: int) -> list[str]:
@@ -173,7 +173,7 @@ def test_shipping_alone_gives_a_release_that_verifies(run: Path, measured: Path,
     chosen = json.loads((run / "tuned" / "tuned.json").read_text())["adapter"]
     ship = ["--base.path=pocket", f"--adapter={chosen}", f"--measured={measured}", f"--out={run}"]
     done("ship", *ship, "--ship.title=A dog")
-    summary = adapters.verify.verify(run / "release")
+    summary = adapters.measuring.verify.verify(run / "release")
     assert summary["numbers"] > 50
     card = (run / "release" / "README.md").read_text("utf-8")
     assert "# A dog" in card
@@ -192,7 +192,7 @@ def test_a_release_verifies_in_whatever_order_its_metrics_were_asked_for(
     more = [f"--tuned={run / 'tuned'}", "--measure.metrics=[saturation, contrast]"]
     done("measure", *common, *SAMPLE, *MEASURE, *SUBJECT, *more)
     done("ship", *common, f"--measured={tmp_path / 'measured'}")
-    adapters.verify.verify(tmp_path / "release")
+    adapters.measuring.verify.verify(tmp_path / "release")
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_the_whole_recipe_does_what_its_stages_do_alone(run: Path, measured: Pat
     assert Path(ours["adapter"]).relative_to(whole) == Path(theirs["adapter"]).relative_to(run)
     assert pictures(whole / "pictures") == pictures(run / "pictures")
     assert [row | {"image": ""} for row in rows_of(whole)] == [row | {"image": ""} for row in rows_of(run)]
-    adapters.verify.verify(whole / "release")
+    adapters.measuring.verify.verify(whole / "release")
     shipped = load_file(whole / "release" / "pytorch_lora_weights.safetensors")
     chosen = load_file(Path(ours["adapter"]) / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(shipped[name], chosen[name]) for name in chosen)
@@ -249,10 +249,10 @@ def test_full_dreambooth_trains_measures_drift_and_ships_a_unet(tmp_path: Path, 
     assert facts["drift (judge) of CFG"] > 0
     assert facts["drift (judge) of S-CFG"] > 0
     assert len({row["arm"] for row in rows_of(tmp_path)}) == 3
-    assert adapters.verify.verify(tmp_path / "release")["kind"] == "unet"
+    assert adapters.measuring.verify.verify(tmp_path / "release")["kind"] == "unet"
 
-    from recipes.settings import SamplingSettings
-    from recipes.wiring import pipeline
+    from recipes.common.base import pipeline
+    from recipes.common.settings import SamplingSettings
 
     pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings())
     before = pipe.unet
@@ -280,7 +280,7 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
     rows = rows_of(tmp_path)
     assert len(rows) == 3 * 2
     assert all(np.isfinite(float(row["canny F1"])) for row in rows)
-    assert adapters.verify.verify(tmp_path / "release")["kind"] == "controlnet"
+    assert adapters.measuring.verify.verify(tmp_path / "release")["kind"] == "controlnet"
     assert f"<title>{tmp_path / 'controlnet'} on pocket" in (tmp_path / "measured" / "report.html").read_text("utf-8")
     card = (tmp_path / "release" / "README.md").read_text("utf-8")
     assert f"StableDiffusionControlNetPipeline.from_pretrained('{VERSION}', controlnet=control)" in card
@@ -323,9 +323,9 @@ def test_class_images_need_no_word_of_the_region(tmp_path: Path, done) -> None:
 @pytest.mark.parametrize("changed", ["unet", "controlnet"])
 def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_path: Path, changed: str) -> None:
     """A ControlNet trained further, or a base of the same name, in the folder of an earlier run."""
+    from recipes.common.base import pipeline, size_of
+    from recipes.common.settings import GuidanceSettings, SamplingSettings
     from recipes.sample import draw
-    from recipes.settings import GuidanceSettings, SamplingSettings
-    from recipes.wiring import pipeline, size_of
     from training.errors import TrainingError
 
     sampling = SamplingSettings(steps=1)
@@ -349,9 +349,9 @@ def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_pat
 
 def test_the_base_s_attention_finds_the_dog_in_its_pictures() -> None:
     """All of a picture would overlap a mask by the mask's own area; measured over the eight: IoU .51, area .19."""
-    from recipes.region import region_of
-    from recipes.wiring import load_parts
-    from training import images
+    from recipes.common.base import load_parts
+    from recipes.common.region_mask import region_of
+    from training.data import images
     from training.models import encode_images
 
     parts, source, region = (

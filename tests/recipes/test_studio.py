@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 import adapters
 import scfg
 from adapters import files
-from recipes.settings import GuidanceSettings, SamplingSettings
+from recipes.common.base import pipeline
+from recipes.common.settings import GuidanceSettings, SamplingSettings
 from recipes.studio import Settings, build, draw_pair, run, save_guider
-from recipes.wiring import pipeline
 from training.config import BaseSettings
 from training.errors import TrainingError
 from training.pocket import VERSION

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import adapters
-from recipes import blind, pointing, study, tables
+from benchmarks.study import blind, pointing, pointing_table, study, tables
 from training.pocket import captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,16 +50,16 @@ def test_every_noun_has_its_own_words_though_colours_repeat() -> None:
 
 
 def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
-    from recipes import referee
+    from recipes.common import metrics as metrics_by_name
     from training.pocket.control import Scenes
 
     drawn = [Scenes(control="canny", count=24)[i] for i in range(24)]
     shots = [
-        adapters.sample.Shot(prompt=scene.caption, seed=1, latents="0", image=scene.image)
+        adapters.Shot(prompt=scene.caption, seed=1, latents="0", image=scene.image)
         for scene in [*drawn, *[replace(drawn[i], image=drawn[i - 1].image) for i in range(24)]]
     ]
-    parts = np.array([referee.prompt_accuracy("", name)(shots) for name in referee.PARTS])
-    whole = np.array(referee.prompt_accuracy("")(shots))
+    parts = np.array([metrics_by_name.prompt_accuracy("", name)(shots) for name in metrics_by_name.PARTS])
+    whole = np.array(metrics_by_name.prompt_accuracy("")(shots))
     assert np.nanmean(parts, axis=0) == pytest.approx(whole)
     assert whole[:24].mean() > 0.8 > whole[24:].mean()  # own pictures, and those of other captions
     said = [captions.parse(shot.prompt) for shot in shots]
@@ -68,8 +68,8 @@ def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
 
 def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable[..., str]) -> None:
     import scfg
-    from recipes.settings import SamplingSettings
-    from recipes.wiring import guidance_of, pipeline
+    from recipes.common.base import guidance_of, pipeline
+    from recipes.common.settings import SamplingSettings
     from training.config import BaseSettings
 
     settings = pointing.Settings(base=BaseSettings(path="pocket"), prompts=["a dog"], out=str(tmp_path))
@@ -80,8 +80,10 @@ def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable
         watched = pipe("a dog", generator=torch.Generator().manual_seed(1), **options).images
     assert torch.allclose(plain, watched, atol=1e-4)
 
-    config = ROOT / "recipes" / "configs" / "pointing" / "pocket.yaml"
-    said = done("pointing", f"--config={config}", "--limit=2", "--sampling.steps=4", f"--out={tmp_path}")
+    config = ROOT / "benchmarks" / "study" / "configs" / "pointing" / "pocket.yaml"
+    said = done(
+        "benchmarks.study.pointing", f"--config={config}", "--limit=2", "--sampling.steps=4", f"--out={tmp_path}"
+    )
     rows = list(csv.DictReader((tmp_path / "pointing" / "pointing.csv").open()))
     summary = json.loads((tmp_path / "pointing" / "pointing.json").read_text())
     assert len(rows) == 4 * summary["said"]
@@ -92,16 +94,16 @@ def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable
 
     made = tmp_path / "pointing"
     adapters.files.write_manifest(made, {"format": 1, "kind": "results"})
-    assert adapters.verify.verify(made)["objects"] == summary["objects"]
+    assert adapters.measuring.verify.verify(made)["kind"] == "results"
+    assert pointing_table.check(made)["objects"] == summary["objects"]
     summary["steps"][2]["delta"] *= 1.001
     (made / "pointing.json").write_text(json.dumps(summary))
-    adapters.files.write_manifest(made, {"format": 1, "kind": "results"})
     with pytest.raises(adapters.GainsError, match=r"pointing\.steps\[2\]\.delta"):
-        adapters.verify.verify(made)
+        pointing_table.check(made)
     for text in ("", "prompt,seed\na dog,1\n"):
         (made / "pointing.csv").write_text(text)
         with pytest.raises(adapters.GainsError, match="no table of objects and steps"):
-            adapters.pointing.read_csv(made / "pointing.csv")
+            pointing_table.read_csv(made / "pointing.csv")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable
 def test_pointing_says_what_it_cannot_do(
     call: Callable[..., object], tmp_path: Path, arguments: list[str], named: str
 ) -> None:
-    said = call("pointing", *arguments, "--sampling.steps=1", f"--out={tmp_path}")
+    said = call("benchmarks.study.pointing", *arguments, "--sampling.steps=1", f"--out={tmp_path}")
     assert (said.code, named in said.err) == (2, True), said.err  # type: ignore[attr-defined]
     assert not (tmp_path / "pointing").exists()
 
@@ -125,7 +127,7 @@ def test_shares_are_all_the_stages_and_none_twice(done: Callable[..., str]) -> N
     whole = [stage.name for stage in study.stages(Path("x"))]
     assert len(whole) == len(set(whole))
     assert {"text-ddim", "text-dpm++", "subjects-lora", "canny"} <= set(whole)
-    parts = [done("study", "--list", f"--share={i}/3").split("\n")[:-1] for i in (1, 2, 3)]
+    parts = [done("benchmarks.study.study", "--list", f"--share={i}/3").split("\n")[:-1] for i in (1, 2, 3)]
     assert sorted(line.split()[0] for part in parts for line in part) == sorted(whole)
 
 
@@ -133,15 +135,19 @@ def test_shares_are_all_the_stages_and_none_twice(done: Callable[..., str]) -> N
     ("arguments", "named"), [(["--only", "nothing"], "--only nothing"), (["--share", "3/2"], "--share 3/2")]
 )
 def test_a_wrong_choice_is_said(call: Callable[..., object], arguments: list[str], named: str) -> None:
-    said = call("study", *arguments)
+    said = call("benchmarks.study.study", *arguments)
     assert said.code == 2
     assert named in said.err
 
 
 def test_study_prompts_are_in_the_grammar_and_none_is_tuned_on() -> None:
     lines = {
-        name: (ROOT / "recipes" / "prompts" / f"{name}.txt").read_text().splitlines()
-        for name in ("study", "study_tune", "pocket")
+        name: (ROOT / folder / "prompts" / f"{name}.txt").read_text().splitlines()
+        for folder, name in (
+            ("benchmarks/study", "study"),
+            ("benchmarks/study", "study_tune"),
+            ("recipes", "pocket"),
+        )
     }
     for prompts in lines.values():
         assert len(prompts) == len(set(prompts))
@@ -154,22 +160,22 @@ def test_study_prompts_are_in_the_grammar_and_none_is_tuned_on() -> None:
 def test_a_stage_runs_once_and_its_table_is_recomputed(tmp_path: Path, done: Callable[..., str]) -> None:
     out, kept = tmp_path / "study", tmp_path / "kept"
     arguments = ("--quick", "--only", "text-ddim", "--out", out, "--kept", kept)
-    assert "as before" not in done("study", *arguments)
-    assert "as before" in done("study", *arguments)
+    assert "as before" not in done("benchmarks.study.study", *arguments)
+    assert "as before" in done("benchmarks.study.study", *arguments)
     tables = (out / "report" / "tables.md").read_text()
     assert (kept / "tables.md").read_text() == tables
     shutil.rmtree(out)  # another machine, which has nothing but what was kept
-    assert "as before" in done("study", *arguments)
+    assert "as before" in done("benchmarks.study.study", *arguments)
     assert (out / "report" / "tables.md").read_text() == tables
     assert not list(out.rglob("*.png"))
-    assert adapters.verify.verify(kept / "text-ddim.zip")["numbers"] > 0
+    assert adapters.measuring.verify.verify(kept / "text-ddim.zip")["numbers"] > 0
     for name in zipfile.ZipFile(kept / "text-ddim.zip").namelist():
-        with adapters.archive.unpacked(kept / "text-ddim.zip") as folder:
+        with adapters.measuring.archive.unpacked(kept / "text-ddim.zip") as folder:
             assert str(ROOT) not in (folder / name).read_text()
     assert "## text-ddim" in tables
     assert "## canny" not in tables
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in tables.splitlines() if "|" in line}
-    gains = adapters.verify.recompute(out / "report" / "text-ddim")
+    gains = adapters.measuring.verify.recompute(out / "report" / "text-ddim")
     for contrast in (c for c in gains.contrasts if c.metric == "prompt accuracy" and "@" not in c.arm):
         assert lines[contrast.arm][1].startswith(f"{contrast.difference:+.4f}")
     assert "[" in lines["S-CFG"][2]  # at equal effective scale
@@ -184,7 +190,7 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
     """The second arm's pictures are white: whoever always takes the white one prefers the second arm."""
     for arm, shade in (("plain", 0), ("other", 255)):
         for number in range(30):
-            shot = adapters.sample.Shot(
+            shot = adapters.Shot(
                 prompt=f"a dog {number % 20}",
                 seed=number,
                 image=Image.new("RGB", (8, 8), (shade,) * 3),
@@ -194,9 +200,9 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
                 numbers={},
             )
             (tmp_path / arm).mkdir(exist_ok=True)
-            adapters.sample.write(tmp_path / arm / f"{number}.png", shot, {})
+            adapters.measuring.sample.write(tmp_path / arm / f"{number}.png", shot, {})
     out = tmp_path / "blind"
-    done("blind", tmp_path / "plain", tmp_path / "other", "--count", 24, "--out", out)
+    done("benchmarks.study.blind", tmp_path / "plain", tmp_path / "other", "--count", 24, "--out", out)
     pairs = json.loads((out / "key.json").read_text())["pairs"]
     assert len(pairs) == 24
     assert len({pair["prompt"] for pair in pairs.values()}) == 20  # every prompt before any comes twice
@@ -206,10 +212,10 @@ def test_blind_pages_give_nothing_away_and_answers_are_counted(
     answers = tmp_path / "answers.txt"
     answers.write_text("".join(f"{n} {'left' if p['left'] == 'second' else 'right'}\n" for n, p in pairs.items()))
     assert (left == 255) == (pairs["1"]["left"] == "second")
-    found = json.loads(done("blind", "--out", out, "--score", answers))
+    found = json.loads(done("benchmarks.study.blind", "--out", out, "--score", answers))
     assert (found["preference for the second"], found["the same"], found["pairs"]) == (1.0, 0, 24)
     answers.write_text("1 left\n1 right\n")
-    said = call("blind", "--out", out, "--score", answers)
+    said = call("benchmarks.study.blind", "--out", out, "--score", answers)
     assert said.code == 2  # type: ignore[attr-defined]
     assert "'1 right' is no answer, or a second one" in said.err  # type: ignore[attr-defined]
 
@@ -240,13 +246,13 @@ def test_a_new_setting_that_is_null_spoils_no_result() -> None:
 
 @pytest.mark.slow
 def test_what_is_kept_is_of_these_settings_and_its_tables_follow(tmp_path: Path) -> None:
-    kept = ROOT / "docs" / "study"
+    kept = ROOT / "benchmarks" / "study" / "results"
     stages = {stage.name: stage for stage in study.stages(Path("runs/study"))}
     names = [archive.stem for archive in kept.glob("*.zip")]
     assert set(names) <= set(stages)
     run = study._Run(Path("runs/study"), None, quick=False)
     for name in names:
-        with adapters.archive.unpacked(kept / f"{name}.zip") as folder:
+        with adapters.measuring.archive.unpacked(kept / f"{name}.zip") as folder:
             record = json.loads((folder / study.ENDED).read_text())["record"]
             assert study.comparable(record) == study.comparable(run._settings(stages[name])[1]), name
             shutil.copytree(folder, tmp_path / "study" / name / study.RESULTS[stages[name].recipe])
@@ -259,10 +265,10 @@ def test_what_is_kept_is_of_these_settings_and_its_tables_follow(tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_quick_study_runs_whole(tmp_path: Path, done: Callable[..., str]) -> None:
-    out = done("study", "--quick", "--out", tmp_path)
+    out = done("benchmarks.study.study", "--quick", "--out", tmp_path)
     tables = (tmp_path / "report" / "tables.md").read_text()
     for stage in study.stages(tmp_path, quick=True):
         assert stage.name in out
         if stage.recipe == "measure":
             assert f"## {stage.name}\n" in tables
-            assert adapters.verify.verify(tmp_path / "report" / stage.name)["numbers"] > 0
+            assert adapters.measuring.verify.verify(tmp_path / "report" / stage.name)["numbers"] > 0

@@ -143,7 +143,7 @@ def test_two_processes_train_tune_measure_and_ship_like_one(models: Path, photos
     # The weights are sums in another order; the pictures follow them.
     compare(one, two, [*metrics, "effective scale"], levels=2, tolerance=1e-2)
     for out in (one, two):
-        assert adapters.verify.verify(out / "release")["kind"] == "lora"
+        assert adapters.measuring.verify.verify(out / "release")["kind"] == "lora"
 
 
 def test_class_images_are_drawn_once_by_both(models: Path, photos: Path, tmp_path: Path) -> None:

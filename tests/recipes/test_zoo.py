@@ -12,8 +12,8 @@ from PIL import Image
 
 import adapters
 import scfg
-from recipes.settings import SamplingSettings
-from recipes.wiring import pipeline
+from recipes.common.base import pipeline
+from recipes.common.settings import SamplingSettings
 from training import pocket
 from training.config import BaseSettings
 
@@ -23,7 +23,7 @@ ZOO = sorted(path for path in (ROOT / "recipes" / "zoo").iterdir() if path.is_di
 
 @pytest.mark.parametrize("release", ZOO, ids=lambda path: path.name)
 def test_a_shipped_adapter_verifies_changes_the_picture_and_leaves_the_base(release: Path) -> None:
-    assert adapters.verify.verify(release)["numbers"] > 50
+    assert adapters.measuring.verify.verify(release)["numbers"] > 50
     facts = json.loads((release / "gains.json").read_text())
     assert facts["design"]["notes"]["held out"]
     assert pocket.base_hash() in (release / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 
 from scfg import SemanticCFG, attach
 from training.pocket import base_path, tokenizer
-from training.pocket.fitting import pixels
+from training.pocket.making.fitting import pixels
 from training.pocket.scenes import HELD_OUT_SEED, sample
 
 TIMESTEP = 500

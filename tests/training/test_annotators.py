@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from training_data import picture
 
-from training import images
-from training.annotators import ANNOTATORS, annotator
 from training.config import DataSettings
+from training.data import images
+from training.data.annotators import ANNOTATORS, annotator
 from training.errors import TrainingError
 
 PROCESSOR = {"size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_data import picture
 
-from training import cache, config, images, loop, lora, models, views
+from training import config, loop, lora, models
+from training.data import cache, crops, images
 from training.errors import TrainingError
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def encode(base: Path, pictures: Path, store: cache.Store, *, resolution: int = 
     parts = models.load(base)
     if scale:
         parts.vae.register_to_config(scaling_factor=scale)
-    data = views.Views(images.folder(pictures, minimum=8), resolution=resolution, multiple=8)
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=resolution, multiple=8)
     before = store.encoded
     entries = cache.encode_views(data, parts, store, device=CPU, **more)
     return store.encoded - before, entries
@@ -100,7 +101,7 @@ def test_the_shift_factor_counts(base: Path) -> None:
 
 def losses(base: Path, pictures: Path, out: Path, kind: str, **changes: object) -> list[float]:
     parts = models.load(base)
-    data = views.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     plain = {"steps": 6, "batch_size": 2, "trackers": [], "log_every": 1, "learning_rate": 1e-2}
     settings = config.TrainSettings(**{**plain, **changes})  # type: ignore[arg-type]
     method = lora.prepare(parts, config.LoraSettings(rank=2))
@@ -139,7 +140,7 @@ def test_masks_come_down_to_latent_size_by_area(base: Path, pictures: Path, tmp_
         mask.paste(255, (0, 0, 6, 32))
         mask.save(masks / f"{number}.png")
     parts = models.load(base)
-    data = views.Views(images.folder(pictures, masks=masks, minimum=8), resolution=32)
+    data = crops.Views(images.folder(pictures, masks=masks, minimum=8), resolution=32)
     entry = cache.view_tensors(data[0], parts.factor)
     torch.testing.assert_close(entry["mask"][0, 0], torch.tensor([1, 0.5, 0, 0, 0, 0, 0, 0]))
 

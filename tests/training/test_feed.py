@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
+from training.data.batches import Draws, Feed, Stream, interleave, pick
 from training.errors import TrainingError
-from training.feed import Draws, Feed, Stream, interleave, pick
 
 
 class Entries:

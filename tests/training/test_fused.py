@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from training.fused import fused
+from training.kernels.fused import fused
 
 
 def layers(*, bias: bool = True, **settings) -> nn.Sequential:

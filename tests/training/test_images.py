@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from training_data import fill, picture
 
-from training import images, views
 from training.config import DataSettings
+from training.data import crops, images
 from training.errors import TrainingError
 
 
@@ -133,7 +133,7 @@ class Numbers:
 
 
 def test_any_map_of_samples_is_a_source() -> None:
-    data = views.Views(Numbers(), resolution=32, flip=True)
+    data = crops.Views(Numbers(), resolution=32, flip=True)
     assert isinstance(Numbers(), images.Source)
     assert len(data) == 6
     assert data.caption(4) == "number 1"
@@ -146,7 +146,7 @@ def test_crops_are_fixed_and_spread_along_the_longer_side(tmp_path: Path) -> Non
     root = tmp_path / "a"
     root.mkdir()
     picture(0, (96, 32)).save(root / "wide.png")
-    data = views.Views(images.folder(root, prompt="x", minimum=8), resolution=32, crops=3)
+    data = crops.Views(images.folder(root, prompt="x", minimum=8), resolution=32, crops=3)
     assert [data[index].frame.tolist()[3] for index in range(3)] == [0, 32, 64]
     whole = torch.from_numpy(np.array(picture(0, (96, 32)))).permute(2, 0, 1).float() / 127.5 - 1
     for index in range(3):
@@ -154,14 +154,14 @@ def test_crops_are_fixed_and_spread_along_the_longer_side(tmp_path: Path) -> Non
 
 
 def test_buckets_keep_the_area_and_fit_the_image(tmp_path: Path) -> None:
-    sizes = views.bucket_sizes(512, 5, 64)
+    sizes = crops.bucket_sizes(512, 5, 64)
     assert sizes[0] == (512, 512)
     assert all(abs(height * width / 512**2 - 1) < 0.15 and height % 64 == width % 64 == 0 for height, width in sizes)
     root = tmp_path / "a"
     root.mkdir()
     for name, size in (("wide", (128, 64)), ("tall", (64, 128)), ("square", (64, 64))):
         picture(0, size).save(root / f"{name}.png")
-    data = views.Views(images.folder(root, prompt="x", minimum=8), resolution=64, multiple=8, buckets=3)
+    data = crops.Views(images.folder(root, prompt="x", minimum=8), resolution=64, multiple=8, buckets=3)
     found = {data.source.files[index].stem: data.size(index) for index in range(3)}
     assert found["square"] == (64, 64)
     assert found["wide"][0] < found["wide"][1]
@@ -171,4 +171,4 @@ def test_buckets_keep_the_area_and_fit_the_image(tmp_path: Path) -> None:
 
 def test_a_resolution_the_base_cannot_take_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"data.resolution must be a multiple of 16.*got 40; try 32"):
-        views.Views(Numbers(), resolution=40, multiple=16)
+        crops.Views(Numbers(), resolution=40, multiple=16)

@@ -12,8 +12,10 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from training import config, controlnet, dreambooth, images, loop, lora, models, prepack, setup, views
+from training import config, controlnet, dreambooth, loop, lora, models, prepare
+from training.data import crops, images
 from training.errors import TrainingError
+from training.kernels import prepack
 from training.method import Method
 
 RATE = 1e-2
@@ -31,7 +33,7 @@ def quiet(line: str) -> None:
 def train(base: Path, pictures: Path, out: Path, make, chosen: config.TrainSettings, **more: object) -> loop.Result:
     parts = models.load(base)
     source = images.folder(pictures, conditioning=pictures, minimum=8)
-    data = views.Views(source, resolution=32, multiple=parts.multiple)
+    data = crops.Views(source, resolution=32, multiple=parts.multiple)
     result = loop.train(make(parts), data, chosen, out=out, say=quiet, **more)  # type: ignore[arg-type]
     assert result is not None
     return result
@@ -85,7 +87,7 @@ def test_the_saved_lora_changes_a_plain_pipeline_as_the_trained_unet(
 ) -> None:
     parts = models.load(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2, alpha=3, text_encoder=True))
-    data = views.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     result = loop.train(method, data, settings(), out=tmp_path, say=quiet)
     assert result is not None
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
@@ -177,7 +179,7 @@ def test_bf16_computes_low_and_trains_in_float32(make, base: Path, pictures: Pat
 
 def test_frozen_weights_get_the_compute_precision(base: Path) -> None:
     method = small_lora(models.load(base))
-    setup.cast(method, torch.device("cpu"), torch.bfloat16)
+    prepare.cast(method, torch.device("cpu"), torch.bfloat16)
     frozen = {parameter.dtype for parameter in method.parts.unet.parameters() if not parameter.requires_grad}
     assert frozen == {torch.bfloat16}
     assert {parameter.dtype for parameter in method.trainable().values()} == {torch.float32}
@@ -246,7 +248,7 @@ def test_tensorboard_gets_the_loss_and_a_missing_tracker_is_named(base: Path, pi
     pytest.importorskip("tensorboard")
     said: list[str] = []
     parts = models.load(base)
-    data = views.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     chosen = settings(steps=1, trackers=["tensorboard", "no_such_tracker"])
     loop.train(small_lora(parts), data, chosen, out=tmp_path, say=said.append)
     assert list((tmp_path / "tracking").glob("events.out*"))

@@ -13,13 +13,14 @@ from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from training import config, controlnet, dreambooth, images, loop, lora, models, views
+from training import config, controlnet, dreambooth, loop, lora, models
+from training.data import crops, images
 from training.errors import TrainingError
 from training.method import Method
 
 
 def train(method: Method, pictures: Path, out: Path, **changes: object) -> loop.Result:
-    data = views.Views(
+    data = crops.Views(
         images.folder(pictures, conditioning=pictures, minimum=8), resolution=32, multiple=method.parts.multiple
     )
     plain = {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "trackers": [], "log_every": 1}
@@ -245,7 +246,7 @@ def test_the_loss_is_instance_mean_plus_weighted_class_mean(
         return losses
 
     method.step = step
-    data = views.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     settings = config.TrainSettings(steps=1, batch_size=6, trackers=[])
     made = prior(base, tmp_path / "class", prior_ratio=ratio, prior_weight=0.25)
     result = loop.train(method, data, settings, out=tmp_path / "out", prior=made, say=lambda line: None)
@@ -276,7 +277,7 @@ def test_bases_that_cannot_be_trained_are_refused(base: Path, tmp_path: Path) ->
 
 def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path: Path) -> None:
     parts = models.load(base)
-    data = views.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     said: list[str] = []
     settings = config.TrainSettings(steps=100, dry_run=True, trackers=[])
     method = lora.prepare(parts, config.LoraSettings(rank=2))

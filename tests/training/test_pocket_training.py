@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters import sample
-from training import config, controlnet, dreambooth, images, loop, lora, models, views
+from adapters.measuring import sample
+from training import config, controlnet, dreambooth, loop, lora, models
+from training.data import crops, images
 from training.pocket import PocketError, base_path
 
 
@@ -49,7 +50,7 @@ def validation_losses(out: Path) -> list[float]:
 def test_training_lowers_the_loss_at_fixed_noise(name: str, pocket: Path, tmp_path: Path) -> None:
     parts = models.load(pocket)
     method = lora.prepare(parts) if name == "lora" else controlnet.prepare(parts)
-    data = views.Views(Scenes(4), resolution=64, multiple=parts.multiple)
+    data = crops.Views(Scenes(4), resolution=64, multiple=parts.multiple)
     settings = config.TrainSettings(
         steps=200,
         batch_size=4,
@@ -76,7 +77,7 @@ def test_pictures_come_nearer_to_the_subject(name: str, pocket: Path, tmp_path: 
     """Same prompts, seeds and noise before and after; the identifier means nothing to the base."""
     from diffusers import StableDiffusionPipeline
 
-    from recipes.referee import subject_similarity
+    from recipes.common.metrics import subject_similarity
 
     subject = Path(__file__).parents[2] / "recipes" / "subjects" / "dog"
     similarity = subject_similarity(subject, "dog")
@@ -87,7 +88,7 @@ def test_pictures_come_nearer_to_the_subject(name: str, pocket: Path, tmp_path: 
     parts = models.load(pocket)
     small = config.LoraSettings(rank=16, targets="conv")
     method = lora.prepare(parts, small) if name == "lora" else dreambooth.prepare(parts)
-    data = views.Views(images.folder(subject), resolution=64, multiple=parts.multiple)
+    data = crops.Views(images.folder(subject), resolution=64, multiple=parts.multiple)
     rate = 1e-3 if name == "lora" else 2e-4
     settings = config.TrainSettings(steps=300, batch_size=4, learning_rate=rate, trackers=[])
     result = loop.train(method, data, settings, out=tmp_path, say=lambda line: None)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from training import prepack
-from training.prepack import prepacked, prepacked_bytes
+from training.kernels import prepack
+from training.kernels.prepack import prepacked, prepacked_bytes
 
 pytestmark = pytest.mark.skipif(not prepack.possible(), reason="this build of torch has no oneDNN operators")
 

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from training import config, controlnet, dreambooth, images, loop, lora, models, views
+from training import config, controlnet, dreambooth, loop, lora, models
+from training.data import crops, images
 from training.errors import exit_on_error
 from training.ranks import state
 
@@ -26,7 +27,7 @@ def train(asked: dict[str, Any], say: Callable[[str], None] = print) -> loop.Res
     parts = models.load(asked["base"])
     method = METHODS[asked["method"]](parts)
     source = images.folder(asked["pictures"], conditioning=asked["pictures"], minimum=8)
-    data = views.Views(source, resolution=32, multiple=parts.multiple, flip=True)
+    data = crops.Views(source, resolution=32, multiple=parts.multiple, flip=True)
     prior = None
     if asked.get("class_folder"):
         chosen = config.DreamBoothSettings(class_prompt="dog", class_images=3, steps=2)

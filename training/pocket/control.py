@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..images import Sample
+from ..data.images import Sample
 from .errors import PocketError
 from .scenes import TRAIN_SEED, Scene, canny, palette, sample
 from .world import CONTROLS

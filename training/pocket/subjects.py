@@ -20,7 +20,7 @@ from PIL import Image
 from . import backgrounds
 from .captions import article
 from .errors import PocketError
-from .rendered import TOYS, rendering
+from .making.rendered import TOYS, rendering
 from .scenes import GRID, SIDE, compose
 from .sprites import scaled, sprite
 from .world import BACKGROUNDS, SIZE

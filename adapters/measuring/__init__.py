@@ -1,0 +1,10 @@
+"""What an adapter does, measured: sampling, metrics, paired comparison, report, and how all of it is verified.
+
+`sample.images` samples pictures, `gains.compare` compares arms, `verify.verify` recomputes a folder's numbers.
+"""
+
+from __future__ import annotations
+
+from . import archive, gains, metrics, plot, report, sample, stats, table, tune, verify
+
+__all__ = ["archive", "gains", "metrics", "plot", "report", "sample", "stats", "table", "tune", "verify"]

@@ -1,0 +1,250 @@
+"""Images from prompts and seeds, the same ones however they are batched, sharded or interrupted.
+
+The initial noise of an image is a function of its seed alone: drawn on the CPU in float32 from its own generator, which
+then also feeds stochastic schedulers. Batching can therefore change an image only by the rounding of batched matrix
+products (below one grey level in float32), never by its noise; `latents` is the hash that proves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
+
+from ..errors import AdapterError
+
+__all__ = ["Shot", "images", "initial_latents", "read", "shots_in", "write"]
+
+METADATA_KEY = "adapters.settings"
+Context = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One image and what it was made from."""
+
+    prompt: str
+    seed: int
+    latents: str
+    """First 16 hex digits of the SHA-256 of the initial latents (float32, before the scheduler scales them)."""
+    image: Image.Image
+    arm: str = ""
+    seconds: float = 0.0
+    """Sampling time of the batch divided by its size; 0 where unknown."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What `record` noted for this image, such as its effective guidance scale."""
+    path: Path | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What arms are joined on."""
+        return self.prompt, self.seed, self.latents
+
+
+def images(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    around: Context = nullcontext(),  # noqa: B008  (stateless)
+    batch_size: int = 4,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    arm: str = "",
+    inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
+    common: Mapping[str, Any] | None = None,
+    record: Callable[[Any], Sequence[Mapping[str, float]]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Shot]:
+    """Sample every prompt with every seed, prompts outermost.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline with a U-net (latent diffusion; ControlNet too, with `inputs`).
+        around: entered once around all sampling; a context manager, or a function that makes one.
+        inputs: further pipeline arguments of one image, such as ControlNet's `image`; passed on as lists.
+        common: further pipeline arguments of every call, passed on as they are.
+        record: called after each batch with what `around` yielded; returns one mapping of numbers per image.
+        settings: anything that tells this arm apart (guidance, adapter hash); written to the PNGs, compared on resume.
+        folder: where PNGs go. Images found there with equal settings are read, not sampled again (a batch that was cut
+            short is made anew as a whole, so that a resumed run ends with the same bits); a PNG of other settings under
+            the same name is an error.
+        rank, world: this process samples every `world`-th image, starting at `rank`; `shots_in(folder)` gathers.
+
+    Returns: the shots of this rank, in order.
+    """
+    if batch_size < 1 or not 0 <= rank < world:
+        raise AdapterError(
+            f"batch_size={batch_size}, rank={rank}, world={world}: need batch_size >= 1, 0 <= rank < world"
+        )
+    facts = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "height": height,
+        "width": width,
+        "arm": arm,
+        "scheduler": type(pipe.scheduler).__name__,
+        **(settings or {}),
+    }
+    units = list(product(prompts, seeds))[rank::world]
+    done = {unit: shot for unit in units if (shot := _resume(folder, unit, facts)) is not None}
+    batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
+    todo = [batch for batch in batches if any(unit not in done for unit in batch)]
+    if todo:
+        with around if isinstance(around, AbstractContextManager) else around() as run:
+            hidden = rank != 0 or not sys.stderr.isatty()
+            for batch in tqdm(todo, desc=arm or None, unit="batch", leave=False, disable=hidden):
+                own = _arguments(negative_prompt, height, width, len(batch))
+                arguments = {**own, **(common or {}), **_inputs(inputs, batch)}
+                shots = _batch(pipe, batch, arm, steps=steps, guidance_scale=guidance_scale, arguments=arguments)
+                notes = record(run) if record is not None else [{}] * len(batch)
+                if len(notes) != len(batch):
+                    raise AdapterError(f"record returned {len(notes)} rows of numbers for {len(batch)} images")
+                for unit, shot, numbers in zip(batch, shots, notes, strict=True):
+                    done[unit] = _keep(folder, shot, dict(numbers), facts)
+    return [done[unit] for unit in units]
+
+
+def initial_latents(pipe: Any, seed: int, *, height: int | None = None, width: int | None = None) -> tuple[Any, Any]:
+    """(latents of shape (1, channels, h, w), the generator that drew them) of one seed; float32 on the CPU."""
+    config, vae = pipe.unet.config, getattr(pipe, "vae", None)
+    factor = 1 if vae is None else pipe.vae_scale_factor
+    sample = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
+    rows = height // factor if height else sample[0]
+    columns = width // factor if width else sample[1]
+    # Not the U-net's channels: inpainting U-nets take more. Pixel-space ones (DeepFloyd IF) make colours.
+    channels = 3 if vae is None else vae.config.latent_channels
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, channels, rows, columns), generator=generator), generator
+
+
+def _arguments(negative_prompt: str | None, height: int | None, width: int | None, n: int) -> dict[str, Any]:
+    size = {"height": height, "width": width}
+    negative = {} if negative_prompt is None else {"negative_prompt": [negative_prompt] * n}
+    return {**{name: value for name, value in size.items() if value is not None}, **negative}
+
+
+def _inputs(inputs: Callable[[str, int], Mapping[str, Any]] | None, batch: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    if inputs is None:
+        return {}
+    rows = [inputs(prompt, seed) for prompt, seed in batch]
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _batch(
+    pipe: Any,
+    batch: Sequence[tuple[str, int]],
+    arm: str,
+    *,
+    steps: int,
+    guidance_scale: float,
+    arguments: dict[str, Any],
+) -> list[Shot]:
+    size = {name: arguments.get(name) for name in ("height", "width")}
+    drawn = [initial_latents(pipe, seed, **size) for _, seed in batch]
+    hashes = [hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:16] for noise, _ in drawn]
+    generators = [generator for _, generator in drawn]
+    if "latents" in inspect.signature(pipe.__call__).parameters:
+        latents = torch.cat([noise for noise, _ in drawn])
+        arguments = {**arguments, "latents": latents.to(device=pipe.unet.device, dtype=pipe.unet.dtype)}
+    else:  # DeepFloyd IF draws the same noise itself, from the same seeds
+        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in batch]
+    start = time.perf_counter()
+    result = pipe(
+        prompt=[prompt for prompt, _ in batch],
+        generator=generators,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        output_type="pil",
+        **arguments,
+    ).images
+    seconds = (time.perf_counter() - start) / len(batch)
+    return [
+        Shot(prompt=prompt, seed=seed, latents=digest, image=image.convert("RGB"), arm=arm, seconds=seconds)
+        for (prompt, seed), digest, image in zip(batch, hashes, result, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- PNG
+
+
+def _name(prompt: str, seed: int) -> str:
+    return f"{hashlib.sha256(prompt.encode()).hexdigest()[:12]}-{seed}.png"
+
+
+def _keep(folder: Path | None, shot: Shot, numbers: dict[str, float], facts: Mapping[str, Any]) -> Shot:
+    path = None if folder is None else folder / _name(shot.prompt, shot.seed)
+    kept = replace(shot, numbers=numbers, path=path)
+    if path is not None:
+        write(path, kept, facts)
+    return kept
+
+
+def write(path: Path, shot: Shot, facts: Mapping[str, Any]) -> None:
+    """A PNG whose text chunk holds the shot and its settings; it appears whole or not at all."""
+    record = {
+        "prompt": shot.prompt,
+        "seed": shot.seed,
+        "latents": shot.latents,
+        "arm": shot.arm,
+        "seconds": shot.seconds,
+        "numbers": dict(shot.numbers),
+        "settings": dict(facts),
+    }
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(record, sort_keys=True, default=str))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    shot.image.save(part, format="PNG", pnginfo=info)
+    os.replace(part, path)
+
+
+def read(path: Path) -> tuple[Shot, dict[str, Any]]:
+    """A shot and its settings from a PNG written by `write`."""
+    try:
+        with Image.open(path) as image:
+            record = json.loads(image.text[METADATA_KEY])  # type: ignore[attr-defined]
+            pixels = image.convert("RGB")
+        settings = record.pop("settings")
+        return Shot(image=pixels, path=path, **record), settings
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError) as error:
+        raise AdapterError(f"{path}: not an image written by adapters.sample ({type(error).__name__})") from error
+
+
+def _resume(folder: Path | None, unit: tuple[str, int], facts: Mapping[str, Any]) -> Shot | None:
+    if folder is None or not (path := folder / _name(*unit)).exists():
+        return None
+    shot, settings = read(path)
+    wanted = json.loads(json.dumps(dict(facts), default=str))
+    if settings != wanted:
+        different = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
+        raise AdapterError(
+            f"{path} was sampled with other settings ({', '.join(different)}); use another folder or remove it"
+        )
+    return shot
+
+
+def shots_in(folder: Path) -> Iterator[Shot]:
+    """Every shot under `folder`, in order of path: what all ranks wrote."""
+    for path in sorted(folder.rglob("*.png")):
+        yield read(path)[0]

@@ -1,0 +1,110 @@
+"""Search for the guidance settings that measure best, on prompts and seeds the report will never see.
+
+Successive halving (Jamieson & Talwalkar, arXiv:1502.07943): every candidate is tried on a few seeds, the better part on
+more, until one is left. Arms to be compared get the same budget: `Tuned.images` counts what was spent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import GainsError
+from .metrics import Metric, score
+from .sample import Shot
+
+__all__ = ["KEEP", "Tuned", "check", "search"]
+
+KEEP = 1 / 3  # share of candidates that go on to the next round
+
+Try = Callable[[Mapping[str, Any], Sequence[str], Sequence[int]], Sequence[Shot]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The winner, and how everyone else did."""
+
+    best: dict[str, Any]
+    """The winning settings, for `guider_config.json`."""
+    rounds: list[dict[str, Any]]
+    """Per round: seeds per prompt, and every candidate's settings, its images' numbers (null where one could not
+    be judged) and their mean; what goes beside the winner as its curve."""
+    images: int
+
+
+def search(
+    candidates: Sequence[Mapping[str, Any]],
+    sample: Try,
+    objective: Metric,
+    *,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    held_out_prompts: Sequence[str],
+    held_out_seeds: Sequence[int],
+    keep: float = KEEP,
+    first: int = 1,
+) -> Tuned:
+    """Find the candidate with the best mean objective.
+
+    Args:
+        candidates: settings, each a plain mapping (method, scale, reference, clamps, start, stop, adapter weight, …).
+        sample: (settings, prompts, seeds) -> images.
+        prompts, seeds: of the tuning; must share nothing with the held-out ones, which are named only to be checked.
+        keep: share of candidates that go on to the next round, in which each gets 1/keep times the seeds.
+        first: seeds per prompt in the first round.
+    """
+    if not candidates:
+        raise GainsError("tuning needs at least one candidate")
+    if not 0 < keep < 1 or first < 1 or not prompts or not seeds:
+        raise GainsError(f"keep={keep}, first={first}: need 0 < keep < 1, first >= 1, and prompts and seeds to tune on")
+    if shared := sorted(set(prompts) & set(held_out_prompts)):
+        raise GainsError(f"prompt {shared[0]!r} is held out for the report and cannot be tuned on")
+    if shared_seeds := sorted(set(seeds) & set(held_out_seeds)):
+        raise GainsError(f"seed {shared_seeds[0]} is held out for the report and cannot be tuned on")
+    left, n, rounds, images = [dict(c) for c in candidates], min(first, len(seeds)), [], 0
+    while True:
+        results = []
+        for candidate in left:
+            shots = sample(candidate, prompts, seeds[:n])
+            images += len(shots)
+            values = [None if math.isnan(v) else float(f"{v:.4g}") for v in score(objective, shots)]
+            results.append({"settings": candidate, "mean": _mean(values), "values": values})
+        rounds.append({"seeds": n, "results": results})
+        left = _better(results, keep, higher_is_better=objective.higher_is_better)
+        if len(left) == 1 or n == len(seeds):
+            return Tuned(best=left[0], rounds=rounds, images=images)
+        n = min(len(seeds), math.ceil(n / keep))
+
+
+def check(rounds: Sequence[Mapping[str, Any]], *, higher_is_better: bool, keep: float = KEEP) -> dict[str, Any]:
+    """The winner, recomputed from every image's number; raises `GainsError` where a round does not follow."""
+    left: list[dict[str, Any]] = []
+    for number, made in enumerate(rounds):
+        results = made["results"]
+        if number and [result["settings"] for result in results] != left:
+            raise GainsError(f"round {number + 1} did not try the better ones of the round before")
+        for result in results:
+            mean = _mean(result["values"])
+            if not math.isclose(mean, result["mean"], rel_tol=1e-9, abs_tol=1e-12):
+                raise GainsError(f"{result['settings']} has a mean of {mean!r}, not {result['mean']!r}")
+        left = _better(results, keep, higher_is_better=higher_is_better)
+    if not left:
+        raise GainsError("nothing was tried")
+    return left[0]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    judged = [value for value in values if value is not None]
+    if not judged:
+        raise GainsError("no image of a candidate could be judged; tune on other prompts, or by another metric")
+    return float(np.mean(judged))
+
+
+def _better(results: Sequence[Mapping[str, Any]], keep: float, *, higher_is_better: bool) -> list[dict[str, Any]]:
+    """The better share of the candidates, best first; ties go to the earlier one."""
+    order = sorted(results, key=lambda result: -result["mean"] if higher_is_better else result["mean"])
+    return [result["settings"] for result in order[: math.ceil(len(order) * keep)]]

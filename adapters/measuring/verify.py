@@ -1,0 +1,98 @@
+"""Recompute a release folder's every number from its per-image table alone, without a GPU or the models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import FileError, GainsError
+from . import archive, tune
+from .gains import Design, Gains, compare
+from .table import read_csv
+
+__all__ = ["difference", "recompute", "verify"]
+
+TOLERANCE = 1e-9  # relative; sums may be ordered differently by another numpy
+
+
+def verify(source: str | Path) -> dict[str, Any]:
+    """Check files against the manifest and numbers against their table; returns a summary, raises on any difference.
+
+    Args:
+        source: a release folder, or what `adapters.measuring.archive.pack` made of one.
+    """
+    with archive.unpacked(Path(source)) as folder:  # which also makes errors name the archive
+        return _verified(folder)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    manifest = files.verify_folder(path)
+    summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
+    if "gains.json" in manifest["files"]:
+        stored = files.read_json(path / "gains.json")
+        ours = recompute(path).to_dict()
+        if changed := difference(ours, {name: stored.get(name) for name in ours}, "gains"):
+            raise GainsError(f"{path}: {changed}; gains.json does not follow from per_image.csv")
+        summary["verdict"] = ours["verdict"]["sentence"]
+        summary["numbers"] = _count(ours)
+    if "tuned.json" in manifest["files"]:
+        summary["tuned"] = _tuned(path)
+    return summary
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    """What a search found, recomputed from every image's number."""
+    try:
+        record = files.read_json(folder / "tuned.json")
+        up, best = record["higher is better"], record["best"]
+        found = {name: tune.check(rounds, higher_is_better=up) for name, rounds in record["rounds"].items()}
+        ours = {name: {k: v for k, v in found[name].items() if k != "adapter"} for name in best}
+        ours |= {"adapter": found["checkpoint"]["adapter"]} if "checkpoint" in found else {}
+        best = best | ({"adapter": record["adapter"]} if "checkpoint" in found else {})
+    except GainsError as error:
+        raise GainsError(f"{folder}: tuned.json: {error}") from error
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise FileError(f"{folder / 'tuned.json'}: not what recipes/tune.py writes ({error!r})") from error
+    if ours != best:
+        raise GainsError(f"{folder}: tuned.json names {best} as the best, recomputed {ours}")
+    return ours
+
+
+def recompute(folder: Path) -> Gains:
+    """The comparison, from `per_image.csv` and the design in `gains.json`."""
+    stored = files.read_json(folder / "gains.json")
+    design = stored.get("design") if isinstance(stored, dict) else None
+    if not isinstance(design, dict) or set(design) != {f.name for f in fields(Design)}:
+        raise FileError(f"{folder / 'gains.json'}: no complete design in it")
+    try:
+        return compare(read_csv(folder / "per_image.csv"), Design(**design))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise FileError(f"{folder / 'gains.json'}: the design is malformed ({error})") from error
+
+
+def difference(ours: Any, stored: Any, where: str) -> str | None:
+    """The first place where two JSON values differ."""
+    if isinstance(ours, dict) and isinstance(stored, dict):
+        if ours.keys() != stored.keys():
+            return f"{where} has other fields: {sorted(ours.keys() ^ stored.keys())}"
+        return next((d for k in ours if (d := difference(ours[k], stored[k], f"{where}.{k}"))), None)
+    if isinstance(ours, list) and isinstance(stored, list):
+        if len(ours) != len(stored):
+            return f"{where} has {len(stored)} entries, recomputed {len(ours)}"
+        return next((d for i, o in enumerate(ours) if (d := difference(o, stored[i], f"{where}[{i}]"))), None)
+    if isinstance(ours, float) and isinstance(stored, int | float) and not isinstance(stored, bool):
+        same = math.isclose(ours, stored, rel_tol=TOLERANCE, abs_tol=1e-12) or (math.isnan(ours) and math.isnan(stored))
+    else:
+        same = ours == stored and type(ours) is type(stored)
+    return None if same else f"{where} is {stored!r}, recomputed {ours!r}"
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(_count(v) for v in value.values())
+    if isinstance(value, list):
+        return sum(_count(v) for v in value)
+    return int(isinstance(value, int | float) and not isinstance(value, bool))

@@ -1,0 +1,1 @@
+"""Timings, and in `study` the research on the embedded base. Run from a checkout; nothing of it is installed."""

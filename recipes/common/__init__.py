@@ -1,0 +1,1 @@
+"""What the recipes share. Nothing in here is launched."""

@@ -1,0 +1,300 @@
+"""Metrics by name, for a case and a base: the pocket judge offline, CLIP, DINO and others where their weights are.
+
+| name | what | needs |
+|---|---|---|
+| prompt accuracy | share of what the prompt says that the judge sees | pocket |
+| subject similarity | the subject's region against its pictures, in the judge's features | pocket, subject |
+| class IoU | the condition's classes against those the judge sees | pocket, targets |
+| canny F1, MS-SSIM | edges against the condition, structure against the target | targets |
+| alignment (clip) | cosine of picture and prompt, identifier left out | clip |
+| similarity (SPACE), masked similarity (judge) | cosine to the subject's pictures | subject |
+| diversity (SPACE) | distance to the other pictures of a prompt | two seeds |
+| drift (SPACE) | distance to the base's own picture of the same prompt and seed | adapter, `base_arm` |
+| kernel distance (SPACE) | to `reference`; the mean over pictures is KID | reference |
+| saturation, contrast, clipped share | burnt pictures | |
+
+SPACE is clip, dino, judge, lite0 (EfficientNet-Lite0) or colour.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adapters.measuring import metrics as kinds
+from adapters.measuring.metrics import Measure, Metric
+from adapters.measuring.metrics.networks import Clip, TextAlignment, Vit, efficientnet_lite0
+from adapters.measuring.sample import Shot
+from training.config import require
+from training.data import images
+from training.errors import TrainingError
+from training.pocket import judge, scenes
+from training.pocket.control import Scenes
+from training.pocket.judging import to_pixels
+from training.pocket.making.fitting import pixels
+from training.pocket.world import CLASSES
+
+from .base import POCKET
+from .settings import MeasureSettings
+from .units import Case
+
+__all__ = [
+    "PROMPT",
+    "SUBJECT",
+    "check_frechet",
+    "defaults",
+    "frechet",
+    "metrics",
+    "prompt_accuracy",
+    "space",
+    "subject_similarity",
+]
+
+PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
+PARTS = {
+    "object accuracy": "objects",
+    "colour accuracy": "colours",
+    "relation accuracy": "relation",
+    "background accuracy": "background",
+}
+_last: list[Any] = []  # the shots, the identifier and the scores of `_scores`: five metrics ask for the same
+IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
+
+
+def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
+    """What is measured where the settings name nothing; the first decides."""
+    if settings.metrics:
+        return settings.metrics
+    if settings.targets:
+        own = ["class IoU"] if settings.control == "segmentation" else ["canny F1"]
+        return [*own, PROMPT] if pocket else [*own, "alignment (clip)"]
+    if pocket:
+        return [PROMPT, SUBJECT] if settings.subjects else [PROMPT]
+    return ["alignment (clip)", *(["similarity (dino)", "similarity (clip)"] if settings.subjects else [])]
+
+
+def metrics(settings: MeasureSettings, case: Case, *, pocket: bool) -> list[Metric]:
+    """The metrics of the settings, made for one case."""
+    return [_metric(name, settings, case) for name in defaults(settings, pocket=pocket)]
+
+
+def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
+    plain: dict[str, Callable[[], Metric]] = {
+        PROMPT: lambda: prompt_accuracy(case.identifier),
+        **{part: partial(prompt_accuracy, case.identifier, part) for part in PARTS},
+        SUBJECT: lambda: subject_similarity(_folder(name, case), case.noun),
+        "class IoU": lambda: Measure(name, True, lambda shots: _class_iou(shots, case)),
+        "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot)),
+        "MS-SSIM": lambda: kinds.MsSsim(target=lambda shot: _target(name, case, shot)),
+        "saturation": kinds.Saturation,
+        "contrast": kinds.Contrast,
+        "clipped share": kinds.Clipped,
+    }
+    if name in plain:
+        return plain[name]()
+    found = IN_SPACE.fullmatch(name)
+    if found is None:
+        raise TrainingError(
+            f"measure.metrics: {name!r} is unknown; there are {', '.join(plain)}, and alignment, similarity, masked "
+            "similarity, diversity, drift, kernel distance of a space, such as 'similarity (dino)'"
+        )
+    what, where = found.groups()
+    features = space(where, settings.spaces.get(where))
+    if what == "alignment":
+        require(isinstance(features, Clip), f"{name}: only clip knows words")
+        without = lambda shot: _without(shot.prompt, case.identifier)  # noqa: E731
+        return TextAlignment(name=name, clip=features, prompt=without)
+    if what == "diversity":
+        return kinds.Diversity(name=name, features=features)
+    if what == "drift":
+        require(settings.base_arm, f"{name} compares with the base's own pictures: set measure.base_arm true")
+        return kinds.Drift(name=name, features=features, base=[])  # which recipes/measure.py samples first
+    if what == "kernel distance":
+        return kinds.Kid(name=name, features=features, references=_reference(settings.reference, name))
+    pictures, masks = _pictures(_folder(name, case))
+    if what == "similarity":
+        return kinds.Similarity(name=name, features=features, references=pictures)
+    require(masks is not None, f"{name} needs {case.folder}/masks")
+    label = _label(name, case.noun)
+    found_in = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
+    return kinds.Similarity(name=name, features=features, references=pictures, reference_masks=masks, mask=found_in)
+
+
+@lru_cache(maxsize=8)
+def space(name: str, path: str | None = None) -> Any:
+    """A feature space: pictures -> (n, d)."""
+    from training.ranks import state
+
+    free: dict[str, Callable[[], Any]] = {
+        "judge": lambda: judge().features,
+        "colour": lambda: kinds.color_histogram,
+        "lite0": efficientnet_lite0,
+    }
+    if name in free:
+        return free[name]()
+    require(name in ("clip", "dino"), f"feature space {name!r} is unknown; there are clip, dino, {', '.join(free)}")
+    require(
+        path is not None, f"feature space {name} needs its network: set measure.spaces.{name} to a folder or hub id"
+    )
+    assert path is not None
+    device = str(state().device)
+    return Clip(name=path, device=device) if name == "clip" else Vit(name=path, device=device)
+
+
+def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
+    """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
+    assert settings.frechet is not None
+    features = space(settings.frechet, settings.spaces.get(settings.frechet))
+    real = _real(settings.frechet, settings.spaces.get(settings.frechet), settings.reference)
+    return kinds.frechet(features([shot.image for shot in shots]), real)
+
+
+def check_frechet(settings: MeasureSettings) -> None:
+    """Says what `measure.frechet` lacks: its network, or the reference's pictures."""
+    assert settings.frechet is not None
+    space(settings.frechet, settings.spaces.get(settings.frechet))
+    require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
+    if settings.reference != POCKET:
+        images.folder(str(settings.reference), prompt="", minimum=1)
+
+
+@lru_cache(maxsize=2)
+def _real(name: str, path: str | None, reference: str | None) -> Any:
+    """Features of the reference's pictures, the same for every arm."""
+    rows = space(name, path)(_reference(reference, "measure.frechet"))
+    require(len(rows) >= 2, f"measure.reference {reference} has fewer than two pictures")
+    return rows
+
+
+def _reference(reference: str | None, what: str) -> list[Image.Image]:
+    require(reference is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
+    assert reference is not None
+    if reference == POCKET:
+        drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
+        return [drawn[i].image for i in range(len(drawn))]
+    return _pictures(Path(reference))[0]
+
+
+# ---------------------------------------------------------------------------------------------- the pocket world
+
+
+def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
+    """Share of what the prompt says (objects, colours, relation, background) that the judge sees; or of one kind of it.
+
+    The identifier is left out of the prompt: a subject counts as what it is one of. NaN where the prompt says nothing
+    of the kind.
+    """
+    part = PARTS.get(name, "mean")
+
+    def measure(shots: Sequence[Shot]) -> list[float]:
+        values = [getattr(score, part) for score in _scores(shots, identifier)]
+        return [float("nan") if value is None else value for value in values]
+
+    return Measure(name, True, measure)
+
+
+def _scores(shots: Sequence[Shot], identifier: str) -> list[Any]:
+    """What the judge says of every shot; of the shots it was asked for last, what it said then."""
+    if not (_last and _last[0] is shots and _last[1] == identifier):
+        prompts = [_without(shot.prompt, identifier) for shot in shots]
+        _last[:] = [shots, identifier, judge().scores([shot.image for shot in shots], prompts)]
+    return _last[2]
+
+
+def subject_similarity(folder: Path, noun: str) -> Measure:
+    """Mean cosine between the subject in a picture and in each reference of ``folder``, in the judge's features.
+
+    Features are standardised over the objects of 256 drawn scenes, or the cosine of any two things would be near one.
+    The region is where the judge sees the class ``noun``; a picture in which it sees none scores 0.
+    """
+    mean, spread = _statistics()
+    pictures, given = _pictures(folder)
+    require(given is not None, f"{SUBJECT} needs {folder / 'masks'}, white where the subject is")
+    assert given is not None
+    wanted = _unit((judge().features(pictures, torch.from_numpy(np.stack(given))) - mean) / spread)
+    label = _label(SUBJECT, noun)
+
+    def measure(shots: Sequence[Shot]) -> list[float]:
+        shown = to_pixels([shot.image for shot in shots])
+        masks = judge().segment(shown) == label
+        features = _unit((judge().features(shown, masks) - mean) / spread)
+        there = masks.float().mean((1, 2)) > 0.01
+        return ((features @ wanted.T).mean(1) * there).tolist()
+
+    return Measure(SUBJECT, True, measure)
+
+
+@lru_cache(maxsize=1)
+def _statistics() -> tuple[Tensor, Tensor]:
+    drawn = [scenes.sample(scenes.HELD_OUT_SEED, i) for i in range(256)]
+    masks = torch.from_numpy(np.stack([scene.masks[0] for scene in drawn]))
+    features = judge().features(pixels(scene.image for scene in drawn), masks)
+    return features.mean(0), features.std(0) + 1e-6
+
+
+def _class_iou(shots: Sequence[Shot], case: Case) -> list[float]:
+    """Mean IoU over the classes of a condition in the palette's colours, at the judge's 32 x 32."""
+    seen = judge().segment([shot.image for shot in shots]).numpy()
+    colours = scenes.palette().astype(int)
+    values = []
+    for shot, found in zip(shots, seen, strict=True):
+        small = _condition("class IoU", case, shot).convert("RGB").resize(found.shape[::-1], Image.Resampling.NEAREST)
+        wanted = np.abs(np.asarray(small, int)[:, :, None] - colours).sum(-1).argmin(-1)
+        ious = [
+            ((wanted == k) & (found == k)).sum() / ((wanted == k) | (found == k)).sum() for k in np.unique(wanted)[1:]
+        ]
+        values.append(float(np.mean(ious)) if ious else float("nan"))
+    return values
+
+
+# ---------------------------------------------------------------------------------------------- small things
+
+
+def _without(prompt: str, identifier: str) -> str:
+    return " ".join(word for word in prompt.split() if word != identifier)
+
+
+def _label(what: str, noun: str) -> int:
+    require(noun in CLASSES, f"{what}: the pocket judge knows no {noun!r}; it knows {', '.join(CLASSES)}")
+    return list(CLASSES).index(noun) + 1
+
+
+def _folder(what: str, case: Case) -> Path:
+    require(case.folder is not None, f"{what} needs a subject: set measure.subjects")
+    assert case.folder is not None
+    return case.folder
+
+
+def _condition(what: str, case: Case, shot: Shot) -> Image.Image:
+    require(shot.prompt in case.conditions, f"{what} needs conditions: set measure.targets and measure.control")
+    return case.conditions[shot.prompt].resize(shot.image.size, Image.Resampling.NEAREST)
+
+
+def _target(what: str, case: Case, shot: Shot) -> Image.Image:
+    require(shot.prompt in case.targets, f"{what} needs target pictures: set measure.targets")
+    return case.targets[shot.prompt].resize(shot.image.size, Image.Resampling.LANCZOS)
+
+
+def _pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
+    """The pictures of a folder, and their masks where it has a folder `masks`."""
+    masks = folder / "masks"
+    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1)
+    samples = [source[i] for i in range(len(source))]
+    given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
+    return [sample.image for sample in samples], given or None
+
+
+def _resized(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 127
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features, dim=1)

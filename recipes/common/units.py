@@ -1,0 +1,184 @@
+"""What a recipe reads: training pictures, prompts, and the units of a comparison by subject or condition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from recipes.common.base import POCKET, say
+from recipes.common.settings import MeasureSettings
+from training.config import DataSettings, require
+from training.errors import TrainingError
+
+__all__ = ["Case", "cases", "class_prior", "data", "subject_folders", "texts"]
+
+
+def class_prior(parts: Any, settings: Any) -> Any:
+    """The class images that a DreamBooth recipe's settings ask for, generated where they are missing."""
+    from training import dreambooth
+
+    if settings.train.dry_run:
+        if settings.dreambooth.class_prompt:
+            say(
+                f"would generate up to {settings.dreambooth.class_images} pictures of the class; left out of this trial"
+            )
+        return None
+    return dreambooth.prior(
+        parts,
+        settings.dreambooth,
+        resolution=settings.data.resolution,
+        folder=Path(settings.out) / "class_images",
+        seed=settings.train.seed,
+    )
+
+
+def data(settings: DataSettings, *, parts: Any) -> Any:
+    """Training views of the pictures; `pocket` and `pocket-fluent` are drawn scenes of the embedded world."""
+    from training.data import crops, images
+
+    if settings.source not in (POCKET, "pocket-fluent"):
+        return crops.views(images.load(settings), settings, multiple=parts.multiple)
+    from training.pocket.control import Scenes
+
+    look = "fluent" if settings.source == "pocket-fluent" else "noto"
+    scenes = Scenes(control=settings.annotator, count=settings.count or 6000, look=look)
+    return crops.views(scenes, settings, multiple=parts.multiple)
+
+
+def texts(prompts: Sequence[str], file: str | None, *, name: str = "") -> list[str]:
+    """Prompts from settings and a file with one a line; {} becomes `name` with its article."""
+    lines = list(prompts)
+    if file is not None:
+        try:
+            lines += [line.strip() for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrainingError(f"prompt_file {file} cannot be read: {error}") from error
+    article = "an" if name[:1].lower() in tuple("aeiou") else "a"
+    filled = [line.replace("a {}", f"{article} {{}}").replace("{}", name) if name else line for line in lines]
+    for line in filled:
+        require("{}" not in line, f"prompt {line!r} has a {{}} but no subject is given; set measure.subjects")
+    return list(dict.fromkeys(filled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is sampled with one adapter: a subject, or the whole of a task without subjects."""
+
+    name: str = ""
+    prompts: list[str]
+    adapter: str | None = None
+    folder: Path | None = None
+    """The subject's pictures."""
+    identifier: str = ""
+    noun: str = ""
+    """The subject's class."""
+    conditions: Mapping[str, Image.Image] = field(default_factory=dict, repr=False)
+    """Prompt -> what the ControlNet is given."""
+    targets: Mapping[str, Image.Image] = field(default_factory=dict, repr=False)
+    """Prompt -> the picture that the condition was made from."""
+
+    @property
+    def calls(self) -> str:
+        """What the subject is called in prompts."""
+        return f"{self.identifier} {self.noun}".strip()
+
+    def inputs(self, prompt: str, seed: int) -> dict[str, Any]:
+        """What the pipeline is given beside a prompt: its condition, where there are conditions."""
+        return {"image": self.conditions[prompt]} if self.conditions else {}
+
+    @property
+    def given(self) -> Callable[[str, int], dict[str, Any]] | None:
+        """`inputs`, where there are any."""
+        return self.inputs if self.conditions else None
+
+
+def cases(settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None) -> list[Case]:
+    """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name.
+
+    Args:
+        size: (width, height) that targets and their conditions are cut to; null: each its own.
+    """
+    if settings.targets is not None:
+        return [_controlled(settings, adapter, size)]
+    if not settings.subjects:
+        require(adapter is None or "{subject}" not in adapter, f"adapter {adapter} needs measure.subjects")
+        prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
+        require(bool(prompts), "measure has no prompts; set measure.prompts, prompt_file, subjects or targets")
+        return [Case(prompts=prompts, adapter=adapter)]
+    return [_subject(Path(folder), settings, adapter) for folder in subject_folders(settings.subjects)]
+
+
+def subject_folders(patterns: Sequence[str]) -> list[str]:
+    """The folders that the patterns name, each once."""
+    found = []
+    for pattern in patterns:
+        matches = [path for path in sorted(glob(pattern)) if Path(path).is_dir()]
+        require(bool(matches), f"measure.subjects: {pattern} is no folder")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Case:
+    file = folder / "subject.json"
+    try:
+        facts = json.loads(file.read_text("utf-8"))
+        identifier, noun = facts["identifier"], facts["class"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f'{file} must be JSON with "identifier", "class" and "prompts" ({error!r}); recipes/new.py makes one'
+        ) from error
+    own = [] if settings.prompts or settings.prompt_file else facts.get("prompts", [])
+    prompts = texts([*settings.prompts, *own], settings.prompt_file, name=f"{identifier} {noun}")[: settings.limit]
+    require(bool(prompts), f"no prompts for {folder}: neither in {file} nor in measure.prompts or prompt_file")
+    path = adapter.replace("{subject}", folder.name) if adapter else None
+    return Case(name=folder.name, prompts=prompts, adapter=path, folder=folder, identifier=identifier, noun=noun)
+
+
+def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None) -> Case:
+    """Captions of the targets as prompts, each with the condition made from its picture."""
+    from training.data import images
+    from training.pocket.control import Scenes
+    from training.pocket.scenes import HELD_OUT_SEED
+
+    assert settings.targets is not None
+    source: Any
+    first = settings.skip or 0
+    if settings.targets == POCKET:
+        require(
+            settings.control != "given", "measure.targets pocket draws its conditions: control canny or segmentation"
+        )
+        source = Scenes(control=settings.control, count=first + (settings.limit or 64), seed=HELD_OUT_SEED, begin=0)
+    else:
+        require(settings.control != "segmentation", "control segmentation of your own pictures: set control given")
+        place = Path(settings.targets)
+        given = str(place / "conditioning") if settings.control == "given" else None
+        source = images.load(DataSettings(source=str(place), conditioning=given))
+    wanted = range(len(source))[first:][: settings.limit]
+    require(bool(wanted), f"measure.skip {first} leaves none of {len(source)} targets")
+    samples = [_cut(source[i], size, settings) for i in wanted]
+    kept = {sample.caption: sample for sample in samples}
+    if len(kept) < len(samples):
+        say(f"{len(samples) - len(kept)} targets are left out: their captions repeat others, and a prompt is a unit")
+    return Case(
+        prompts=list(kept),
+        adapter=adapter,
+        conditions={caption: sample.conditioning for caption, sample in kept.items()},
+        targets={caption: sample.image for caption, sample in kept.items()},
+    )
+
+
+def _cut(sample: Any, size: tuple[int, int] | None, settings: MeasureSettings) -> Any:
+    """The middle of a target at the size that is drawn, and its condition: edges are found at that size."""
+    from training.data import images
+
+    image, condition = sample.image, sample.conditioning
+    if size is not None and image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        condition = None if settings.control == "canny" else ImageOps.fit(condition, size, Image.Resampling.NEAREST)
+    return replace(sample, image=image, conditioning=condition or images.canny(image))

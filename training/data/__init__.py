@@ -1,0 +1,1 @@
+"""From pictures, captions, masks and conditions to batches."""

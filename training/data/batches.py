@@ -1,0 +1,205 @@
+"""Which samples a step trains on and with which noise: pure functions of (seed, position), so resuming is a number.
+
+Positions count samples over the whole run. Step s of batches of B per process, accumulated A times on W processes owns
+the positions s·A·W·B up to (s+1)·A·W·B, and what happens at a position does not depend on how they are split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TrainingError
+
+__all__ = ["Draws", "Feed", "Stream", "seed_of"]
+
+
+def seed_of(*numbers: int | str) -> int:
+    """A 63-bit seed from any numbers and words; near inputs give unrelated seeds."""
+    text = "/".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class Entries(Protocol):
+    """Sized entries: a `cache.Encoded`, or views turned into tensors as they are asked for."""
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]: ...
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Entries with their share of the samples and the weight of their loss."""
+
+    entries: Entries
+    share: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """What is drawn at random per position."""
+
+    latent_shape: tuple[int, int]
+    """(channels, pixels per latent)."""
+    timesteps: int = 1000
+    noise_offset: float = 0.0
+    caption_dropout: float = 0.0
+    conditioning_dropout: float = 0.0
+    conditioning: bool = False
+    """Whether the method reads conditioning images; otherwise they are left out of the batches."""
+    masks: bool = False
+    """Whether the loss uses masks; samples without one get a mask of ones."""
+
+
+class Feed:
+    """Batches by step; building one touches no state, so threads may do it ahead."""
+
+    def __init__(
+        self,
+        streams: list[Stream],
+        draws: Draws,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        processes: int = 1,
+        rank: int = 0,
+        text: Callable[[list[str]], dict[str, Tensor]] | None = None,
+    ):
+        self.streams, self.draws, self.seed, self.text = streams, draws, seed, text
+        self.batch_size, self.accumulation, self.processes, self.rank = batch_size, accumulation, processes, rank
+        self.per_step = batch_size * accumulation * processes
+        buckets = [sorted(set(stream.entries.sizes)) for stream in streams]
+        if len(streams) > 1 and any(item != buckets[0] or len(item) > 1 for item in buckets):
+            raise TrainingError("prior preservation needs one image size: set data.buckets to 1")
+        self._members = [
+            [index for index, size in enumerate(streams[0].entries.sizes) if size == bucket] for bucket in buckets[0]
+        ]
+
+    def batch(self, step: int, micro: int) -> dict[str, Any]:
+        """This process's batch of one micro-step, on the CPU.
+
+        Holds `noise` (B, C, h, w), `posterior` like it, `timesteps` (B,), `weight` (B,), what `text` makes of the
+        captions, and the entries' tensors stacked.
+        """
+        offset = (micro * self.processes + self.rank) * self.batch_size
+        positions = [step * self.per_step + offset + number for number in range(self.batch_size)]
+        return self.finish([self.item(step, position) for position in positions])
+
+    def finish(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stacks samples; `text` turns their captions into tensors, cached embeddings or token ids."""
+        captions = [item.pop("caption") for item in items]
+        batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+        return {**batch, **self.text(captions)} if self.text else {**batch, "captions": captions}
+
+    def item(self, step: int, position: int) -> dict[str, Any]:
+        """One sample with its draws."""
+        number, index = self._choose(step, position)
+        stream = self.streams[number]
+        entry = stream.entries[index]
+        draws, random = self.draws, torch.Generator().manual_seed(seed_of(self.seed, "draw", position))
+        height, width = stream.entries.sizes[index]
+        channels, factor = draws.latent_shape
+        shape = (channels, height // factor, width // factor)
+        timestep = torch.randint(draws.timesteps, (), generator=random)
+        drop_caption, drop_conditioning = torch.rand(2, generator=random).tolist()
+        noise = torch.randn(shape, generator=random)
+        item: dict[str, Any] = {
+            **entry,
+            "timesteps": timestep,
+            "noise": noise,
+            "posterior": torch.randn(shape, generator=random),
+            "weight": torch.tensor(stream.weight),
+            "caption": "" if drop_caption < draws.caption_dropout else stream.entries.captions[index],
+        }
+        if draws.noise_offset:
+            item["noise"] = noise + draws.noise_offset * torch.randn((channels, 1, 1), generator=random)
+        if not draws.masks:
+            item.pop("mask", None)
+        elif "mask" not in item:
+            item["mask"] = torch.ones(1, *shape[1:])
+        if not draws.conditioning:
+            item.pop("conditioning", None)
+        elif drop_conditioning < draws.conditioning_dropout:
+            item["conditioning"] = torch.zeros_like(item["conditioning"])
+        return item
+
+    def _choose(self, step: int, position: int) -> tuple[int, int]:
+        """Stream and entry at a position."""
+        if len(self.streams) > 1:
+            number, turn = interleave(position, self.streams[1].share / sum(stream.share for stream in self.streams))
+            return number, pick(self.seed, number, len(self.streams[number].entries), turn)
+        if len(self._members) == 1:
+            return 0, pick(self.seed, 0, len(self.streams[0].entries), position)
+        bucket, turns = self._bucket(step)
+        members = self._members[bucket]
+        return 0, members[pick(self.seed, bucket, len(members), turns * self.per_step + position % self.per_step)]
+
+    def _bucket(self, step: int) -> tuple[int, int]:
+        """The bucket of a whole step, drawn by size, and how often it was drawn before."""
+        drawn = _buckets(self.seed, tuple(map(len, self._members)), 1 << max(10, step.bit_length()))
+        return int(drawn[step]), int((drawn[:step] == drawn[step]).sum())
+
+    def ahead(self, first: int, last: int, workers: int) -> Generator[list[dict[str, Any]], None, None]:
+        """Lists of a step's micro-batches for steps `first` up to `last`, prepared `workers` steps ahead in threads."""
+
+        def build(step: int) -> list[dict[str, Any]]:
+            return [self.batch(step, micro) for micro in range(self.accumulation)]
+
+        if not workers:
+            yield from map(build, range(first, last))
+            return
+        with ThreadPoolExecutor(workers, thread_name_prefix="feed") as pool:
+            waiting: list[Future] = [pool.submit(build, step) for step in range(first, min(last, first + workers))]
+            try:
+                for step in range(first, last):
+                    ready = waiting.pop(0).result()
+                    if step + workers < last:
+                        waiting.append(pool.submit(build, step + workers))
+                    yield ready
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+def interleave(position: int, share: float) -> tuple[int, int]:
+    """Stream (0 or 1) at a position when stream 1 gets `share` of all, spread evenly, and the turn within it."""
+    before, after = int(position * share + 1e-9), int((position + 1) * share + 1e-9)
+    return (1, before) if after > before else (0, position - before)
+
+
+def pick(seed: int, stream: int, size: int, turn: int) -> int:
+    """The entry at a turn: every epoch goes through all entries once, in its own order."""
+    epoch, place = divmod(turn, size)
+    return int(_order(seed, stream, size, epoch)[place])
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, stream: int, size: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(seed_of(seed, "order", stream, epoch)).permutation(size)
+
+
+@lru_cache(maxsize=4)
+def _buckets(seed: int, sizes: tuple[int, ...], steps: int) -> np.ndarray:
+    shares = np.cumsum(sizes) / sum(sizes)
+    # Drawing more steps leaves the first ones as they were: one uniform number each, in order.
+    return np.searchsorted(shares, np.random.default_rng(seed_of(seed, "buckets")).random(steps), side="right")

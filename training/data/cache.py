@@ -1,0 +1,209 @@
+"""VAE posteriors and text embeddings, computed once and found again by content.
+
+An entry's name is a hash of what it was made from: the image's bytes, the view, the encoder's weights and the region
+function. So shuffling changes nothing, and replacing one file re-encodes one entry. Entries are encoded one at a time,
+so that their bits do not depend on their neighbours, and hold mean *and* standard deviation: each step draws anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import TrainingError
+from ..models import Parts, encode_images, encode_text, fingerprint, tokenize
+from ..ranks import state
+from .crops import View, Views
+
+__all__ = ["Encoded", "Live", "Region", "Store", "caching_seconds", "encode_captions", "encode_views", "view_tensors"]
+
+RMS_ALLOWED = (0.05, 20.0)  # of scaled latents, which a fitting VAE scale brings near 1
+Entry = dict[str, Tensor]
+Region = Callable[[Parts, Entry, str], Tensor]
+
+
+class Store:
+    """Named entries in memory, or with `folder` as one safetensors file each, written whole or not at all."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._memory: dict[str, Entry] = {}
+        self.encoded = 0
+        """Entries that had to be made since this object exists."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._memory if self.folder is None else _path(self.folder, name).is_file()
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._memory[name] if self.folder is None else load_file(_path(self.folder, name))
+
+    def put(self, name: str, entry: Entry) -> None:
+        self.encoded += 1
+        if self.folder is None:
+            self._memory[name] = entry
+            return
+        path = _path(self.folder, name)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(entry, temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(
+                f"cannot write the cache in {self.folder}: {error}; free space or set data.cache"
+            ) from error
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / name[:2] / f"{name}.safetensors"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Entries of one `Views`, by view number."""
+
+    store: Store
+    names: list[str]
+    sizes: list[tuple[int, int]]
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.store[self.names[index]]
+
+
+class Live:
+    """Views as entries that are not cached: `pixels` (3, H, W) instead of `mean` and `std`, encoded in every step."""
+
+    def __init__(self, views: Views, factor: int):
+        self.views, self.factor = views, factor
+        self.names = [views.key(index) for index in range(len(views))]
+        self.sizes = [views.size(index) for index in range(len(views))]
+        self.captions = [views.caption(index) for index in range(len(views))]
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> Entry:
+        view = self.views[index]
+        return {"pixels": view.pixels, **view_tensors(view, self.factor)}
+
+
+def _name(*pieces: str) -> str:
+    return hashlib.blake2b("\0".join(pieces).encode(), digest_size=20).hexdigest()
+
+
+def _mine(names: Iterable[tuple[str, Any]], store: Store) -> Iterator[tuple[str, Any]]:
+    """This process's share of the names, each once, as far as they are missing.
+
+    Shares are dealt from all names: processes that look at different moments would deal the missing ones differently.
+    """
+    ranks = state()
+    for number, (name, work) in enumerate(dict(names).items()):
+        if number % ranks.num_processes == ranks.process_index and name not in store:
+            yield name, work
+
+
+def view_tensors(view: View, factor: int) -> Entry:
+    """What a view gives besides its latents: `frame`, and where there are, `mask` at latent size and `conditioning`."""
+    entry = {"frame": view.frame}
+    if view.mask is not None:
+        entry["mask"] = functional.avg_pool2d(view.mask[None], factor)[0]  # (1, h, w)
+    if view.conditioning is not None:
+        entry["conditioning"] = view.conditioning
+    return entry
+
+
+@torch.no_grad()
+def encode_views(
+    views: Views,
+    parts: Parts,
+    store: Store,
+    *,
+    device: torch.device,
+    region: Region | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Encoded:
+    """Encodes the views that the store lacks, each process its share, and returns all of them.
+
+    Args:
+        region: gives the mask (1, h, w) in [0, 1] of an entry (`mean`, `std`, ...) and its caption, such as the
+            attention region of the class word; its `__name__` is part of the content key.
+        progress: called with the number of entries this process has made and is to make.
+
+    Raises:
+        TrainingError: latents that are not finite, or far from unit scale (a VAE with a wrong scaling factor).
+    """
+    captions = [views.caption(index) for index in range(len(views))]
+    names = _view_names(views, parts, captions, region)
+    sizes = [views.size(index) for index in range(len(views))]
+    parts.vae.to(device)
+    work = list(_mine(zip(names, range(len(names)), strict=True), store))
+    for done, (name, index) in enumerate(work, 1):
+        view = views[index]
+        mean, std = encode_images(parts.vae, view.pixels[None])
+        rms = float((mean.square() + std.square()).mean().sqrt())
+        if not RMS_ALLOWED[0] <= rms <= RMS_ALLOWED[1]:  # also catches NaN
+            raise TrainingError(
+                f"latents of view {index} ({view.caption!r}) have a root mean square of {rms:.3g}, which should be "
+                f"about 1: check scaling_factor and shift_factor in the VAE's config"
+            )
+        entry = {"mean": mean[0].cpu(), "std": std[0].cpu(), **view_tensors(view, parts.factor)}
+        if region is not None:
+            entry["mask"] = region(parts, entry, view.caption).detach().float().cpu()
+        store.put(name, {key: tensor.contiguous() for key, tensor in entry.items()})
+        if progress:
+            progress(done, len(work))
+    state().wait_for_everyone()
+    return Encoded(store, names, sizes, captions)
+
+
+def _view_names(views: Views, parts: Parts, captions: list[str], region: Region | None) -> list[str]:
+    """A region may depend on the caption, so its entry is named by it too; without one the caption stays out."""
+    vae_name = fingerprint(parts.vae) + ("" if region is None else f"-{region.__name__}")
+    return [_name("view", vae_name, views.key(index), captions[index] if region else "") for index in range(len(views))]
+
+
+@torch.no_grad()
+def caching_seconds(views: Views, parts: Parts, store: Store, *, device: torch.device) -> float:
+    """How long encoding the views that the store lacks would take this process, from trying one of them."""
+    names = _view_names(views, parts, [""] * len(views), None)
+    missing = [index for index, name in enumerate(names) if name not in store]
+    if not missing:
+        return 0.0
+    parts.vae.to(device)
+    began = time.perf_counter()
+    mean, _ = encode_images(parts.vae, views[missing[0]].pixels[None])
+    mean.cpu()
+    return (time.perf_counter() - began) * len(missing) / state().num_processes
+
+
+@torch.no_grad()
+def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, device: torch.device) -> dict[str, str]:
+    """Embeds the captions that the store lacks; returns each caption's entry name.
+
+    An entry holds `embeds` (T, D), and for SDXL `pooled` (P,).
+    """
+    encoder_name = fingerprint(*parts.text_encoders)
+    names = {caption: _name("text", encoder_name, caption) for caption in captions}
+    for encoder in parts.text_encoders:
+        encoder.to(device)
+    for name, caption in _mine(((name, caption) for caption, name in names.items()), store):
+        text = encode_text(parts.text_encoders, tokenize(parts, [caption]), family=parts.family)
+        store.put(name, {key: tensor[0].float().cpu().contiguous() for key, tensor in text.items()})
+    state().wait_for_everyone()
+    return names

@@ -1,0 +1,170 @@
+"""Fixed views of a source: each image at its bucket's size, cropped and flipped, as tensors.
+
+Crops and flips are enumerated, not drawn, so that every view can be cached: n images, k crops and flip are 2kn views.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..config import DataSettings
+from ..errors import TrainingError
+from .images import Sample, Source, rgb
+
+__all__ = ["View", "Views", "bucket_sizes", "views"]
+
+WIDEST = 2.0  # aspect ratio of the outermost buckets
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One training view."""
+
+    pixels: Tensor
+    """(3, H, W) float32 in [-1, 1]."""
+    caption: str
+    frame: Tensor
+    """(6,) float32: original height and width, crop top and left, height and width (SDXL's size conditioning)."""
+    mask: Tensor | None = None
+    """(1, H, W) float32 in [0, 1]."""
+    conditioning: Tensor | None = None
+    """(3, H, W) uint8."""
+
+
+def bucket_sizes(resolution: int, buckets: int, multiple: int) -> list[tuple[int, int]]:
+    """(height, width) of each bucket: about resolution² pixels, sides multiples of `multiple`, the square first."""
+    sizes = [(resolution, resolution)]
+    for index in range(1, buckets):
+        ratio = WIDEST ** ((index + 1) // 2 / max(1, buckets // 2) * (1 if index % 2 else -1))
+        height = max(multiple, round(resolution / math.sqrt(ratio) / multiple) * multiple)
+        width = max(multiple, round(resolution * math.sqrt(ratio) / multiple) * multiple)
+        if (height, width) not in sizes:
+            sizes.append((height, width))
+    return sizes
+
+
+class Views:
+    """All views of a source, indexed by integers."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        resolution: int,
+        multiple: int = 8,
+        buckets: int = 1,
+        flip: bool = False,
+        crops: int = 1,
+    ):
+        if resolution % multiple:
+            raise TrainingError(
+                f"data.resolution must be a multiple of {multiple} for this base, got {resolution}; "
+                f"try {max(multiple, round(resolution / multiple) * multiple)}"
+            )
+        if not len(source):
+            raise TrainingError("the data source has no samples")
+        self.source, self.flip, self.crops = source, flip, crops
+        self.sizes = bucket_sizes(resolution, buckets, multiple)
+
+    def __len__(self) -> int:
+        return len(self.source) * self.crops * (2 if self.flip else 1)
+
+    def _place(self, index: int) -> tuple[int, int, bool]:
+        """Sample, crop and flip of a view; the views of one sample lie `len(source)` apart."""
+        rest, sample = divmod(index, len(self.source))
+        flipped, crop = divmod(rest, self.crops)
+        return sample, crop, bool(flipped)
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of a view: the bucket nearest to the image in log aspect ratio."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        sample = self._place(index)[0]
+        measure = getattr(self.source, "size", None)
+        width, height = measure(sample) if measure else self.source[sample].image.size
+        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
+
+    def caption(self, index: int) -> str:
+        sample = self._place(index)[0]
+        read = getattr(self.source, "caption", None)
+        return read(sample) if read else self.source[sample].caption
+
+    def key(self, index: int) -> str:
+        """Names the view's content: the sample's, and how it is cut. Captions are cached by themselves."""
+        sample, crop, flipped = self._place(index)
+        named = getattr(self.source, "key", None)
+        content = named(sample) if named else _content(self.source[sample])
+        return f"{content}-{self.size(index)}-{crop}/{self.crops}-{flipped}"
+
+    def __getitem__(self, index: int) -> View:
+        number, crop, flipped = self._place(index)
+        sample = self.source[number]
+        height, width = self.size(index)
+        image = rgb(sample.image)
+        box = _Frame.cover(image.size, (height, width), crop, self.crops, flipped)
+        mask, conditioning = sample.mask, sample.conditioning
+        return View(
+            pixels=box.cut(image, Image.Resampling.LANCZOS).float().div_(127.5).sub_(1),
+            caption=sample.caption,
+            frame=torch.tensor([image.height, image.width, box.top, box.left, height, width], dtype=torch.float32),
+            mask=None if mask is None else box.cut(mask.convert("L"), Image.Resampling.BOX).float().div_(255),
+            conditioning=None if conditioning is None else box.cut(rgb(conditioning), Image.Resampling.BILINEAR),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """How an image is resized to cover a size, and which part is kept."""
+
+    resized: tuple[int, int]
+    top: int
+    left: int
+    height: int
+    width: int
+    flipped: bool
+
+    @classmethod
+    def cover(cls, image: tuple[int, int], size: tuple[int, int], crop: int, crops: int, flipped: bool) -> _Frame:
+        height, width = size
+        scale = max(width / image[0], height / image[1])
+        resized = (max(width, round(image[0] * scale)), max(height, round(image[1] * scale)))
+        share = 0.5 if crops == 1 else crop / (crops - 1)
+        left, top = round((resized[0] - width) * share), round((resized[1] - height) * share)
+        return cls(resized=resized, top=top, left=left, height=height, width=width, flipped=flipped)
+
+    def cut(self, image: Image.Image, resample: Image.Resampling) -> Tensor:
+        """(C, H, W) uint8."""
+        if image.size != self.resized:
+            image = image.resize(self.resized, resample)
+        if image.size != (self.width, self.height):
+            image = image.crop((self.left, self.top, self.left + self.width, self.top + self.height))
+        values = np.array(image)
+        values = values[:, ::-1] if self.flipped else values
+        values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _content(sample: Sample) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for image in (sample.image, sample.mask, sample.conditioning):
+        digest.update(b"-" if image is None else f"{image.mode}{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def views(source: Source, settings: DataSettings, *, multiple: int) -> Views:
+    """The views that the settings describe; `multiple` is the base's (`models.Parts.multiple`)."""
+    return Views(
+        source,
+        resolution=settings.resolution,
+        multiple=multiple,
+        buckets=settings.buckets,
+        flip=settings.flip,
+        crops=settings.crops,
+    )

@@ -1,0 +1,102 @@
+"""Put fitted parts together as the folders that ship: half precision, safetensors, a manifest over every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from .. import DATA, VERSION, tokenizer
+from ..judging import Judge
+from . import model
+from .fit_base import Base
+
+__all__ = ["LIMITS", "base", "controlnet", "judge", "pipeline", "write_manifest"]
+
+LIMITS = {
+    VERSION: 30_000_000,
+    "controlnet-canny": 13_000_000,
+    "controlnet-segmentation": 13_000_000,
+    "judge": 3_000_000,
+}  # bytes
+
+
+def pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
+    """The parts as the ordinary pipeline, without a safety checker (there is nothing here it was made for)."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        unet=parts.unet,
+        text_encoder=parts.text_encoder,
+        tokenizer=tokenizer.build(),
+        scheduler=model.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def base(vae: AutoencoderKL, parts: Base) -> Path:
+    """Write the base folder. The parts given are used up: their weights are halved in place."""
+
+    def write(folder: Path) -> None:
+        pipeline(vae, parts).to(torch.float16).save_pretrained(folder)
+        # transformers loads in the dtype this names, diffusers in float32: left at float16, a plain
+        # `from_pretrained(folder)` would mix the two and fail.
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+    return _replaced(VERSION, write, keep=("README.md", "sheet.webp"))
+
+
+def controlnet(control: str, network: ControlNetModel) -> Path:
+    """Write the ControlNet for ``control``."""
+    return _replaced(f"controlnet-{control}", network.half().save_pretrained)
+
+
+def judge(network: Judge) -> Path:
+    """Write the judge's weights."""
+    tensors = {
+        name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
+    }
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "judge.safetensors")
+
+    return _replaced("judge", write, keep=("README.md",))
+
+
+def _replaced(name: str, write: Callable[[Path], object], keep: Iterable[str] = ()) -> Path:
+    """Write a folder beside the old one, then put it in its place."""
+    final, fresh = DATA / name, DATA / f".{name}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    write(fresh)
+    for kept in keep:
+        if (final / kept).exists():
+            shutil.copy2(final / kept, fresh / kept)
+    shutil.rmtree(final, ignore_errors=True)
+    fresh.rename(final)
+    return final
+
+
+def write_manifest() -> dict:
+    """List what ships with size and sha256; refuse what is over its limit. Cards and pictures are no part of it."""
+    files = {}
+    for folder, limit in LIMITS.items():
+        every = (path for path in sorted((DATA / folder).rglob("*")) if path.is_file())
+        paths = [path for path in every if path.suffix not in (".md", ".webp")]
+        size = sum(path.stat().st_size for path in paths)
+        if size > limit:
+            raise ValueError(f"{folder} has {size:,} bytes, over its limit of {limit:,}")
+        for path in paths:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            files[path.relative_to(DATA).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    listed = {"version": VERSION, "files": files}
+    (DATA / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n")
+    return listed

@@ -1,0 +1,302 @@
+"""What happens between the settings and the first step: processes, caching, precision, what will train."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+
+from . import sharding, validate
+from .config import TrainSettings
+from .data.batches import Draws, Feed, Stream
+from .data.cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
+from .data.crops import Views
+from .dreambooth import Prior
+from .errors import TrainingError
+from .estimate import Estimate, estimate, table
+from .kernels import fused, prepack
+from .method import Method
+from .models import encode_images, encode_text, tokenize
+
+__all__ = ["DTYPES", "Prepared", "announce", "cast", "kernels", "make_accelerator", "prepare", "tune"]
+
+# Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
+PLAIN_TOKENS = 1024
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """Everything the loop needs that is not the model or the optimizer."""
+
+    feed: Feed
+    names: list[str]
+    """Content of all data, to notice at resuming that it changed."""
+    texts: dict[str, dict[str, Tensor]] | None
+    """Cached embeddings by caption; None when the text encoders are asked in every step."""
+    fixed: list[dict[str, Any]]
+    """Batches of the fixed-noise validation loss."""
+    size: tuple[int, int]
+    dtype: torch.dtype
+    caching_seconds: float
+    """Of a dry run, which does not cache."""
+    ready: Callable[[dict[str, Any]], dict[str, Any]]
+    """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
+
+
+def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], None]) -> Accelerator:
+    """Accelerate with the trackers that are installed; precision is ours, see `prepare`."""
+    there = [name for name in settings.trackers if _tracker_installed(name)]
+    accelerator = Accelerator(
+        mixed_precision="no",
+        log_with=there or None,
+        project_dir=str(out),
+        # Nothing here has buffers that change, and gradients may share memory with the buckets they travel in.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise TrainingError(
+            "the launcher asks for DeepSpeed, whose weights this loop cannot save; use --multi_gpu (DDP) or --use_fsdp"
+        )
+    if there and not settings.dry_run:
+        accelerator.init_trackers("tracking")
+    for name in settings.trackers:
+        if name not in there and accelerator.is_main_process:
+            say(f"train.trackers: {name} is not installed, so it is left out")
+    if settings.tf32 and accelerator.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def _tracker_installed(name: str) -> bool:
+    module = {"comet_ml": "comet_ml", "aim": "aim"}.get(name, name)
+    return importlib.util.find_spec(module) is not None
+
+
+def prepare(
+    method: Method,
+    data: Views,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    *,
+    prior: Prior | None,
+    region: Region | None,
+    cache: str,
+    cache_folder: Path,
+    say: Callable[[str], None],
+) -> Prepared:
+    """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision."""
+    parts, device, chosen = method.parts, accelerator.device, method.objective.settings
+    seconds = 0.0
+    if not parts.text_encoders or parts.vae is None:
+        raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
+    if method.needs_conditioning and data[0].conditioning is None:
+        raise TrainingError("a ControlNet needs conditioning images: set data.conditioning or data.annotator")
+    if method.needs_conditioning and prior is not None:
+        raise TrainingError(
+            "dreambooth.class_prompt: class images have no conditioning, so a ControlNet cannot use them"
+        )
+    if region is not None and cache == "off":
+        raise TrainingError("a region function needs the cache: set data.cache to memory or disk")
+    if settings.dry_run:
+        seconds = caching_seconds(data, parts, Store(cache_folder if cache == "disk" else None), device=device)
+        cache, seconds = "off", 0.0 if cache == "off" else seconds
+    if cache == "memory" and accelerator.num_processes > 1:
+        say(f"data.cache: several processes share the cache through {cache_folder}")
+        cache = "disk"
+    said = _Progress(say)
+    store = Store(cache_folder if cache == "disk" else None)
+    cast(method, device, DTYPES[settings.precision])
+    height, width = data.sizes[0]
+    tune(method, settings, device, tokens=height * width // parts.factor**2, divided=sharding.asked(accelerator))
+
+    def entries(views: Views) -> Encoded | Live:
+        if cache == "off":
+            return Live(views, parts.factor)
+        own = region if views is data else None  # class images count whole, as they do beside masks
+        return encode_views(views, parts, store, device=device, region=own, progress=said)
+
+    weighted = [(data, 1.0, 1.0)] + ([(prior.views, prior.ratio, prior.weight)] if prior else [])
+    total = sum(ratio for _, ratio, _ in weighted)
+    # With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
+    streams = [
+        Stream(entries=entries(views), share=ratio, weight=weight * total / ratio) for views, ratio, weight in weighted
+    ]
+    if cache != "off":
+        say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
+    captions = sorted({caption for stream in streams for caption in stream.entries.captions} | {""})
+    unused = [token for token in method.tokens if not any(token in caption for caption in captions)]
+    if unused:
+        raise TrainingError(
+            f"lora.tokens: {', '.join(unused)} is in no caption, so it would not train; use it in captions"
+        )
+    texts = None
+    if method.trains_text:
+        say("text embeddings are not cached: the text encoder trains")
+    elif cache != "off":
+        names = encode_captions([*captions, *settings.validation.prompts], parts, store, device=device)
+        texts = {caption: store[name] for caption, name in names.items()}
+    masked = chosen.background < 1
+    draws = Draws(
+        latent_shape=(parts.unet.config.in_channels, parts.factor),
+        timesteps=len(method.objective.products),
+        noise_offset=chosen.noise_offset,
+        caption_dropout=chosen.caption_dropout,
+        conditioning_dropout=method.conditioning_dropout,
+        conditioning=method.needs_conditioning,
+        masks=masked,
+    )
+    if masked and region is None and "mask" not in streams[0].entries[0]:
+        raise TrainingError(
+            f"objective.background = {chosen.background} weights the loss by masks, but there are none: "
+            "set data.masks, or hand in a region"
+        )
+    feed = Feed(
+        streams,
+        draws,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        text=_text_of(method, texts),
+    )
+    fixed = validate.fixed_loss_batches(
+        streams[0], draws, settings.validation.loss_samples, seed=settings.validation.seed, text=feed.text
+    )
+    if texts is not None:
+        parts.release(vae=not settings.validation.prompts)
+    content = [name for stream in streams for name in stream.entries.names] + captions
+    return Prepared(
+        feed=feed,
+        names=content,
+        texts=texts,
+        fixed=fixed,
+        size=data.sizes[0],
+        dtype=DTYPES[settings.precision],
+        caching_seconds=seconds,
+        ready=_ready(method, device),
+    )
+
+
+def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
+    """Frozen networks that run in every step get the compute precision; whatever trains stays float32."""
+    for module in method.networks():
+        module.to(device)
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        module.train()
+
+
+def tune(method: Method, settings: TrainSettings, device: torch.device, *, tokens: int, divided: bool = False) -> None:
+    """Attention kernel, memory layout, gradient checkpointing and compilation of the networks of every step.
+
+    Args:
+        tokens: latents of an image, the longest sequence that attention sees.
+        divided: weights will be divided over the processes (FSDP), which takes contiguous ones only.
+    """
+    small = device.type == "cpu" and tokens <= PLAIN_TOKENS
+    plain = settings.attention == "plain" or (settings.attention == "auto" and small)
+    for network in method.networks():
+        if hasattr(network, "set_attn_processor"):
+            network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
+        if device.type == "cpu" and not divided:
+            network.to(memory_format=torch.channels_last)  # convolutions then run on their inputs as they lie
+        if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+        if settings.compile:
+            compile_network(network)
+
+
+@contextlib.contextmanager
+def kernels(method: Method, settings: TrainSettings, accelerator: Accelerator) -> Iterator[None]:
+    """`fused` LoRA layers and `prepacked` convolutions in the networks of every step, where asked for and possible."""
+    ours = method.networks() if not settings.compile and not sharding.asked(accelerator) else []
+    packs = settings.prepack and accelerator.device.type == "cpu" and prepack.possible()
+    with fused.fused(ours if settings.fuse else []), prepack.prepacked(ours if packs else []):
+        yield
+
+
+def compile_network(network: torch.nn.Module) -> None:
+    """torch.compile, with the upsampling between the levels left out of the graphs.
+
+    The CPU compiler of torch 2.13 loses the gradient through nearest upsampling of channels-last latents: whatever lies
+    below it does not learn, the loss looks as it should and nothing is said.
+    """
+    for module in network.modules():
+        if isinstance(module, Upsample2D):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    # Sizes are few; with symbolic ones torch 2.13's CPU compiler fails on graphs cut at the upsampling.
+    network.compile(dynamic=False)
+
+
+def _text_of(method: Method, texts: dict[str, dict[str, Tensor]] | None) -> Callable[[list[str]], dict[str, Tensor]]:
+    """Captions to cached embeddings, or to token ids for encoders that train or are not cached."""
+    if texts is None:
+
+        def ids(captions: list[str]) -> dict[str, Tensor]:
+            return {f"ids_{number}": item for number, item in enumerate(tokenize(method.parts, captions))}
+
+        return ids
+
+    def embeddings(captions: list[str]) -> dict[str, Tensor]:
+        found = [texts[caption] for caption in captions]
+        return {key: torch.stack([item[key] for item in found]) for key in found[0]}
+
+    return embeddings
+
+
+def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def ready(batch: dict[str, Any]) -> dict[str, Any]:
+        parts = method.parts
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        with torch.no_grad():
+            if "pixels" in batch:
+                batch["mean"], batch["std"] = encode_images(parts.vae, batch.pop("pixels"))
+            batch["latents"] = torch.addcmul(batch.pop("mean"), batch.pop("std"), batch.pop("posterior"))
+            if "ids_0" in batch and not method.trains_text:
+                ids = [batch.pop(f"ids_{number}") for number in range(len(parts.text_encoders))]
+                batch |= encode_text(parts.text_encoders, ids, family=parts.family)
+        return batch
+
+    return ready
+
+
+def announce(
+    method: Method, model: Any, settings: TrainSettings, prepared: Prepared, say: Callable[[str], None]
+) -> Estimate:
+    """Says what trains, and what memory and time it will take; returns the estimate."""
+    feed = prepared.feed
+    say(f"{method.name}: {len(feed.streams[0].entries)} views, {feed.per_step} samples a step, {settings.steps} steps")
+    found = estimate(
+        method, model, prepared.ready(feed.batch(0, 0)), settings, caching_seconds=prepared.caching_seconds
+    )
+    for line in [*table(method), *found.lines(settings)]:
+        say(line)
+    return found
+
+
+class _Progress:
+    """Says how far caching is, every ten seconds."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.began = say, time.perf_counter()
+        self.last = self.began
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self.last >= 10:
+            self.last = now
+            self.say(f"caching {done}/{total}, {(now - self.began) / done * (total - done) / 60:.1f} min left")

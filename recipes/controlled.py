@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from recipes.common.base import adapted, guided, launch, pipeline, say, size_of
+from recipes.common.base import adapted, pipeline, size_of
+from recipes.common.cli import launch, say
+from recipes.common.draw import draw, keep, sheet
+from recipes.common.guidance import guided
 from recipes.common.settings import GuidanceSettings, SamplingSettings
-from recipes.sample import draw, keep, sheet
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]

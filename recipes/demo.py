@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from recipes import dreambooth_lora
-from recipes.common.base import explained, quiet
+from recipes.common.cli import explained, quiet
 from training.config import parse
 from training.errors import exit_on_error
 from training.pocket.captions import article

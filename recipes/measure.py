@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, adapted, launch, pipeline, say, size_of, without_control
+from recipes.common.base import POCKET, adapted, pipeline, size_of, without_control
+from recipes.common.cli import launch, say
 from recipes.common.comparison import BASE, arms_of, digest_of
+from recipes.common.draw import draw
 from recipes.common.results import write_results
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings
 from recipes.common.units import Case, cases
-from recipes.sample import draw
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]

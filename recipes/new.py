@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from recipes import dreambooth_lora
-from recipes.common.base import POCKET, explained, quiet
+from recipes.common.base import POCKET
+from recipes.common.cli import explained, quiet
 from training.config import parse, require
 from training.errors import exit_on_error
 from training.pocket.captions import article

@@ -5,19 +5,18 @@ accelerate launch recipes/sample.py --config recipes/configs/sample/pocket_dog.y
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageDraw
-
-from recipes.common.base import adapted, arguments_of, effective_scales, guided, launch, pipeline, say
+from recipes.common.base import adapted, pipeline
+from recipes.common.cli import launch, say
+from recipes.common.draw import draw, keep, sheet
+from recipes.common.guidance import guided
+from recipes.common.prompts import texts
 from recipes.common.settings import GuidanceSettings, SamplingSettings
-from recipes.common.units import texts
 from training.config import BaseSettings, require
 
-__all__ = ["Settings", "draw", "keep", "run", "sheet"]
+__all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,96 +71,6 @@ def run(settings: Settings) -> Path | None:
     keep(sheet({settings.guidance.method: shots}), page)
     say(f"{len(shots)} pictures in {folder}; side by side: {page}")
     return page
-
-
-def draw(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    guidance: GuidanceSettings,
-    sampling: SamplingSettings,
-    folder: Path | None,
-    weights: str | None,
-    *,
-    arm: str = "",
-    inputs: Any = None,
-    common: Mapping[str, Any] | None = None,
-) -> list[Any]:
-    """All shots, each process having sampled its share; what is in `folder` with equal settings is not sampled again.
-
-    Args:
-        weights: name or hash of the adapter on the pipeline, to tell its pictures from another's.
-        arm: what the shots are called.
-        inputs, common: see `adapters.measuring.sample.images`.
-    """
-    import adapters
-    from training.ranks import state
-
-    plain = guidance.method == "cfg"
-    control = getattr(pipe, "controlnet", None)
-    told = {
-        "base": adapters.describe(pipe)["weights"],
-        "controlnet": None if control is None else adapters.base.fingerprint({"controlnet": control}),
-        "guidance": [guidance.method, guidance.preset, guidance.options],
-        "weights": weights,
-        "precision": sampling.precision,
-        **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
-    }
-
-    def share(rank: int, world: int) -> list[Any]:
-        return adapters.measuring.sample.images(
-            pipe,
-            prompts,
-            seeds,
-            around=guided(pipe, guidance),
-            record=None if plain else effective_scales,
-            guidance_scale=guidance.scale,
-            steps=sampling.steps,
-            batch_size=sampling.batch_size,
-            height=sampling.height,
-            width=sampling.width,
-            negative_prompt=sampling.negative_prompt,
-            arm=arm,
-            inputs=inputs,
-            common={**arguments_of(pipe, guidance), **(common or {})},
-            folder=folder,
-            settings=told,
-            rank=rank,
-            world=world,
-        )
-
-    ranks = state()
-    if ranks.num_processes > 1:
-        share(ranks.process_index, ranks.num_processes)
-        ranks.wait_for_everyone()
-    return share(0, 1)  # with several processes: all are read back, in order
-
-
-def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = "") -> Image.Image:
-    """One column an arm, one row a prompt (its first seed)."""
-    prompts = list(dict.fromkeys(shot.prompt for made in shots.values() for shot in made))[:rows]
-    page = Image.new("RGB", (side * len(shots) + 420, side * len(prompts) + 20), "white")
-    pen = ImageDraw.Draw(page)
-    for column, (arm, made) in enumerate(shots.items()):
-        pen.text((column * side + 4, 4), arm, fill="black")
-        first = {shot.prompt: shot.image for shot in reversed(made)}
-        for row, prompt in enumerate(prompts):
-            picture = first[prompt].resize((side, side), Image.Resampling.LANCZOS)
-            page.paste(picture, (column * side, 20 + row * side))
-    pen.text((side * len(shots) + 8, 4), title, fill="black")
-    for row, prompt in enumerate(prompts):
-        pen.text((side * len(shots) + 8, 20 + row * side + side // 2), prompt, fill="black")
-    return page
-
-
-def keep(image: Image.Image, path: Path) -> None:
-    """A picture that appears whole or not at all."""
-    part = path.with_suffix(".part")
-    try:
-        image.save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, guider_of, launch, pipeline, say
+from recipes.common.base import POCKET, pipeline
+from recipes.common.cli import launch, say
 from recipes.common.comparison import BASE, arms_of
+from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
 from recipes.common.units import cases
 from training.config import BaseSettings, require

@@ -17,19 +17,9 @@ from typing import Any, get_args, get_type_hints
 
 from PIL import Image
 
-from recipes.common.base import (
-    POCKET,
-    adapted,
-    arguments_of,
-    effective_scales,
-    explained,
-    guidance_of,
-    guided,
-    guider_of,
-    launch,
-    pipeline,
-    say,
-)
+from recipes.common.base import POCKET, adapted, pipeline
+from recipes.common.cli import explained, launch, say
+from recipes.common.guidance import arguments_of, effective_scales, guidance_of, guided, guider_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.common.after_training import Training, check, finish, train
-from recipes.common.base import launch, load_parts
-from recipes.common.units import data
+from recipes.common.after_training import finish
+from recipes.common.base import load_parts
+from recipes.common.cli import launch
+from recipes.common.training import Training, check, data, train
 from training.config import LoraSettings, ObjectiveSettings
 
 __all__ = ["Settings", "run"]

@@ -13,11 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, adapted, guider_of, launch, pipeline, say, size_of
+from recipes.common.base import POCKET, adapted, pipeline, size_of
+from recipes.common.cli import launch, say
 from recipes.common.comparison import digest_of
+from recipes.common.draw import draw
+from recipes.common.guidance import guider_of
+from recipes.common.prompts import texts
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
-from recipes.common.units import Case, cases, texts
-from recipes.sample import draw
+from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "chosen", "run"]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import explained
+from recipes.common.cli import explained
 from training.errors import TrainingError, exit_on_error
 
 __all__ = ["main", "pages", "score"]

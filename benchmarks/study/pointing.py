@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import pointing_table
-from recipes.common.base import POCKET, adapted, arguments_of, guidance_of, launch, pipeline, say
+from recipes.common.base import POCKET, adapted, pipeline
+from recipes.common.cli import launch, say
+from recipes.common.guidance import arguments_of, guidance_of
+from recipes.common.prompts import texts
 from recipes.common.settings import GuidanceSettings, SamplingSettings
-from recipes.common.units import texts
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]

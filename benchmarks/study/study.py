@@ -30,7 +30,7 @@ import yaml
 
 from benchmarks.study import pointing_table
 from benchmarks.study.tables import report
-from recipes.common.base import quiet
+from recipes.common.cli import quiet
 from training.config import parse, resolved
 from training.errors import TrainingError
 from training.pocket import base_hash

@@ -1,74 +1,13 @@
-"""What training recipes share: their settings, and what follows a training: tune -> measure -> ship."""
+"""What follows a training: tune -> measure -> ship, as far as the settings ask for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from recipes import measure, ship, tune
-from recipes.common.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
-from recipes.common.units import cases
-from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
+from recipes.common.training import Training
 
-__all__ = ["Training", "check", "finish", "record", "train"]
-
-LATER = ("tune", "measure", "ship", "sampling")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What every training recipe is told; the later stages are left out where they are null."""
-
-    base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
-    data: DataSettings
-    """The pictures, with captions, masks or conditions as the recipe needs them."""
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
-    """The loss."""
-    train: TrainSettings = field(default_factory=TrainSettings)
-    """The loop."""
-    tune: TuneSettings | None = None
-    """Search for guidance and checkpoint before measuring."""
-    measure: MeasureSettings | None = None
-    """The comparison; null: nothing is measured."""
-    ship: ShipSettings | None = None
-    """The release folder; null: nothing ships."""
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    """How pictures are sampled in these stages."""
-    out: str
-    """Folder for checkpoints, what was trained (in a folder named after the method), and what the later stages make."""
-
-    def __post_init__(self) -> None:
-        require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")
-
-
-def record(settings: Training) -> dict[str, Any]:
-    """What is written beside the weights: what shaped them. The later stages may change and be run again."""
-    return {name: value for name, value in resolved(settings).items() if name not in LATER}
-
-
-def check(settings: Training) -> None:
-    """What the later stages would find wrong with subjects and prompts is said before training."""
-    if settings.measure is not None and settings.measure.targets is None:
-        found = cases(settings.measure, None)
-        require(sum(len(case.prompts) for case in found) >= 2, "a comparison needs at least two prompts")
-
-
-def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
-    """The loop with the recipe's settings; `more` is what `training.loop.train` takes besides (prior, region)."""
-    from training import loop
-
-    return loop.train(
-        method,
-        pictures,
-        settings.train,
-        out=settings.out,
-        record=record(settings),
-        cache=settings.data.cache,
-        cache_folder=settings.data.cache_folder,
-        **more,
-    )
+__all__ = ["finish"]
 
 
 def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Path:

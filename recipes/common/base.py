@@ -1,35 +1,16 @@
-"""How the rooms are joined: a base by name, its pipeline, an adapter and a guidance on it."""
+"""A base by name: its parts for training, its pipeline for sampling, and an adapter on that."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from recipes.common.settings import GuidanceSettings, SamplingSettings
-from training.config import BaseSettings, parse, require
-from training.errors import TrainingError, exit_on_error
+from recipes.common.settings import SamplingSettings
+from training.config import BaseSettings, require
+from training.errors import TrainingError
 
-__all__ = [
-    "adapted",
-    "arguments_of",
-    "base_folder",
-    "effective_scales",
-    "explained",
-    "guidance_of",
-    "guided",
-    "guider_of",
-    "launch",
-    "load_parts",
-    "pipeline",
-    "quiet",
-    "say",
-    "size_of",
-    "without_control",
-]
+__all__ = ["POCKET", "adapted", "base_folder", "load_parts", "pipeline", "size_of", "without_control"]
 
 POCKET = "pocket"
 SCHEDULERS = {
@@ -41,52 +22,6 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-SettingsT = TypeVar("SettingsT")
-
-
-def launch(kind: type[SettingsT], run: Callable[[SettingsT], Any]) -> None:
-    """A recipe's main: settings from the command line, and every explained error as one line on stderr."""
-    with exit_on_error(explained):
-        if not {"-h", "--help", "--print_config"} & set(sys.argv[1:]):
-            quiet()
-        run(_settings(kind))
-
-
-def _settings(kind: type[SettingsT]) -> SettingsT:
-    """What the command line and its configs say; what is wrong with it is one line."""
-    try:
-        return parse(kind)
-    except TrainingError as error:
-        raise TrainingError(" ".join(str(error).split())) from error
-
-
-def explained() -> tuple[type[Exception], ...]:
-    import adapters
-    import scfg
-    from training.pocket import PocketError
-
-    return adapters.AdapterError, scfg.ScfgError, PocketError
-
-
-def quiet() -> None:
-    """Loading takes a second: no bars for it, and no word on image processors that nothing here uses."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-def say(line: str) -> None:
-    """Print on the main process only."""
-    from training.ranks import state
-
-    if state().is_main_process:
-        print(line, flush=True)
-
-
-# ---------------------------------------------------------------------------------------------- models
 
 
 def base_folder(base: BaseSettings) -> str | Path:
@@ -150,18 +85,6 @@ def size_of(pipe: Any, sampling: SamplingSettings) -> tuple[int, int]:
     return sampling.width or columns * factor, sampling.height or rows * factor
 
 
-def arguments_of(pipe: Any, guidance: GuidanceSettings) -> dict[str, Any]:
-    """What every call of the pipeline is given besides its scale; raises for a rescale that it does not take."""
-    taken = signature(pipe.__call__).parameters
-    arguments: dict[str, Any] = {}
-    if "clean_caption" in taken:  # DeepFloyd IF cleans prompts only where Beautiful Soup is installed
-        arguments["clean_caption"] = False
-    if guidance.rescale is not None:
-        require("guidance_rescale" in taken, f"rescale {guidance.rescale}: {type(pipe).__name__} has none; set null")
-        arguments["guidance_rescale"] = guidance.rescale
-    return arguments
-
-
 def without_control(pipe: Any) -> Any:
     """The same parts as a plain text-to-image pipeline."""
     import diffusers
@@ -184,40 +107,3 @@ def adapted(pipe: Any, adapter: str | Path | None, weight: float = 1.0) -> Abstr
     # Half-precision weights would round a small change away.
     merged = pipe.unet.dtype == torch.float32
     return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged)
-
-
-def guidance_of(settings: GuidanceSettings) -> Any:
-    """The guidance that the settings describe."""
-    import scfg
-
-    start = None if settings.preset == "default" else getattr(scfg.SemanticCFG, settings.preset)()
-    return scfg.guidance(settings.method, start, **settings.options)
-
-
-def guider_of(settings: GuidanceSettings) -> dict[str, Any]:
-    """The same as an adapter ships it: what `guider_config.json` holds."""
-    import scfg
-
-    return scfg.to_config(
-        guidance_of(settings), guidance_scale=settings.scale, guidance_rescale=settings.rescale or 0.0
-    )
-
-
-def guided(
-    pipe: Any, settings: GuidanceSettings, *, record: Sequence[str] = ()
-) -> Callable[[], AbstractContextManager[Any]]:
-    """Enters the guidance on the pipeline; plain CFG is the pipeline as it is."""
-    import scfg
-
-    guidance = guidance_of(settings)
-    if settings.method == "cfg":
-        return nullcontext
-    return lambda: scfg.attach(pipe, guidance, guidance_scale=settings.scale, record=record)
-
-
-def effective_scales(run: Any) -> list[dict[str, float]]:
-    """Per image of the latest batch, the mean of s * sum ||gamma delta|| / sum ||delta|| over the steps."""
-    import torch
-
-    steps = [step.guidance_scale * step.effective_scale.float().cpu() for step in run.trace]
-    return [{"effective scale": value} for value in torch.stack(steps).mean(0).tolist()]

@@ -9,11 +9,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.common.base import POCKET, adapted, arguments_of, base_folder, guided
+from recipes.common.base import POCKET, adapted, base_folder
 from recipes.common.comparison import EFFECTIVE, arms_of
+from recipes.common.draw import sheet
+from recipes.common.guidance import arguments_of, guided
 from recipes.common.settings import MeasureSettings
 from recipes.common.units import Case
-from recipes.sample import sheet
 from training.config import resolved, write
 
 if TYPE_CHECKING:

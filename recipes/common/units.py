@@ -1,4 +1,4 @@
-"""What a recipe reads: training pictures, prompts, and the units of a comparison by subject or condition."""
+"""The units of a comparison: one a subject, or one for the whole of a task, with prompts, conditions and adapter."""
 
 from __future__ import annotations
 
@@ -11,59 +11,14 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from recipes.common.base import POCKET, say
+from recipes.common.base import POCKET
+from recipes.common.cli import say
+from recipes.common.prompts import texts
 from recipes.common.settings import MeasureSettings
 from training.config import DataSettings, require
 from training.errors import TrainingError
 
-__all__ = ["Case", "cases", "class_prior", "data", "subject_folders", "texts"]
-
-
-def class_prior(parts: Any, settings: Any) -> Any:
-    """The class images that a DreamBooth recipe's settings ask for, generated where they are missing."""
-    from training import dreambooth
-
-    if settings.train.dry_run:
-        if settings.dreambooth.class_prompt:
-            say(
-                f"would generate up to {settings.dreambooth.class_images} pictures of the class; left out of this trial"
-            )
-        return None
-    return dreambooth.prior(
-        parts,
-        settings.dreambooth,
-        resolution=settings.data.resolution,
-        folder=Path(settings.out) / "class_images",
-        seed=settings.train.seed,
-    )
-
-
-def data(settings: DataSettings, *, parts: Any) -> Any:
-    """Training views of the pictures; `pocket` and `pocket-fluent` are drawn scenes of the embedded world."""
-    from training.data import crops, images
-
-    if settings.source not in (POCKET, "pocket-fluent"):
-        return crops.views(images.load(settings), settings, multiple=parts.multiple)
-    from training.pocket.control import Scenes
-
-    look = "fluent" if settings.source == "pocket-fluent" else "noto"
-    scenes = Scenes(control=settings.annotator, count=settings.count or 6000, look=look)
-    return crops.views(scenes, settings, multiple=parts.multiple)
-
-
-def texts(prompts: Sequence[str], file: str | None, *, name: str = "") -> list[str]:
-    """Prompts from settings and a file with one a line; {} becomes `name` with its article."""
-    lines = list(prompts)
-    if file is not None:
-        try:
-            lines += [line.strip() for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(f"prompt_file {file} cannot be read: {error}") from error
-    article = "an" if name[:1].lower() in tuple("aeiou") else "a"
-    filled = [line.replace("a {}", f"{article} {{}}").replace("{}", name) if name else line for line in lines]
-    for line in filled:
-        require("{}" not in line, f"prompt {line!r} has a {{}} but no subject is given; set measure.subjects")
-    return list(dict.fromkeys(filled))
+__all__ = ["Case", "cases", "subject_folders"]
 
 
 @dataclass(frozen=True, kw_only=True)

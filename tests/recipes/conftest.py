@@ -50,7 +50,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """A recipe's main in this process, from the repository's root: seconds of imports less than `recipe`."""
 
     def run(name: str, *arguments: object) -> Said:
-        from recipes.common.base import explained, launch
+        from recipes.common.cli import explained, launch
         from training.errors import exit_on_error
 
         module = importlib.import_module(name if "." in name else f"recipes.{name}")

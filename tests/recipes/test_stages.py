@@ -324,8 +324,8 @@ def test_class_images_need_no_word_of_the_region(tmp_path: Path, done) -> None:
 def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_path: Path, changed: str) -> None:
     """A ControlNet trained further, or a base of the same name, in the folder of an earlier run."""
     from recipes.common.base import pipeline, size_of
+    from recipes.common.draw import draw
     from recipes.common.settings import GuidanceSettings, SamplingSettings
-    from recipes.sample import draw
     from training.errors import TrainingError
 
     sampling = SamplingSettings(steps=1)

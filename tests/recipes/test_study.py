@@ -68,7 +68,8 @@ def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
 
 def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable[..., str]) -> None:
     import scfg
-    from recipes.common.base import guidance_of, pipeline
+    from recipes.common.base import pipeline
+    from recipes.common.guidance import guidance_of
     from recipes.common.settings import SamplingSettings
     from training.config import BaseSettings
 

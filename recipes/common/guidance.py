@@ -1,0 +1,62 @@
+"""From guidance settings to a guidance on a pipeline, and what a pipeline is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
+from typing import Any
+
+from recipes.common.settings import GuidanceSettings
+from training.config import require
+
+__all__ = ["arguments_of", "effective_scales", "guidance_of", "guided", "guider_of"]
+
+
+def arguments_of(pipe: Any, guidance: GuidanceSettings) -> dict[str, Any]:
+    """What every call of the pipeline is given besides its scale; raises for a rescale that it does not take."""
+    taken = signature(pipe.__call__).parameters
+    arguments: dict[str, Any] = {}
+    if "clean_caption" in taken:  # DeepFloyd IF cleans prompts only where Beautiful Soup is installed
+        arguments["clean_caption"] = False
+    if guidance.rescale is not None:
+        require("guidance_rescale" in taken, f"rescale {guidance.rescale}: {type(pipe).__name__} has none; set null")
+        arguments["guidance_rescale"] = guidance.rescale
+    return arguments
+
+
+def guidance_of(settings: GuidanceSettings) -> Any:
+    """The guidance that the settings describe."""
+    import scfg
+
+    start = None if settings.preset == "default" else getattr(scfg.SemanticCFG, settings.preset)()
+    return scfg.guidance(settings.method, start, **settings.options)
+
+
+def guider_of(settings: GuidanceSettings) -> dict[str, Any]:
+    """The same as an adapter ships it: what `guider_config.json` holds."""
+    import scfg
+
+    return scfg.to_config(
+        guidance_of(settings), guidance_scale=settings.scale, guidance_rescale=settings.rescale or 0.0
+    )
+
+
+def guided(
+    pipe: Any, settings: GuidanceSettings, *, record: Sequence[str] = ()
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Enters the guidance on the pipeline; plain CFG is the pipeline as it is."""
+    import scfg
+
+    guidance = guidance_of(settings)
+    if settings.method == "cfg":
+        return nullcontext
+    return lambda: scfg.attach(pipe, guidance, guidance_scale=settings.scale, record=record)
+
+
+def effective_scales(run: Any) -> list[dict[str, float]]:
+    """Per image of the latest batch, the mean of s * sum ||gamma delta|| / sum ||delta|| over the steps."""
+    import torch
+
+    steps = [step.guidance_scale * step.effective_scale.float().cpu() for step in run.trace]
+    return [{"effective scale": value} for value in torch.stack(steps).mean(0).tolist()]

@@ -1,0 +1,26 @@
+"""Prompts from settings and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.config import require
+from training.errors import TrainingError
+
+__all__ = ["texts"]
+
+
+def texts(prompts: Sequence[str], file: str | None, *, name: str = "") -> list[str]:
+    """Prompts from settings and a file with one a line; {} becomes `name` with its article."""
+    lines = list(prompts)
+    if file is not None:
+        try:
+            lines += [line.strip() for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrainingError(f"prompt_file {file} cannot be read: {error}") from error
+    article = "an" if name[:1].lower() in tuple("aeiou") else "a"
+    filled = [line.replace("a {}", f"{article} {{}}").replace("{}", name) if name else line for line in lines]
+    for line in filled:
+        require("{}" not in line, f"prompt {line!r} has a {{}} but no subject is given; set measure.subjects")
+    return list(dict.fromkeys(filled))

@@ -1,0 +1,104 @@
+"""What training recipes share: their settings, their pictures, and the loop with these settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.common.base import POCKET
+from recipes.common.cli import say
+from recipes.common.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
+from recipes.common.units import cases
+from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
+
+__all__ = ["Training", "check", "class_prior", "data", "record", "train"]
+
+LATER = ("tune", "measure", "ship", "sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every training recipe is told; the later stages are left out where they are null."""
+
+    base: BaseSettings
+    """The base model; `path: pocket` is the embedded one."""
+    data: DataSettings
+    """The pictures, with captions, masks or conditions as the recipe needs them."""
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    """The loss."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """The loop."""
+    tune: TuneSettings | None = None
+    """Search for guidance and checkpoint before measuring."""
+    measure: MeasureSettings | None = None
+    """The comparison; null: nothing is measured."""
+    ship: ShipSettings | None = None
+    """The release folder; null: nothing ships."""
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    """How pictures are sampled in these stages."""
+    out: str
+    """Folder for checkpoints, what was trained (in a folder named after the method), and what the later stages make."""
+
+    def __post_init__(self) -> None:
+        require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")
+
+
+def record(settings: Training) -> dict[str, Any]:
+    """What is written beside the weights: what shaped them. The later stages may change and be run again."""
+    return {name: value for name, value in resolved(settings).items() if name not in LATER}
+
+
+def check(settings: Training) -> None:
+    """What the later stages would find wrong with subjects and prompts is said before training."""
+    if settings.measure is not None and settings.measure.targets is None:
+        found = cases(settings.measure, None)
+        require(sum(len(case.prompts) for case in found) >= 2, "a comparison needs at least two prompts")
+
+
+def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
+    """The loop with the recipe's settings; `more` is what `training.loop.train` takes besides (prior, region)."""
+    from training import loop
+
+    return loop.train(
+        method,
+        pictures,
+        settings.train,
+        out=settings.out,
+        record=record(settings),
+        cache=settings.data.cache,
+        cache_folder=settings.data.cache_folder,
+        **more,
+    )
+
+
+def class_prior(parts: Any, settings: Any) -> Any:
+    """The class images that a DreamBooth recipe's settings ask for, generated where they are missing."""
+    from training import dreambooth
+
+    if settings.train.dry_run:
+        if settings.dreambooth.class_prompt:
+            say(
+                f"would generate up to {settings.dreambooth.class_images} pictures of the class; left out of this trial"
+            )
+        return None
+    return dreambooth.prior(
+        parts,
+        settings.dreambooth,
+        resolution=settings.data.resolution,
+        folder=Path(settings.out) / "class_images",
+        seed=settings.train.seed,
+    )
+
+
+def data(settings: DataSettings, *, parts: Any) -> Any:
+    """Training views of the pictures; `pocket` and `pocket-fluent` are drawn scenes of the embedded world."""
+    from training.data import crops, images
+
+    if settings.source not in (POCKET, "pocket-fluent"):
+        return crops.views(images.load(settings), settings, multiple=parts.multiple)
+    from training.pocket.control import Scenes
+
+    look = "fluent" if settings.source == "pocket-fluent" else "noto"
+    scenes = Scenes(control=settings.annotator, count=settings.count or 6000, look=look)
+    return crops.views(scenes, settings, multiple=parts.multiple)

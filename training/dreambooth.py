@@ -160,7 +160,9 @@ def class_images(
 ) -> None:
     """Fills `folder` up to `count` images of the prompts in turn, each process its share; image i has its own seed.
 
-    Beside every image lies its prompt, as its caption.
+    Beside every image lies its prompt, as its caption. An image is always drawn in the same batch, which begins at a
+    multiple of `batch_size` and is whole even where `count` ends within it: how a kernel rounds depends on the size of
+    a batch, so only this way an image that is made again is the same to the bit.
 
     Raises:
         TrainingError: the folder's manifest names other prompts, base, sampler or size, or images lack one.
@@ -173,6 +175,7 @@ def class_images(
         "guidance_scale": guidance_scale,
         "resolution": resolution,
         "seed": seed,
+        "batch_size": batch_size,
     }
     ranks = state()
     _check_manifest(folder, wanted)
@@ -180,10 +183,11 @@ def class_images(
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_main_process:
         (folder / MANIFEST).write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
-    share = range(ranks.process_index, count, ranks.num_processes)
-    mine = [number for number in share if not (folder / f"{number:05d}.png").is_file()]
-    if mine:
-        _generate(parts, wanted, folder, mine, batch_size)
+    missing = {number for number in range(count) if not (folder / f"{number:05d}.png").is_file()}
+    ranks.wait_for_everyone()  # all have seen the same before the first one draws
+    batches = sorted({number // batch_size for number in missing})
+    if mine := batches[ranks.process_index :: ranks.num_processes]:
+        _generate(parts, wanted, folder, mine, missing)
     ranks.wait_for_everyone()
 
 
@@ -208,11 +212,12 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, numbers: list[int], batch_size: int) -> None:
-    device = state().device
+def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, batches: list[int], missing: set[int]) -> None:
+    """Draw whole batches, and keep what is missing of them."""
+    device, size = state().device, wanted["batch_size"]
     pipe: Any = pipeline(parts).to(device)
-    for start in range(0, len(numbers), batch_size):
-        chunk = numbers[start : start + batch_size]
+    for batch in batches:
+        chunk = range(batch * size, (batch + 1) * size)
         seeds = [seed_of(wanted["seed"], "class", number) for number in chunk]
         prompts = [wanted["prompts"][number % len(wanted["prompts"])] for number in chunk]
         made: list[Image.Image] = pipe(
@@ -224,6 +229,8 @@ def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, numbers: list[
             generator=[torch.Generator().manual_seed(item) for item in seeds],
         ).images
         for number, prompt, image in zip(chunk, prompts, made, strict=True):
+            if number not in missing:
+                continue
             (folder / f"{number:05d}.txt").write_text(prompt + "\n", "utf-8")
             temporary = folder / f".{number:05d}.png"  # the image comes last: one that is there has its caption
             image.save(temporary, format="PNG")

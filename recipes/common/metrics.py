@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from adapters.measuring import metrics as kinds
-from adapters.measuring.metrics import Measure, Metric
+from adapters.measuring.metrics import Metric
 from adapters.measuring.metrics.networks import Clip, TextAlignment, Vit, efficientnet_lite0
 from adapters.measuring.sample import Shot
 from training.config import require
@@ -38,9 +37,16 @@ from training.data import images
 from training.errors import TrainingError
 from training.pocket import judge, scenes
 from training.pocket.control import Scenes
-from training.pocket.judging import to_pixels
-from training.pocket.making.fitting import pixels
-from training.pocket.world import CLASSES
+from training.pocket.metrics import (
+    PARTS,
+    PROMPT,
+    SUBJECT,
+    class_iou,
+    label_of,
+    prompt_accuracy,
+    subject_similarity,
+    without_word,
+)
 
 from .base import POCKET
 from .settings import MeasureSettings
@@ -58,14 +64,6 @@ __all__ = [
     "subject_similarity",
 ]
 
-PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
-PARTS = {
-    "object accuracy": "objects",
-    "colour accuracy": "colours",
-    "relation accuracy": "relation",
-    "background accuracy": "background",
-}
-_last: list[Any] = []  # the shots, the identifier and the scores of `_scores`: five metrics ask for the same
 IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
 
 
@@ -90,8 +88,8 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
     plain: dict[str, Callable[[], Metric]] = {
         PROMPT: lambda: prompt_accuracy(case.identifier),
         **{part: partial(prompt_accuracy, case.identifier, part) for part in PARTS},
-        SUBJECT: lambda: subject_similarity(_folder(name, case), case.noun),
-        "class IoU": lambda: Measure(name, True, lambda shots: _class_iou(shots, case)),
+        SUBJECT: lambda: subject_similarity(*_masked(name, case), case.noun),
+        "class IoU": lambda: class_iou(lambda shot: _condition(name, case, shot)),
         "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot)),
         "MS-SSIM": lambda: kinds.MsSsim(target=lambda shot: _target(name, case, shot)),
         "saturation": kinds.Saturation,
@@ -110,7 +108,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
     features = space(where, settings.spaces.get(where))
     if what == "alignment":
         require(isinstance(features, Clip), f"{name}: only clip knows words")
-        without = lambda shot: _without(shot.prompt, case.identifier)  # noqa: E731
+        without = lambda shot: without_word(shot.prompt, case.identifier)  # noqa: E731
         return TextAlignment(name=name, clip=features, prompt=without)
     if what == "diversity":
         return kinds.Diversity(name=name, features=features)
@@ -123,7 +121,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
     if what == "similarity":
         return kinds.Similarity(name=name, features=features, references=pictures)
     require(masks is not None, f"{name} needs {case.folder}/masks")
-    label = _label(name, case.noun)
+    label = label_of(name, case.noun)
     found_in = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
     return kinds.Similarity(name=name, features=features, references=pictures, reference_masks=masks, mask=found_in)
 
@@ -183,88 +181,7 @@ def _reference(reference: str | None, what: str) -> list[Image.Image]:
     return _pictures(Path(reference))[0]
 
 
-# ---------------------------------------------------------------------------------------------- the pocket world
-
-
-def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
-    """Share of what the prompt says (objects, colours, relation, background) that the judge sees; or of one kind of it.
-
-    The identifier is left out of the prompt: a subject counts as what it is one of. NaN where the prompt says nothing
-    of the kind.
-    """
-    part = PARTS.get(name, "mean")
-
-    def measure(shots: Sequence[Shot]) -> list[float]:
-        values = [getattr(score, part) for score in _scores(shots, identifier)]
-        return [float("nan") if value is None else value for value in values]
-
-    return Measure(name, True, measure)
-
-
-def _scores(shots: Sequence[Shot], identifier: str) -> list[Any]:
-    """What the judge says of every shot; of the shots it was asked for last, what it said then."""
-    if not (_last and _last[0] is shots and _last[1] == identifier):
-        prompts = [_without(shot.prompt, identifier) for shot in shots]
-        _last[:] = [shots, identifier, judge().scores([shot.image for shot in shots], prompts)]
-    return _last[2]
-
-
-def subject_similarity(folder: Path, noun: str) -> Measure:
-    """Mean cosine between the subject in a picture and in each reference of ``folder``, in the judge's features.
-
-    Features are standardised over the objects of 256 drawn scenes, or the cosine of any two things would be near one.
-    The region is where the judge sees the class ``noun``; a picture in which it sees none scores 0.
-    """
-    mean, spread = _statistics()
-    pictures, given = _pictures(folder)
-    require(given is not None, f"{SUBJECT} needs {folder / 'masks'}, white where the subject is")
-    assert given is not None
-    wanted = _unit((judge().features(pictures, torch.from_numpy(np.stack(given))) - mean) / spread)
-    label = _label(SUBJECT, noun)
-
-    def measure(shots: Sequence[Shot]) -> list[float]:
-        shown = to_pixels([shot.image for shot in shots])
-        masks = judge().segment(shown) == label
-        features = _unit((judge().features(shown, masks) - mean) / spread)
-        there = masks.float().mean((1, 2)) > 0.01
-        return ((features @ wanted.T).mean(1) * there).tolist()
-
-    return Measure(SUBJECT, True, measure)
-
-
-@lru_cache(maxsize=1)
-def _statistics() -> tuple[Tensor, Tensor]:
-    drawn = [scenes.sample(scenes.HELD_OUT_SEED, i) for i in range(256)]
-    masks = torch.from_numpy(np.stack([scene.masks[0] for scene in drawn]))
-    features = judge().features(pixels(scene.image for scene in drawn), masks)
-    return features.mean(0), features.std(0) + 1e-6
-
-
-def _class_iou(shots: Sequence[Shot], case: Case) -> list[float]:
-    """Mean IoU over the classes of a condition in the palette's colours, at the judge's 32 x 32."""
-    seen = judge().segment([shot.image for shot in shots]).numpy()
-    colours = scenes.palette().astype(int)
-    values = []
-    for shot, found in zip(shots, seen, strict=True):
-        small = _condition("class IoU", case, shot).convert("RGB").resize(found.shape[::-1], Image.Resampling.NEAREST)
-        wanted = np.abs(np.asarray(small, int)[:, :, None] - colours).sum(-1).argmin(-1)
-        ious = [
-            ((wanted == k) & (found == k)).sum() / ((wanted == k) | (found == k)).sum() for k in np.unique(wanted)[1:]
-        ]
-        values.append(float(np.mean(ious)) if ious else float("nan"))
-    return values
-
-
 # ---------------------------------------------------------------------------------------------- small things
-
-
-def _without(prompt: str, identifier: str) -> str:
-    return " ".join(word for word in prompt.split() if word != identifier)
-
-
-def _label(what: str, noun: str) -> int:
-    require(noun in CLASSES, f"{what}: the pocket judge knows no {noun!r}; it knows {', '.join(CLASSES)}")
-    return list(CLASSES).index(noun) + 1
 
 
 def _folder(what: str, case: Case) -> Path:
@@ -292,9 +209,14 @@ def _pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]
     return [sample.image for sample in samples], given or None
 
 
+def _masked(what: str, case: Case) -> tuple[list[Image.Image], list[np.ndarray]]:
+    """The subject's pictures and their masks."""
+    folder = _folder(what, case)
+    pictures, masks = _pictures(folder)
+    require(masks is not None, f"{what} needs {folder / 'masks'}, white where the subject is")
+    assert masks is not None
+    return pictures, masks
+
+
 def _resized(mask: Tensor, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)) > 127
-
-
-def _unit(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(features, dim=1)

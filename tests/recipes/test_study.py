@@ -50,7 +50,7 @@ def test_every_noun_has_its_own_words_though_colours_repeat() -> None:
 
 
 def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
-    from recipes.common import metrics as metrics_by_name
+    from training.pocket import metrics
     from training.pocket.control import Scenes
 
     drawn = [Scenes(control="canny", count=24)[i] for i in range(24)]
@@ -58,8 +58,8 @@ def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
         adapters.Shot(prompt=scene.caption, seed=1, latents="0", image=scene.image)
         for scene in [*drawn, *[replace(drawn[i], image=drawn[i - 1].image) for i in range(24)]]
     ]
-    parts = np.array([metrics_by_name.prompt_accuracy("", name)(shots) for name in metrics_by_name.PARTS])
-    whole = np.array(metrics_by_name.prompt_accuracy("")(shots))
+    parts = np.array([metrics.prompt_accuracy("", name)(shots) for name in metrics.PARTS])
+    whole = np.array(metrics.prompt_accuracy("")(shots))
     assert np.nanmean(parts, axis=0) == pytest.approx(whole)
     assert whole[:24].mean() > 0.8 > whole[24:].mean()  # own pictures, and those of other captions
     said = [captions.parse(shot.prompt) for shot in shots]

@@ -77,10 +77,13 @@ def test_pictures_come_nearer_to_the_subject(name: str, pocket: Path, tmp_path: 
     """Same prompts, seeds and noise before and after; the identifier means nothing to the base."""
     from diffusers import StableDiffusionPipeline
 
-    from recipes.common.metrics import subject_similarity
+    from training.pocket.metrics import subject_similarity
 
     subject = Path(__file__).parents[2] / "recipes" / "subjects" / "dog"
-    similarity = subject_similarity(subject, "dog")
+    shown = images.folder(subject, masks=subject / "masks")
+    samples = [shown[i] for i in range(len(shown))]
+    masks = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples]
+    similarity = subject_similarity([sample.image for sample in samples], masks, "dog")
     pipe = StableDiffusionPipeline.from_pretrained(pocket)
     pipe.set_progress_bar_config(disable=True)
     before = similarity(pictures(pipe, subject))

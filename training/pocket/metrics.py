@@ -1,0 +1,134 @@
+"""Metrics of the pocket judge: what it sees of a prompt, of a subject and of a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adapters.measuring.metrics import Measure
+from adapters.measuring.sample import Shot
+
+from ..config import require
+from . import judge, scenes
+from .judging import Score, to_pixels
+from .world import CLASSES
+
+__all__ = [
+    "PARTS",
+    "PROMPT",
+    "SUBJECT",
+    "class_iou",
+    "label_of",
+    "prompt_accuracy",
+    "subject_similarity",
+    "without_word",
+]
+
+PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
+PARTS = {
+    "object accuracy": "objects",
+    "colour accuracy": "colours",
+    "relation accuracy": "relation",
+    "background accuracy": "background",
+}
+
+
+def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
+    """Share of what the prompt says (objects, colours, relation, background) that the judge sees; or of one kind of it.
+
+    The identifier is left out of the prompt: a subject counts as an object of its class. NaN where the prompt says
+    nothing of the kind.
+    """
+    part = PARTS.get(name, "mean")
+
+    def measure(shots: Sequence[Shot]) -> list[float]:
+        values = [getattr(score, part) for score in _scores(shots, identifier)]
+        return [float("nan") if value is None else value for value in values]
+
+    return Measure(name, True, measure)
+
+
+def _scores(shots: Sequence[Shot], identifier: str) -> list[Score]:
+    return judge().scores([shot.image for shot in shots], [without_word(shot.prompt, identifier) for shot in shots])
+
+
+def subject_similarity(pictures: Sequence[Image.Image], masks: Sequence[np.ndarray], noun: str) -> Measure:
+    """Mean cosine between the subject in a picture and in each reference, in the judge's features.
+
+    Features are standardised over the objects of 256 drawn scenes, or the cosine of any two things would be near one.
+    The region is where the judge sees the class; a picture in which it sees none scores 0.
+
+    Args:
+        pictures: of the subject.
+        masks: (H, W) bool each, true where the subject is.
+        noun: the subject's class, one of `world.CLASSES`.
+    """
+    mean, spread = _statistics()
+    wanted = _unit((judge().features(pictures, torch.from_numpy(np.stack(masks))) - mean) / spread)
+    label = label_of(SUBJECT, noun)
+
+    def measure(shots: Sequence[Shot]) -> list[float]:
+        shown = to_pixels([shot.image for shot in shots])
+        regions = judge().segment(shown) == label
+        features = _unit((judge().features(shown, regions) - mean) / spread)
+        there = regions.float().mean((1, 2)) > 0.01
+        return ((features @ wanted.T).mean(1) * there).tolist()
+
+    return Measure(SUBJECT, True, measure)
+
+
+def class_iou(condition: Callable[[Shot], Image.Image], name: str = "class IoU") -> Measure:
+    """Mean IoU over the classes of a condition in the palette's colors, at the judge's 32 x 32.
+
+    Args:
+        condition: the picture that a shot was conditioned on.
+    """
+
+    def measure(shots: Sequence[Shot]) -> list[float]:
+        seen = judge().segment([shot.image for shot in shots]).numpy()
+        colors = scenes.palette().astype(int)
+        values = []
+        for shot, found in zip(shots, seen, strict=True):
+            small = condition(shot).convert("RGB").resize(found.shape[::-1], Image.Resampling.NEAREST)
+            wanted = np.abs(np.asarray(small, int)[:, :, None] - colors).sum(-1).argmin(-1)
+            ious = [
+                ((wanted == k) & (found == k)).sum() / ((wanted == k) | (found == k)).sum()
+                for k in np.unique(wanted)[1:]
+            ]
+            values.append(float(np.mean(ious)) if ious else float("nan"))
+        return values
+
+    return Measure(name, True, measure)
+
+
+def without_word(prompt: str, word: str) -> str:
+    """The prompt without every occurrence of a word."""
+    return " ".join(part for part in prompt.split() if part != word)
+
+
+def label_of(what: str, noun: str) -> int:
+    """The judge's label of a class.
+
+    Raises:
+        TrainingError: the judge does not know the class; the message begins with ``what``.
+    """
+    require(noun in CLASSES, f"{what}: the pocket judge knows no {noun!r}; it knows {', '.join(CLASSES)}")
+    return list(CLASSES).index(noun) + 1
+
+
+@lru_cache(maxsize=1)
+def _statistics() -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (D,) each, of the judge's features over the first objects of held-out scenes."""
+    drawn = [scenes.sample(scenes.HELD_OUT_SEED, i) for i in range(256)]
+    masks = torch.from_numpy(np.stack([scene.masks[0] for scene in drawn]))
+    features = judge().features([Image.fromarray(scene.image) for scene in drawn], masks)
+    return features.mean(0), features.std(0) + 1e-6
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features, dim=1)

@@ -43,7 +43,7 @@ def run(settings: Settings) -> Path | None:
     check(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
-    prior = class_prior(parts, settings)
+    prior = class_prior(parts, settings, pictures)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)
     result = train(settings, method, pictures, prior=prior, region=region)

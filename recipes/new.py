@@ -111,7 +111,7 @@ def prepare(folder: Path, noun: str, identifier: str, base: str, out: Path) -> P
         file.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.yaml"
-    values = _values(folder, noun, base, out, prompt, preset)
+    values = _values(folder, noun, identifier, base, out, prompt, preset)
     path.write_text(f"# {_command(path)}\n{yaml.safe_dump(values, sort_keys=False)}", "utf-8")
     return path
 
@@ -126,8 +126,15 @@ def _command(config: Path) -> str:
     return f"accelerate launch recipes/dreambooth_lora.py --config {shlex.quote(str(config))}"
 
 
+def _preserved(noun: str, identifier: str, preset: dict[str, Any]) -> dict[str, Any]:
+    """Class images where the preset says how; else the photos themselves, under captions without the identifier."""
+    if "dreambooth" in preset:
+        return {"class_prompt": article(noun), **preset["dreambooth"]}
+    return {"identifier": identifier}
+
+
 def _values(
-    folder: Path, noun: str, base: str, out: Path, prompt: str | None, preset: dict[str, Any]
+    folder: Path, noun: str, identifier: str, base: str, out: Path, prompt: str | None, preset: dict[str, Any]
 ) -> dict[str, Any]:
     """What differs from the defaults, as the config's nested tables."""
     masks = folder / "masks"
@@ -135,7 +142,7 @@ def _values(
         "base": {"path": base},
         "data": {"source": str(folder), "resolution": preset["resolution"]},
         "lora": preset["lora"],
-        "dreambooth": {"class_prompt": article(noun), **preset["dreambooth"]} if "dreambooth" in preset else {},
+        "dreambooth": _preserved(noun, identifier, preset),
         "train": preset["train"] | {"warmup": 20},
         "sampling": {},
         "tune": {"prompts": list(POCKET_TUNING if base == POCKET else TUNING), "seeds": [101, 102]},

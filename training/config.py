@@ -174,12 +174,23 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothSettings:
-    """Prior preservation, and what trains in full fine-tuning."""
+    """What is kept of the class, and what trains in full fine-tuning."""
 
     text_encoder: bool = False
     """Full fine-tuning only: also trains the text encoders (for LoRA see lora.text_encoder)."""
+    preserve: Literal["base", "pictures", "off"] = "base"
+    """What samples of the class are trained towards: the base's own prediction, or the class images' pixels."""
+    surroundings: Literal["picture", "base"] = "picture"
+    """What the subject's pictures teach outside their masks: what is there, or the base's own prediction for their
+    captions without the identifier."""
+    company: float = 0.0
+    """Share of the subject's samples that show its cut-out over the place where the base drew its class, in the class
+    images of those lines of class_prompt_file that hold {}; outside the cut-out the base's own prediction counts."""
     class_prompt: str | None = None
-    """Prompt of the class images, such as "a photo of a dog"; none turns prior preservation off."""
+    """Prompt of the class images, such as "a photo of a dog"."""
+    identifier: str | None = None
+    """Word that only the subject's captions have, such as sks: without it a caption is what the base would say. With it
+    and no class_prompt, preserve: base takes the subject's own pictures instead of class images."""
     class_prompt_file: str | None = None
     """Captions of the class images instead, one a line, {} standing for class_prompt: image i is drawn of the i-th."""
     class_folder: str | None = None
@@ -199,6 +210,17 @@ class DreamBoothSettings:
         require(
             self.class_prompt_file is None or self.class_prompt is not None,
             f"dreambooth.class_prompt_file {self.class_prompt_file}: its {{}} needs dreambooth.class_prompt",
+        )
+        asks = self.surroundings == "base" or self.company > 0
+        require(0 <= self.company < 1, f"dreambooth.company must be in [0, 1), got {self.company}")
+        require(
+            not asks or self.preserve == "base",
+            f"dreambooth.surroundings: base and company need dreambooth.preserve: base, not {self.preserve}",
+        )
+        require(
+            not self.company or (self.class_prompt_file is not None and self.identifier is not None),
+            f"dreambooth.company {self.company} places the subject in class images: set dreambooth.identifier, "
+            "class_prompt and class_prompt_file",
         )
         require(self.class_images >= 1, f"dreambooth.class_images must be at least 1, got {self.class_images}")
         require(self.prior_ratio > 0, f"dreambooth.prior_ratio must be > 0, got {self.prior_ratio}")

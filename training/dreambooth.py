@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,20 @@ from PIL import Image
 
 from adapters.files import write_tensors
 
+from . import company
 from .config import DreamBoothSettings, ObjectiveSettings
 from .data import images
 from .data.batches import seed_of
+from .data.cache import Region
 from .data.crops import Views
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
 from .models import Parts, pipeline
 from .objective import build
+from .preserve import frozen_copy
 from .ranks import state
 
-__all__ = ["MANIFEST", "Prior", "class_images", "class_prompts", "prepare", "prior"]
+__all__ = ["MANIFEST", "Prior", "class_caption", "class_images", "class_prompts", "prepare", "prior"]
 
 MANIFEST = "manifest.json"
 
@@ -56,6 +60,7 @@ def prepare(
         save=partial(_save, parts=parts, models=models),
         trains_text=settings.text_encoder,
         autocast=True,
+        switch=lambda: frozen_copy(models),
     )
 
 
@@ -89,28 +94,104 @@ def _not_shipped(trained: set[str]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """Class images that keep the class as the base knows it."""
+    """Samples that keep the class as the base knows it, and what the base is asked of the subject's own."""
 
     views: Views
-    ratio: float
+    to_base: bool = False
+    """Whether `views` are trained towards the base's own prediction rather than their pictures."""
+    ratio: float = 1.0
     """Class samples per instance sample."""
-    weight: float
+    weight: float = 1.0
     """Weight of the mean class loss beside the mean instance loss."""
+    class_caption: Callable[[str], str] | None = None
+    """From a caption of the subject's pictures, what the base is asked outside the subject."""
+    surroundings: bool = False
+    """Whether the base is asked outside the subject in its own pictures."""
+    placed: Views | None = None
+    """The subject's cut-outs where the base drew its class; there it always is."""
+    placed_share: float = 0.0
+    """Their share of the instance samples."""
 
 
 def prior(
     parts: Parts,
     settings: DreamBoothSettings,
+    data: Views,
     *,
-    resolution: int,
     folder: str | Path,
+    words: Mapping[str, str] | None = None,
+    region: Callable[[str], Region] | None = None,
     seed: int = 0,
     batch_size: int = 4,
 ) -> Prior | None:
-    """The prior that the settings ask for, with missing class images generated; None without a class prompt."""
-    if settings.class_prompt is None:
+    """The prior that the settings ask for, with missing class images generated; None where nothing is preserved.
+
+    Args:
+        data: the subject's views, which serve under their class captions where there is no class prompt.
+        folder: of the class images, where the settings name none.
+        words: new tokens, and the word of the class that stands for each in class captions.
+        region: from a word to where it is in a picture, for `company`.
+
+    Raises:
+        TrainingError: `preserve: base` without a class prompt or an identifier, captions without the identifier, or
+            pictures without masks where the settings look outside the subject.
+    """
+    if settings.preserve == "off" or (settings.preserve == "pictures" and settings.class_prompt is None):
         return None
-    folder = Path(settings.class_folder or folder)
+    rename = partial(class_caption, identifier=settings.identifier, words=words or {})
+    if settings.class_prompt is None:
+        views = _own(data, rename, settings, words or {})
+    else:
+        views = _class_views(parts, settings, data.sizes[0][0], Path(settings.class_folder or folder), seed, batch_size)
+    placed = None
+    if settings.company:
+        assert region is not None
+        assert settings.identifier is not None  # see the settings
+        placed = company.placed(
+            parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
+        )
+    return Prior(
+        views=views,
+        to_base=settings.preserve == "base",
+        ratio=settings.prior_ratio,
+        weight=settings.prior_weight,
+        class_caption=rename,
+        surroundings=settings.surroundings == "base",
+        placed=placed,
+        placed_share=settings.company,
+    )
+
+
+def _own(data: Views, rename: Callable[[str], str], settings: DreamBoothSettings, words: Mapping[str, str]) -> Views:
+    """The subject's own pictures under the captions of their class."""
+    if settings.identifier is None and not words:
+        raise TrainingError(
+            "dreambooth.preserve: base needs samples of the class: set dreambooth.class_prompt (class images), or "
+            "dreambooth.identifier (the subject's own pictures, their captions without it); off trains without them"
+        )
+    captions = [data.source[number].caption for number in range(len(data.source))]
+    return data.captioned([rename(caption) for caption in captions])
+
+
+def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, str]) -> str:
+    """What the base would call a picture: "a sks owl and a <rex>" becomes "an owl and a dog".
+
+    Raises:
+        TrainingError: a caption without the identifier and any of the words.
+    """
+    said = [words.get(word, word) for word in caption.split() if word != identifier]
+    for number, word in enumerate(said[1:]):
+        if said[number].lower() in ("a", "an"):
+            said[number] = said[number][0] + ("n" if word[:1].lower() in tuple("aeiou") else "")
+    if (changed := " ".join(said)) == caption:
+        names = ", ".join([*([identifier] if identifier else []), *words])
+        raise TrainingError(f"dreambooth.identifier: {names or None} is not in the caption {caption!r}")
+    return changed
+
+
+def _class_views(
+    parts: Parts, settings: DreamBoothSettings, resolution: int, folder: Path, seed: int, batch_size: int
+) -> Views:
     class_images(
         parts,
         class_prompts(settings),
@@ -122,13 +203,11 @@ def prior(
         seed=seed,
         batch_size=batch_size,
     )
-    source = images.folder(folder, minimum=1)
-    views = Views(source, resolution=resolution, multiple=1)
-    return Prior(views=views, ratio=settings.prior_ratio, weight=settings.prior_weight)
+    return Views(images.folder(folder, minimum=1), resolution=resolution, multiple=1)
 
 
-def class_prompts(settings: DreamBoothSettings) -> list[str]:
-    """What the class images are drawn of, in turn.
+def class_prompts(settings: DreamBoothSettings, subject: str | None = None) -> list[str]:
+    """What the class images are drawn of, in turn; with another `subject` in the place of the class prompt.
 
     Raises:
         TrainingError: a prompt file that cannot be read or has no lines.
@@ -143,7 +222,7 @@ def class_prompts(settings: DreamBoothSettings) -> list[str]:
         raise TrainingError(f"dreambooth.class_prompt_file {file} cannot be read: {error}") from error
     if not lines:
         raise TrainingError(f"dreambooth.class_prompt_file {file} is empty; give it a caption a line")
-    return [line.replace("{}", settings.class_prompt) for line in lines]
+    return [line.replace("{}", subject or settings.class_prompt) for line in lines]
 
 
 def class_images(

@@ -82,17 +82,43 @@ def activation_bytes(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, i
     return losses, sum(kept.values())
 
 
+def _since(began: float) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _base_seconds(method: Method, batch: dict[str, Any], dtype: torch.dtype) -> float:
+    """Of the base's own prediction of a whole micro-batch."""
+    if method.base is None:
+        return 0.0
+    began = time.perf_counter()
+    with torch.no_grad(), method.base.models() as models:
+        method.step(models, batch, dtype)
+    return _since(began)
+
+
 def estimate(
-    method: Method, model: nn.Module, batch: dict[str, Any], settings: TrainSettings, *, caching_seconds: float = 0.0
+    method: Method,
+    model: nn.Module,
+    batch: dict[str, Any],
+    settings: TrainSettings,
+    *,
+    dtype: torch.dtype = torch.float32,
+    asked: float = 0.0,
+    caching_seconds: float = 0.0,
 ) -> Estimate:
-    """Tries one micro-batch forward and backward, twice (the first warms up), and leaves no gradient behind."""
+    """Tries one micro-batch forward and backward, twice (the first warms up), and leaves no gradient behind.
+
+    Args:
+        asked: share of samples for which the base predicts too, which any one micro-batch may hold more or fewer of.
+    """
+    batch = {name: value for name, value in batch.items() if name != "preserved"}
     losses, activations = activation_bytes(model, batch)
     losses.mean().backward()
     began = time.perf_counter()
     model(batch).mean().backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds = _since(began) + asked * _base_seconds(method, batch, dtype)
     trained = method.trainable().values()
     for parameter in trained:
         parameter.grad = None

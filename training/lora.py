@@ -24,6 +24,7 @@ from .errors import TrainingError
 from .method import Method, Weights, denoise_step
 from .models import Parts
 from .objective import build
+from .preserve import adapter_off
 from .tokens import add_tokens, save_tokens
 
 __all__ = ["PRESETS", "WEIGHTS_NAME", "prepare"]
@@ -74,6 +75,7 @@ def prepare(
         save=partial(_save, parts=parts, configs=configs, settings=settings),
         trains_text=settings.text_encoder or bool(settings.tokens),
         tokens=tuple(settings.tokens),
+        switch=lambda: adapter_off(models),
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .models import Parts, encode_text
 from .objective import Objective
+from .preserve import Base
 
-__all__ = ["Method", "Stepper", "conditions_of", "denoise_step", "text_of"]
+__all__ = ["Method", "Stepper", "base_prediction", "conditions_of", "denoise_step", "text_of"]
 
 Batch = Mapping[str, Any]
 Weights = dict[str, Tensor]
@@ -45,10 +46,15 @@ class Method:
     needs_conditioning: bool = False
     controlnet: Any = None
     """The ControlNet of validation samples."""
+    switch: Callable[[], Base] | None = None
+    """Gives the base's own prediction beside the trained one; None: this method has no off switch."""
+    base: Base | None = None
+    """What `switch` gave, where samples are trained towards the base's own prediction."""
 
     def networks(self) -> list[Any]:
         """What runs in every step, trained or not, each once."""
-        return list({id(module): module for module in [self.parts.unet, *self.models.values()]}.values())
+        kept = self.base.networks if self.base else []
+        return list({id(module): module for module in [self.parts.unet, *self.models.values(), *kept]}.values())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that train, by `model.parameter` name."""
@@ -82,12 +88,31 @@ def denoise_step(
     models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts: Parts, objective: Objective
 ) -> Tensor:
     """The plain step of LoRA and DreamBooth: the trained U-net's weighted loss per sample (B,)."""
+    return objective.losses(_predictor(models, batch, dtype, parts), dict(batch))
+
+
+def _predictor(
+    models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, parts: Parts
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """x_t (B, C, h, w) and timesteps (B,) -> what the U-net in `models` predicts for the batch's captions."""
     conditions = conditions_of(text_of(models, batch, parts.family, parts.text_encoders), batch["frame"], dtype)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         return models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
 
-    return objective.losses(predict, dict(batch))
+    return predict
+
+
+@torch.no_grad()
+def base_prediction(method: Method, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What the base predicts for the rows `preserved` (n,) of the batch, (n, C, h, w) float32."""
+    assert method.base is not None
+    chosen = batch["preserved"]
+    rows = {name: batch[name][chosen] for name in ("latents", "noise", "timesteps", "frame")}
+    rows |= {name.removeprefix("base_"): value for name, value in batch.items() if name.startswith("base_")}
+    with method.base.models() as models:
+        predict = _predictor(models, rows, dtype, method.parts)
+        return predict(method.objective.noisy(rows), rows["timesteps"]).float()
 
 
 class Stepper(nn.Module):
@@ -96,12 +121,13 @@ class Stepper(nn.Module):
     def __init__(self, method: Method, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.models = nn.ModuleDict(method.models)
+        self._method = method
         self._step, self._dtype, self._device = method.step, dtype, device
         self._autocast = method.autocast and dtype != torch.float32
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Losses per sample (B,)."""
-        if not self._autocast:
-            return self._step(self.models, batch, self._dtype)
-        with torch.autocast(self._device.type, self._dtype):
+        with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
+            if len(batch.get("preserved", ())):
+                batch = {**batch, "wanted": base_prediction(self._method, batch, self._dtype)}
             return self._step(self.models, batch, self._dtype)

@@ -120,16 +120,26 @@ class Objective:
     prediction: str
     settings: ObjectiveSettings
 
+    def noisy(self, batch: dict[str, Any]) -> Tensor:
+        """x_t (B, C, h, w) float32 of a batch as `losses` takes it."""
+        alpha, sigma = alpha_sigma(self.products, batch["timesteps"])
+        return add_noise(batch["latents"], batch["noise"], alpha, sigma)
+
     def losses(self, predict: Callable[[Tensor, Tensor], Tensor], batch: dict[str, Any]) -> Tensor:
         """Weighted loss per sample, (B,) float32.
 
         Args:
             predict: x_t (B, C, h, w) float32 and timesteps (B,) -> the network's prediction, same shape.
             batch: `latents` and `noise` (B, C, h, w), `timesteps` (B,), and where there is one `mask` (B, 1, h, w).
+                Where the base says what it wants, `preserved` (n,) names the rows, `wanted` (n, C, h, w) holds its
+                predictions, and `inside` (n, 1, h, w) is 1 where the sample's own target stays.
         """
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
         alpha, sigma = alpha_sigma(self.products, timesteps)
         wanted = target(self.prediction, latents, noise, alpha, sigma)
+        if "wanted" in batch:
+            rows, inside = batch["preserved"], batch["inside"]
+            wanted = wanted.index_copy(0, rows, inside * wanted[rows] + (1 - inside) * batch["wanted"])
         predicted = predict(add_noise(latents, noise, alpha, sigma), timesteps)
         chosen, mask = self.settings, batch.get("mask")
         if mask is not None:

@@ -109,6 +109,13 @@ def prepare(
         )
     if region is not None and cache == "off":
         raise TrainingError("a region function needs the cache: set data.cache to memory or disk")
+    if prior is not None and prior.to_base:
+        if method.switch is None:
+            raise TrainingError(
+                f"dreambooth.preserve: base asks the base beside what trains, and method {method.name} has no switch "
+                "for that; set pictures or off"
+            )
+        method.base = method.switch()
     if settings.dry_run:
         seconds = caching_seconds(data, parts, Store(cache_folder if cache == "disk" else None), device=device)
         cache, seconds = "off", 0.0 if cache == "off" else seconds
@@ -127,15 +134,10 @@ def prepare(
         own = region if views is data else None  # class images count whole, as they do beside masks
         return encode_views(views, parts, store, device=device, region=own, progress=said)
 
-    weighted = [(data, 1.0, 1.0)] + ([(prior.views, prior.ratio, prior.weight)] if prior else [])
-    total = sum(ratio for _, ratio, _ in weighted)
-    # With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
-    streams = [
-        Stream(entries=entries(views), share=ratio, weight=weight * total / ratio) for views, ratio, weight in weighted
-    ]
+    streams = _streams(data, prior, entries)
     if cache != "off":
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
-    captions = sorted({caption for stream in streams for caption in stream.entries.captions} | {""})
+    captions = sorted({""}.union(*(stream.entries.captions + (stream.asked or []) for stream in streams)))
     unused = [token for token in method.tokens if not any(token in caption for caption in captions)]
     if unused:
         raise TrainingError(
@@ -188,6 +190,32 @@ def prepare(
         caching_seconds=seconds,
         ready=_ready(method, device),
     )
+
+
+def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encoded | Live]) -> list[Stream]:
+    """The subject's samples and those of its class.
+
+    With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
+    """
+    if prior is None:
+        return [Stream(entries=entries(data))]
+    total, asked = 1 + prior.ratio, prior.class_caption
+
+    def stream(views: Views, share: float, asks: bool) -> Stream:
+        found = entries(views)
+        said = [asked(caption) for caption in found.captions] if asked and asks else None
+        return Stream(entries=found, share=share, weight=total, asked=said)
+
+    own = [stream(data, 1 - prior.placed_share, prior.surroundings)]
+    if prior.placed is not None:
+        own.append(stream(prior.placed, prior.placed_share, True))
+    kept = Stream(
+        entries=entries(prior.views),
+        share=prior.ratio,
+        weight=prior.weight * total / prior.ratio,
+        preserved=prior.to_base,
+    )
+    return [*own, kept]
 
 
 def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
@@ -281,7 +309,13 @@ def announce(
     feed = prepared.feed
     say(f"{method.name}: {len(feed.streams[0].entries)} views, {feed.per_step} samples a step, {settings.steps} steps")
     found = estimate(
-        method, model, prepared.ready(feed.batch(0, 0)), settings, caching_seconds=prepared.caching_seconds
+        method,
+        model,
+        prepared.ready(feed.batch(0, 0)),
+        settings,
+        dtype=prepared.dtype,
+        asked=feed.asked,
+        caching_seconds=prepared.caching_seconds,
     )
     for line in [*table(method), *found.lines(settings)]:
         say(line)

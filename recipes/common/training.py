@@ -72,20 +72,23 @@ def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
     )
 
 
-def class_prior(parts: Any, settings: Any) -> Any:
-    """The class images that a DreamBooth recipe's settings ask for, generated where they are missing."""
+def class_prior(parts: Any, settings: Any, pictures: Any) -> Any:
+    """The samples of the class that a DreamBooth recipe's settings ask for; missing class images are generated."""
+    from recipes.common.region_mask import region_of
     from training import dreambooth
 
-    if settings.train.dry_run:
-        if settings.dreambooth.class_prompt:
-            say(
-                f"would generate up to {settings.dreambooth.class_images} pictures of the class; left out of this trial"
-            )
-        return None
+    chosen = settings.dreambooth
+    if settings.train.dry_run and chosen.class_prompt and chosen.preserve != "off":
+        say(f"would generate up to {chosen.class_images} pictures of the class; the trial takes the subject's instead")
+        return dreambooth.Prior(
+            views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
+        )
     return dreambooth.prior(
         parts,
-        settings.dreambooth,
-        resolution=settings.data.resolution,
+        chosen,
+        pictures,
+        region=region_of,
+        words=settings.lora.tokens if hasattr(settings, "lora") else None,
         folder=Path(settings.out) / "class_images",
         seed=settings.train.seed,
     )

@@ -28,6 +28,7 @@ MEASURE = [f"--measure.arms={ARMS}", "--measure.limit=2", "--measure.seeds=[1]",
 SUBJECT = [f"--measure.subjects={json.dumps([str(DOG)])}"]
 ON_DOG = ["--base.path=pocket", f"--data.source={DOG}", "--data.resolution=64"]
 LORA = [*ON_DOG, *TRAIN, "--train.snapshot_every=2", "--train.learning_rate=1e-2", "--lora.rank=2"]
+LORA.append("--dreambooth.identifier=sks")
 TUNE = ["--tune.prompts=['a {} on the sand', 'a {} in the snow']", "--tune.seeds=[101]", "--tune.scales=[4.0]"]
 
 
@@ -297,7 +298,7 @@ def test_text_to_image_learns_another_look(tmp_path: Path, done) -> None:
 
 @pytest.mark.slow
 def test_the_region_aware_loss_needs_words_instead_of_masks(tmp_path: Path, done, call) -> None:
-    common = [*ON_DOG, *TRAIN, "--train.steps=2", "--objective.background=0.2"]
+    common = [*ON_DOG, *TRAIN, "--train.steps=2", "--objective.background=0.2", "--dreambooth.preserve=off"]
     done("dreambooth_lora", *common, "--region=sks dog", f"--out={tmp_path / 'regions'}")
     done("dreambooth_lora", *common, f"--data.masks={DOG / 'masks'}", f"--out={tmp_path / 'masks'}")
     losses = [

@@ -57,6 +57,7 @@ def training(models: Path, photos: Path, out: Path, *, batch_size: int) -> list[
         f"--data.source={photos / 'coco'}",
         "--data.resolution=32",
         "--lora.rank=2",
+        "--dreambooth.preserve=off",
         "--train.steps=30",
         f"--train.batch_size={batch_size}",
         "--train.learning_rate=1e-2",
@@ -147,7 +148,12 @@ def test_two_processes_train_tune_measure_and_ship_like_one(models: Path, photos
 
 
 def test_class_images_are_drawn_once_by_both(models: Path, photos: Path, tmp_path: Path) -> None:
-    prior = ["--dreambooth.class_prompt=a cat", "--dreambooth.class_images=5", "--dreambooth.steps=3"]
+    prior = [
+        "--dreambooth.preserve=base",
+        "--dreambooth.class_prompt=a cat",
+        "--dreambooth.class_images=5",
+        "--dreambooth.steps=3",
+    ]
     out = tmp_path / "run"
     launch(2, "dreambooth_lora", *training(models, photos, out, batch_size=1), *prior, "--train.steps=2")
     drawn = [Image.open(path).tobytes() for path in sorted((out / "class_images").glob("*.png"))]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -188,8 +189,11 @@ def test_a_controlnet_goes_on_from_a_given_one(base: Path, sdxl_base: Path, pict
 
 
 def prior(base: Path, folder: Path, **changes: object) -> dreambooth.Prior:
-    chosen = config.DreamBoothSettings(**{"class_prompt": "dog", "class_images": 3, "steps": 1, **changes})  # type: ignore[arg-type]
-    made = dreambooth.prior(models.load(base), chosen, resolution=32, folder=folder)
+    plain = {"preserve": "pictures", "class_prompt": "dog", "class_images": 3, "steps": 1}
+    chosen = config.DreamBoothSettings(**{**plain, **changes})  # type: ignore[arg-type]
+    parts = models.load(base)
+    data = crops.Views([images.Sample(image=Image.new("RGB", (32, 32)), caption="x dog")], resolution=32)
+    made = dreambooth.prior(parts, chosen, data, folder=folder)
     assert made is not None
     return made
 

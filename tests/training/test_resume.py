@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ema and schedule": ("lora", {"ema": 0.9, "schedule": "cosine", "warmup": 2}, False),
     "accumulation": ("lora", {"accumulation": 2}, False),
     "prior": ("lora", {}, True),
+    "full with prior": ("full", {}, True),
 }
 
 

@@ -31,7 +31,7 @@ def train(asked: dict[str, Any], say: Callable[[str], None] = print) -> loop.Res
     prior = None
     if asked.get("class_folder"):
         chosen = config.DreamBoothSettings(class_prompt="dog", class_images=3, steps=2)
-        prior = dreambooth.prior(parts, chosen, resolution=32, folder=asked["class_folder"])
+        prior = dreambooth.prior(parts, chosen, data, folder=asked["class_folder"])
     settings = config.TrainSettings(**{"trackers": [], "log_every": 1, "learning_rate": 1e-2, **asked["train"]})
     return loop.train(method, data, settings, out=asked["out"], prior=prior, say=say)
 

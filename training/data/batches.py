@@ -52,6 +52,10 @@ class Stream:
     entries: Entries
     share: float = 1.0
     weight: float = 1.0
+    preserved: bool = False
+    """Whether its samples are trained towards the base's own prediction."""
+    asked: list[str] | None = None
+    """What the base is asked outside the masks of samples that are not preserved, a caption an entry; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +92,20 @@ class Feed:
         self.streams, self.draws, self.seed, self.text = streams, draws, seed, text
         self.batch_size, self.accumulation, self.processes, self.rank = batch_size, accumulation, processes, rank
         self.per_step = batch_size * accumulation * processes
+        self.preserves = any(stream.preserved or stream.asked for stream in streams)
         buckets = [sorted(set(stream.entries.sizes)) for stream in streams]
         if len(streams) > 1 and any(item != buckets[0] or len(item) > 1 for item in buckets):
             raise TrainingError("prior preservation needs one image size: set data.buckets to 1")
         self._members = [
             [index for index, size in enumerate(streams[0].entries.sizes) if size == bucket] for bucket in buckets[0]
         ]
+
+    @property
+    def asked(self) -> float:
+        """Share of samples for which the base is asked too."""
+        total = sum(stream.share for stream in self.streams)
+        of_captions = sum(stream.share for stream in self.streams if stream.preserved or stream.asked) / total
+        return of_captions + (1 - of_captions) * self.draws.caption_dropout if self.preserves else 0.0
 
     def batch(self, step: int, micro: int) -> dict[str, Any]:
         """This process's batch of one micro-step, on the CPU.
@@ -108,8 +120,18 @@ class Feed:
     def finish(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Stacks samples; `text` turns their captions into tensors, cached embeddings or token ids."""
         captions = [item.pop("caption") for item in items]
+        asked = [item.pop("asked", None) for item in items]
+        inside = [item.pop("inside") for item in items if "inside" in item]
         batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
-        return {**batch, **self.text(captions)} if self.text else {**batch, "captions": captions}
+        rows = [number for number, caption in enumerate(asked) if caption is not None]
+        if self.preserves:  # row numbers and no mask: their count is known without a look at the GPU
+            batch["preserved"] = torch.tensor(rows, dtype=torch.int64)
+        if not self.text:
+            return {**batch, "captions": captions}
+        if rows:
+            batch["inside"] = torch.stack(inside)
+            batch |= {f"base_{key}": value for key, value in self.text([asked[row] or "" for row in rows]).items()}
+        return {**batch, **self.text(captions)}
 
     def item(self, step: int, position: int) -> dict[str, Any]:
         """One sample with its draws."""
@@ -131,11 +153,20 @@ class Feed:
             "weight": torch.tensor(stream.weight),
             "caption": "" if drop_caption < draws.caption_dropout else stream.entries.captions[index],
         }
+        if self.preserves:
+            # The empty prompt is half of every guided prediction: where the base is kept, it is kept there too.
+            whole = stream.preserved or not item["caption"]
+            if whole:
+                item |= {"asked": item["caption"], "inside": torch.zeros(1, *shape[1:])}
+            elif stream.asked is not None:
+                if "mask" not in entry:
+                    raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
+                item |= {"asked": stream.asked[index], "inside": (entry["mask"] > 0).float()}
         if draws.noise_offset:
             item["noise"] = noise + draws.noise_offset * torch.randn((channels, 1, 1), generator=random)
         if not draws.masks:
             item.pop("mask", None)
-        elif "mask" not in item:
+        elif "mask" not in item or "asked" in item:  # where the base is asked, the sample counts whole
             item["mask"] = torch.ones(1, *shape[1:])
         if not draws.conditioning:
             item.pop("conditioning", None)
@@ -146,7 +177,7 @@ class Feed:
     def _choose(self, step: int, position: int) -> tuple[int, int]:
         """Stream and entry at a position."""
         if len(self.streams) > 1:
-            number, turn = interleave(position, self.streams[1].share / sum(stream.share for stream in self.streams))
+            number, turn = interleaved(position, tuple(stream.share for stream in self.streams))
             return number, pick(self.seed, number, len(self.streams[number].entries), turn)
         if len(self._members) == 1:
             return 0, pick(self.seed, 0, len(self.streams[0].entries), position)
@@ -185,6 +216,14 @@ def interleave(position: int, share: float) -> tuple[int, int]:
     """Stream (0 or 1) at a position when stream 1 gets `share` of all, spread evenly, and the turn within it."""
     before, after = int(position * share + 1e-9), int((position + 1) * share + 1e-9)
     return (1, before) if after > before else (0, position - before)
+
+
+def interleaved(position: int, shares: tuple[float, ...]) -> tuple[int, int]:
+    """The same for any number of streams, their shares not normalised."""
+    if len(shares) == 1:
+        return 0, position
+    last, turn = interleave(position, shares[-1] / sum(shares))
+    return (len(shares) - 1, turn) if last else interleaved(turn, shares[:-1])
 
 
 def pick(seed: int, stream: int, size: int, turn: int) -> int:

@@ -5,9 +5,12 @@ Crops and flips are enumerated, not drawn, so that every view can be cached: n i
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +99,12 @@ class Views:
         read = getattr(self.source, "caption", None)
         return read(sample) if read else self.source[sample].caption
 
+    def captioned(self, captions: Sequence[str]) -> Views:
+        """The same views with other captions, one a sample."""
+        other = copy.copy(self)
+        other.source = _Captioned(self.source, captions)
+        return other
+
     def key(self, index: int) -> str:
         """Names the view's content: the sample's, and how it is cut. Captions are cached by themselves."""
         sample, crop, flipped = self._place(index)
@@ -117,6 +126,25 @@ class Views:
             mask=None if mask is None else box.cut(mask.convert("L"), Image.Resampling.BOX).float().div_(255),
             conditioning=None if conditioning is None else box.cut(rgb(conditioning), Image.Resampling.BILINEAR),
         )
+
+
+class _Captioned:
+    """A source with other captions; what else it offers is the inner one's."""
+
+    def __init__(self, source: Source, captions: Sequence[str]):
+        self.source, self.captions = source, captions
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.source[index], caption=self.captions[index])
+
+    def caption(self, index: int) -> str:
+        return self.captions[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,143 @@
+"""The subject in company: its cut-outs placed where the base drew its class, as further training pictures.
+
+A few photographs show a subject in few surroundings. The base draws its class in any: "a dog to the left of a house".
+There the subject's cut-out takes the place of what the base drew; elsewhere the base's own prediction is the target, so
+that nothing else of the picture is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data.cache import Region
+from .data.crops import Views
+from .data.images import Sample, rgb
+from .errors import TrainingError
+from .models import Parts, encode_images
+
+__all__ = ["compose", "placed"]
+
+SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
+COMPACT = 0.45  # of its extent: scattered regions are none either
+ROUNDS = 5  # of filling a hole from its edge, each with twice the reach
+
+
+def compose(drawn: Image.Image, region: Tensor, subject: Sample, caption: str) -> Sample | None:
+    """The subject's cut-out in the place of the class; None where the region is no single object.
+
+    What the base drew there is filled from its surroundings first, or it would look out behind the subject.
+
+    Args:
+        drawn: what the base drew.
+        region: (1, h, w), 1 where it drew the class.
+        subject: a picture of the subject with its mask.
+        caption: of the new picture, with the trigger.
+
+    Returns:
+        The picture; its mask is the place of the class and the cut-out together.
+    """
+    assert subject.mask is not None
+    mask = subject.mask.convert("L")
+    box = mask.getbbox()
+    if box is None or not SMALLEST <= float(region.mean()) <= LARGEST:
+        return None
+    left, top, width, height = _extent(region, drawn.size)
+    if float(region.mean()) * drawn.width * drawn.height < COMPACT * width * height:
+        return None
+    wider = torch.nn.functional.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
+    hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(drawn.size, Image.Resampling.BILINEAR)
+    scale = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
+    scale = min(scale, drawn.width / (box[2] - box[0]), drawn.height / (box[3] - box[1]))
+    size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
+    cut, shape = (item.crop(box).resize(size, Image.Resampling.LANCZOS) for item in (rgb(subject.image), mask))
+    place = (
+        round(min(max(left + (width - size[0]) / 2, 0), drawn.width - size[0])),
+        round(min(max(top + (height - size[1]) / 2, 0), drawn.height - size[1])),
+    )
+    picture, where = _filled(rgb(drawn), hole), hole.copy()
+    picture.paste(cut, place, shape)
+    where.paste(255, (*place, place[0] + size[0], place[1] + size[1]), shape)
+    return Sample(image=picture, caption=caption, mask=where)
+
+
+def _extent(region: Tensor, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, width and height in pixels of what the region covers, strays left out.
+
+    A uniform stretch of length l has standard deviation l / sqrt(12): strays count less so than in a bounding box.
+    """
+    found = []
+    for axis, pixels in ((2, size[0]), (1, size[1])):
+        at = (region.nonzero()[:, axis].float() + 0.5) / region.shape[axis] * pixels
+        length = 12**0.5 * float(at.std())
+        found.append((float(at.mean()) - length / 2, length))
+    (left, width), (top, height) = found
+    return left, top, width, height
+
+
+def _filled(picture: Image.Image, hole: Image.Image) -> Image.Image:
+    """The picture with its hole filled from the edge inwards, by blurs that look at known pixels only."""
+    values = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)
+    known = torch.from_numpy(np.asarray(hole, np.float32) < 8).float()[None]
+    for reach in (2**number for number in range(ROUNDS)):
+        near, weight = (
+            torch.nn.functional.avg_pool2d(item, 2 * reach + 1, stride=1, padding=reach)
+            for item in (values * known, known)
+        )
+        new = (known == 0) & (weight > 0.02)
+        values = torch.where(new, near / weight.clamp(min=1e-6), values)
+        known = torch.where(new, 1.0, known)
+    return Image.fromarray(values.permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+
+
+@torch.no_grad()
+def placed(
+    parts: Parts,
+    data: Views,
+    drawn: Views,
+    lines: Sequence[str],
+    *,
+    identifier: str,
+    region: Callable[[str], Region],
+) -> Views:
+    """The subject's cut-outs, in turn, in those drawn pictures whose line holds {}.
+
+    Args:
+        data: the subject's pictures with masks and captions such as "a sks dog on the grass".
+        drawn: the class images, picture i of line i in turn.
+        region: from the word of the class to where it is in a picture.
+
+    Raises:
+        TrainingError: pictures without masks, captions in which no word follows the identifier, or no picture in which
+            the base shows the class.
+    """
+    noun = _noun(data.source[0].caption, identifier)
+    where = region(noun)
+    samples: list[Sample] = []
+    for number in range(len(drawn)):
+        line = lines[number % len(lines)]
+        if "{}" not in line:
+            continue
+        view = drawn[number]
+        mean, std = encode_images(parts.vae, view.pixels[None])
+        found = where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption)
+        subject = data.source[len(samples) % len(data.source)]
+        if subject.mask is None:
+            raise TrainingError("dreambooth.company cuts the subject out of its pictures: set data.masks")
+        caption = line.replace("{}", f"a {identifier} {noun}")
+        made = compose(drawn.source[number].image, found, subject, caption)
+        samples += [made] if made else []
+    if not samples:
+        raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")
+    return Views(samples, resolution=data.sizes[0][0], multiple=1)
+
+
+def _noun(caption: str, identifier: str) -> str:
+    words = caption.split()
+    if identifier not in words[:-1]:
+        raise TrainingError(f"dreambooth.identifier: no word follows {identifier} in the caption {caption!r}")
+    return words[words.index(identifier) + 1].strip(".,")

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import compose, files, keys
-from .errors import AdapterError, FileError
+from .base import modules_of
+from .errors import AdapterError, BaseMismatchError, FileError
+from .injection import fit
 from .measuring.verify import verify
-from .source import LORA_FILE, MODEL_FILE, PEFT_FILE, open_source, read_adapter
+from .source import MODEL_FILE, open_source, read_adapter
+from .tokens import EMBEDS_FILE, write_tokens
+from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--rank", type=int, help="approximate by a plain LoRA of this rank first")
     convert.add_argument("--base", type=Path, help="pipeline folder; needed with --rank for DoRA, LoHa and LoKr")
     convert.set_defaults(run=_convert)
-    merge = commands.add_parser("merge", help="into a U-net (--base) or, without it, several LoRAs into one")
+    merge = commands.add_parser("merge", help="into a base (--base) or, without it, several LoRAs into one")
     merge.add_argument("paths", nargs="+", metavar="PATH[=WEIGHT]")
-    merge.add_argument("--out", type=Path, required=True, help="folder of the merged U-net, or a .safetensors file")
-    merge.add_argument("--base", type=Path, help="pipeline folder whose U-net takes the adapters")
+    merge.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder (U-net; pipeline where text encoders change) or .safetensors",
+    )
+    merge.add_argument("--base", type=Path, help="pipeline folder that takes the adapters")
     merge.add_argument("--rank", type=int, help="without --base: cut the sum to this rank")
     merge.set_defaults(run=_merge)
     extract = commands.add_parser("extract", help="the LoRA nearest to the difference of two U-nets")
@@ -69,6 +79,8 @@ def _inspect(options: argparse.Namespace) -> dict[str, Any]:
         return summary | {"model": files.read_json(source.path / "config.json").get("_class_name")}
     adapter = read_adapter(source)
     summary["kinds"] = adapter.kinds
+    if adapter.tokens:
+        summary["tokens"] = {token: sorted(own) for token, own in adapter.tokens.items()}
     for component in adapter.components:
         modules = adapter.part(component)
         summary[component] = {
@@ -98,18 +110,16 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
 def _write(adapter: keys.Adapter, out: Path, spelling: str) -> None:
     if spelling == "peft":
         with files.write_folder(out) as stage:
-            for component in adapter.components:
-                place = stage if component == "unet" else stage / component
-                place.mkdir(exist_ok=True)
-                tensors, config = keys.to_peft(adapter, component)
-                files.write_tensors(place / PEFT_FILE, tensors)
-                (place / "adapter_config.json").write_text(json.dumps(config, indent=2))
+            write_peft(stage, adapter)
+            if adapter.tokens:
+                write_tokens(stage / EMBEDS_FILE, adapter.tokens)
         return
     if out.suffix != ".safetensors":
         raise FileError(f"{out}: give a file name that ends in .safetensors, such as {out / LORA_FILE}")
-    tensors, header = keys.to_kohya(adapter) if spelling == "kohya" else keys.to_diffusers(adapter)
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_tensors(out, tensors, header)
+    (write_kohya if spelling == "kohya" else write_diffusers)(out, adapter)
+    if adapter.tokens:
+        write_tokens(out.with_name(f"{out.stem}.{EMBEDS_FILE}"), adapter.tokens)
 
 
 def _merge(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,16 +132,31 @@ def _merge(options: argparse.Namespace) -> dict[str, Any]:
             total, summary["relative_error"] = found.adapter, f"{found.error:.4g}"
         _write(total, options.out, "diffusers")
         return summary
-    models = {"unet": _unet(options.base)}
+    parts = {part for adapter, _ in weighted for part in adapter.components}
+    models: dict[str, torch.nn.Module]
+    if parts == {"unet"}:
+        models, whole = {"unet": _unet(options.base)}, None
+    else:
+        whole = _pipeline(options.base)
+        models = modules_of(whole)
     for adapter, weight in weighted:
-        if adapter.components != ["unet"]:
-            raise AdapterError(
-                f"the adapter also changes {adapter.components}; only U-nets are merged from the command line"
-            )
-        compose.merge(adapter, models, weight=weight)
+        compose.merge(_fitted(adapter, models), models, weight=weight)
     with files.write_folder(options.out) as stage:
-        models["unet"].save_pretrained(stage, safe_serialization=True)  # type: ignore[operator]
-    return summary
+        saved: Any = whole or models["unet"]
+        saved.save_pretrained(stage, safe_serialization=True)
+    return summary | {"holds": "the whole pipeline" if whole else "the U-net"}
+
+
+def _fitted(adapter: keys.Adapter, models: Mapping[str, torch.nn.Module]) -> keys.Adapter:
+    if adapter.tokens:
+        raise AdapterError(
+            f"the learned token {next(iter(adapter.tokens))!r} is no change of weights; use adapters.load"
+        )
+    missing = [component for component in adapter.components if component not in models]
+    if missing:
+        raise BaseMismatchError(f"the adapter changes {missing[0]}, which the base has not")
+    modules = {n: m for part in adapter.components for n, m in fit(models[part], adapter, part).items()}
+    return replace(adapter, modules=modules)
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -159,12 +184,15 @@ def _unet(folder: Path) -> torch.nn.Module:
 
 
 def _models(folder: Path, adapter: keys.Adapter) -> dict[str, torch.nn.Module]:
-    if adapter.components == ["unet"]:
-        return {"unet": _unet(folder)}
+    return {"unet": _unet(folder)} if adapter.components == ["unet"] else modules_of(_pipeline(folder))
+
+
+def _pipeline(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
-    return {component: getattr(pipe, component) for component in adapter.components}
+    if not (folder / "model_index.json").is_file():
+        raise FileError(f"{folder}: no pipeline (model_index.json) in it; the adapter also changes text encoders")
+    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .compose import merged_into
+from .placement import named_values, stored, unwrapped
 
 __all__ = ["describe", "fingerprint", "modules_of"]
 
@@ -18,12 +19,12 @@ _ADAPTER_PARTS = ("lora_", "hada_", "lokr_")
 
 
 def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The trainable components an adapter can sit on."""
-    return {name: part for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
+    """The trainable components an adapter can sit on, themselves where torch.compile has wrapped them."""
+    return {name: unwrapped(part) for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
 
 
 def describe(pipe: Any) -> dict[str, str]:
-    """`name`, `architecture` and `weights` of a base, the same with or without adapters attached.
+    """`name`, `family`, `architecture` and `weights` of a base, the same with or without adapters attached.
 
     `architecture` hashes parameter names and shapes; `weights` is the `fingerprint` of its trainable parts.
     """
@@ -35,7 +36,8 @@ def describe(pipe: Any) -> dict[str, str]:
     ]
     architecture = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
     name = str(getattr(pipe.config, "_name_or_path", "") or getattr(pipe, "name_or_path", ""))
-    return {"name": name, "architecture": architecture[:16], "weights": fingerprint(parts)}
+    family = "sdxl" if "text_encoder_2" in parts else "sd"
+    return {"name": name, "family": family, "architecture": architecture[:16], "weights": fingerprint(parts)}
 
 
 def fingerprint(parts: Mapping[str, torch.nn.Module]) -> str:
@@ -53,12 +55,18 @@ def fingerprint(parts: Mapping[str, torch.nn.Module]) -> str:
 
 
 def _own_parameters(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The base's own: adapters beside layers are left out, and what was merged into weights is not seen."""
+    """The base's own: adapters beside layers, what was merged into weights and learned tokens are not seen."""
     own: dict[str, torch.Tensor] = {}
+    for path, layer in module.named_modules():
+        table: Any = layer
+        while "_instead_of" in vars(table):
+            table = vars(table)["_instead_of"][0]
+        if table is not layer:
+            own[f"{path.removeprefix('text_model.')}.weight"] = stored(table)
     for merged in reversed(merged_into(module)):
         own |= {f"{path}.weight": value for path, value in merged.originals(module).items()}
     named = (
-        (name.replace(".base_layer.", ".").removeprefix("text_model."), p) for name, p in module.named_parameters()
+        (name.replace(".base_layer.", ".").removeprefix("text_model."), value) for name, value in named_values(module)
     )
     return [
         (name, own.get(name, value))

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from .adapter import Adapter, Module, Tokens
 from .errors import AdapterError, FormatError
-from .keys import Adapter, Module
+from .placement import stored
 
-__all__ = ["Merged", "delta", "deltas", "extract", "merge", "merged_into", "rerank", "to_lora", "weighted_sum"]
+__all__ = [
+    "Merged",
+    "change_shape",
+    "delta",
+    "deltas",
+    "extract",
+    "merge",
+    "merged_into",
+    "rerank",
+    "to_lora",
+    "weighted_sum",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,25 +88,42 @@ def _lokr(p: Mapping[str, torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
     return torch.kron(one, two.contiguous()).reshape(shape)
 
 
-def _weight(model: torch.nn.Module, path: str, name: str) -> torch.Tensor:
+def change_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """The shape of what a module's factors make; of LoHa and LoKr without a core, a kernel is in the columns."""
+    if "lora_A.weight" in p:
+        return (p["lora_B.weight"].shape[0], *p["lora_A.weight"].shape[1:])
+    if "hada_t1" in p:
+        return (p["hada_w1_a"].shape[1], p["hada_w1_b"].shape[1], *p["hada_t1"].shape[2:])
+    if "hada_w1_a" in p:
+        return (p["hada_w1_a"].shape[0], p["hada_w1_b"].shape[1])
+    rows, columns = p["lokr_w1"].shape if "lokr_w1" in p else (p["lokr_w1_a"].shape[0], p["lokr_w1_b"].shape[1])
+    if "lokr_w2" in p:
+        return (rows * p["lokr_w2"].shape[0], columns * p["lokr_w2"].shape[1], *p["lokr_w2"].shape[2:])
+    if "lokr_t2" in p:
+        return (rows * p["lokr_w2_a"].shape[1], columns * p["lokr_w2_b"].shape[1], *p["lokr_t2"].shape[2:])
+    return (rows * p["lokr_w2_a"].shape[0], columns * p["lokr_w2_b"].shape[1])
+
+
+def _layer(model: torch.nn.Module, path: str, name: str) -> torch.nn.Module:
     layers = dict(model.named_modules())
-    layer = layers.get(path, layers.get("text_model." + path))
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        raise AdapterError(f"{name}: the model has no such layer, or an adapter is attached to it; detach first")
-    return weight
+    layer: Any = layers.get(path, layers.get("text_model." + path))
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    if not isinstance(getattr(base, "weight", None), torch.Tensor):
+        raise AdapterError(f"{name}: the model has no such layer")
+    return base  # type: ignore[no-any-return]
 
 
 def deltas(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: float = 1.0) -> dict[str, torch.Tensor]:
-    """Every module's change, `weight` times."""
+    """Every module's change at that weight; DoRA, which is no sum, has it on its low-rank part, as peft does."""
     result = {}
     for name, module in adapter.modules.items():
         component, _, path = name.partition(".")
         if component not in models:
             raise AdapterError(f"{name}: no model for {component}; given are {sorted(models)}")
-        base = _weight(models[component], path, name)
+        base = stored(_layer(models[component], path, name))
+        scaled = replace(module, alpha=module.alpha * weight) if module.dora else module
         try:
-            result[name] = delta(module, base.detach()) * weight
+            result[name] = delta(scaled, base.detach()) * (1 if module.dora else weight)
         except RuntimeError as error:
             raise FormatError(f"{name}: its factors do not make a weight of shape {tuple(base.shape)}") from error
     return result
@@ -122,11 +152,24 @@ class Merged:
             stack = merged_into(self._models[component])
             if stack and stack[-1] is not self:
                 raise AdapterError("another adapter was merged on top of this one; unmerge that first")
-            _weight(self._models[component], path, name).data.copy_(value)
+            _restore(self._models[component], path, name, value)
         self._saved.clear()
         for model in self._models.values():
             if self in merged_into(model):
                 merged_into(model).remove(self)
+
+
+def _restore(model: torch.nn.Module, path: str, name: str, value: torch.Tensor) -> None:
+    """Put a weight back; what was fused into it meanwhile through peft (`fuse_lora`) is fused again."""
+    target = stored(_layer(model, path, name), writable=True)
+    layers = dict(model.named_modules())
+    tuner: Any = layers.get(path, layers.get("text_model." + path))
+    fused = list(getattr(tuner, "merged_adapters", []))
+    if fused:
+        tuner.unmerge()
+    target.data.copy_(value)
+    if fused:
+        tuner.merge(adapter_names=fused)
 
 
 def merged_into(model: torch.nn.Module) -> list[Merged]:
@@ -147,7 +190,7 @@ def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: fl
     saved = {}
     for name, change in changes.items():
         component, _, path = name.partition(".")
-        target = _weight(models[component], path, name)
+        target = stored(_layer(models[component], path, name), writable=True)
         saved[name] = target.detach().clone()
         target.data.copy_(target.detach().to(change.dtype) + change)
     merged = Merged(adapter, models, saved)
@@ -190,7 +233,7 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
         tensors = {"lora_A.weight": down, "lora_B.weight": up}
         modules[name] = Module(kind="lora", tensors=tensors, rank=len(down), alpha=float(len(down)))
-    return Adapter(modules=modules)
+    return Adapter(modules=modules, tokens={token: own for one, _ in adapters for token, own in one.tokens.items()})
 
 
 def _truncated(wanted: torch.Tensor, rank: int) -> tuple[Module, float, float]:
@@ -206,7 +249,7 @@ def _truncated(wanted: torch.Tensor, rank: int) -> tuple[Module, float, float]:
     return module, float((s[kept:] ** 2).sum()), float((s**2).sum())
 
 
-def _approximate(wanted: Mapping[str, torch.Tensor], rank: int) -> Approximation:
+def _approximate(wanted: Mapping[str, torch.Tensor], rank: int, tokens: Tokens | None = None) -> Approximation:
     if rank < 1:
         raise AdapterError(f"rank={rank}: expected a whole number >= 1")
     modules, errors, missed, total = {}, {}, 0.0, 0.0
@@ -214,9 +257,8 @@ def _approximate(wanted: Mapping[str, torch.Tensor], rank: int) -> Approximation
         modules[name], lost, whole = _truncated(change, rank)
         errors[name] = math.sqrt(lost / whole) if whole else 0.0
         missed, total = missed + lost, total + whole
-    return Approximation(
-        adapter=Adapter(modules=modules), error=math.sqrt(missed / total) if total else 0.0, errors=errors
-    )
+    error = math.sqrt(missed / total) if total else 0.0
+    return Approximation(adapter=Adapter(modules=modules, tokens=tokens or {}), error=error, errors=errors)
 
 
 def rerank(adapter: Adapter, rank: int) -> Approximation:
@@ -227,12 +269,12 @@ def rerank(adapter: Adapter, rank: int) -> Approximation:
             raise FormatError(f"{name} is not plain LoRA; use to_lora with the base model")
         down, up = module.tensors["lora_A.weight"].float(), module.tensors["lora_B.weight"].float()
         wanted[name] = _lora({"lora_A.weight": down, "lora_B.weight": up}, (len(up), *down.shape[1:])) * module.scale
-    return _approximate(wanted, rank)
+    return _approximate(wanted, rank, adapter.tokens)
 
 
 def to_lora(adapter: Adapter, models: Mapping[str, torch.nn.Module], rank: int) -> Approximation:
     """Any kind as the nearest LoRA of that rank, with the error stated."""
-    return _approximate(deltas(adapter, models), rank)
+    return _approximate(deltas(adapter, models), rank, adapter.tokens)
 
 
 def extract(base: Mapping[str, torch.nn.Module], tuned: Mapping[str, torch.nn.Module], rank: int) -> Approximation:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -298,12 +299,12 @@ def write_folder(target: Path) -> Iterator[Path]:
 
 def recover(target: Path) -> None:
     """Put back a folder that a dead process had moved aside, and remove unfinished ones."""
-    for aside in target.parent.glob(f".{target.name}.old-*"):
+    for aside in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             os.rename(aside, target)
-    for stage in target.parent.glob(f".{target.name}.new-*"):
+    for stage in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
         pid = stage.name.removeprefix(f".{target.name}.new-").split("-")[0]
         if not (pid.isdigit() and _alive(int(pid))):
             shutil.rmtree(stage, ignore_errors=True)

@@ -12,20 +12,24 @@ from typing import Any
 
 import torch
 
-from . import files
+from . import compose, files
+from .adapter import Adapter
 from .card import Card, render, slug
-from .errors import AdapterError, FileError
-from .keys import Adapter, to_diffusers, to_kohya, to_peft
+from .errors import AdapterError, FileError, FormatError
 from .measuring import report
 from .measuring.gains import Gains
 from .measuring.sample import Shot, write
 from .measuring.table import Row, write_csv
-from .source import EMBEDS_FILE, GUIDER_FILE, LORA_FILE, MODEL_FILE, MODELS, PEFT_FILE, open_source, read_adapter
+from .source import GUIDER_FILE, MODEL_FILE, MODELS, open_source, read_adapter, tokens_of
+from .tokens import EMBEDS_FILE, write_tokens
+from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
 __all__ = ["push", "ship", "versions"]
 
 _PACKAGES = ("scfg-toolkit", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
 SAMPLES, FEW = 8, 1
+NEAREST = 4  # a DoRA's nearest LoRA has so many times its rank
+Models = Mapping[str, torch.nn.Module]
 
 
 def ship(
@@ -39,6 +43,7 @@ def ship(
     shots: Mapping[str, Sequence[Shot]] | None = None,
     guider: Mapping[str, Any] | None = None,
     embeds: Mapping[str, torch.Tensor] | None = None,
+    models: Models | None = None,
     config: str | None = None,
     page: str | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -54,7 +59,8 @@ def ship(
         gains, rows: the comparison and the table it came from; both or neither.
         shots: images per arm, for samples and report.
         guider: the settings that measured best; what `load` hands to its guidance callable.
-        embeds: learned tokens, token -> (vectors, width).
+        embeds: learned tokens of one text encoder, token -> (vectors, width); those in `weights` ship by themselves.
+        models: component -> the base's model; with them a DoRA also ships as the nearest LoRA.
         config: the resolved training settings as YAML text.
         page: the report, where it was rendered with the comparison; otherwise it is made here.
         facts: measured things without a column in the table: peak memory, Fréchet distances, tuning.
@@ -69,9 +75,10 @@ def ship(
     target, shots = Path(folder), shots or {}
     made = {**versions(), **(facts or {})}
     with files.write_folder(target) as stage:
-        kinds, notes = _weights(stage, weights, None if compact else slug(name or card.title))
+        sdxl = None if "family" not in base else base["family"] == "sdxl"
+        kinds, notes = _weights(stage, weights, None if compact else slug(name or card.title), sdxl, models)
         if embeds:
-            files.write_tensors(stage / EMBEDS_FILE, embeds)
+            write_tokens(stage / EMBEDS_FILE, {token: {"text_encoder": rows} for token, rows in embeds.items()})
         if guider is not None:
             _json(stage / GUIDER_FILE, guider)
         if config is not None:
@@ -105,14 +112,21 @@ def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", "utf-8")
 
 
-def _weights(stage: Path, weights: Adapter | str | Path, name: str | None) -> tuple[list[str], list[str]]:
+def _weights(
+    stage: Path, weights: Adapter | str | Path, name: str | None, sdxl: bool | None, models: Models | None
+) -> tuple[list[str], list[str]]:
     """Write the weights; returns their kinds and notes on who can read them. Without a name: in one spelling."""
-    if isinstance(weights, Adapter):
-        return _adapter(stage, weights, name)
-    source = open_source(weights)
-    if (config := source.file("config.json")) is not None:
-        return _model(stage, source.path, files.read_json(config))
-    return _adapter(stage, read_adapter(source), name)
+    source = None if isinstance(weights, Adapter) else open_source(weights)
+    if source is not None and (config := source.file("config.json")) is not None:
+        kinds, notes = _model(stage, source.path, files.read_json(config))
+        tokens = tokens_of(source)
+    else:
+        adapter = weights if isinstance(weights, Adapter) else read_adapter(source)  # type: ignore[arg-type]
+        kinds, notes = _adapter(stage, adapter, name, sdxl, models) if adapter.modules else (["tokens"], [])
+        tokens = adapter.tokens
+    if tokens:
+        write_tokens(stage / EMBEDS_FILE, tokens)
+    return kinds, notes
 
 
 def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]]:
@@ -126,12 +140,13 @@ def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]
     return [kind], [f"A whole {kind}: diffusers loads this folder with `from_pretrained`."]
 
 
-def _adapter(stage: Path, adapter: Adapter, name: str | None) -> tuple[list[str], list[str]]:
+def _adapter(
+    stage: Path, adapter: Adapter, name: str | None, sdxl: bool | None, models: Models | None
+) -> tuple[list[str], list[str]]:
     plain = set(adapter.kinds) <= {"lora", "dora"}
     notes = []
     if plain:
-        tensors, header = to_diffusers(adapter)
-        files.write_tensors(stage / LORA_FILE, tensors, header)
+        write_diffusers(stage / LORA_FILE, adapter)
         notes.append(f"`{LORA_FILE}` loads through plain `pipe.load_lora_weights`.")
     else:
         notes.append(
@@ -139,21 +154,40 @@ def _adapter(stage: Path, adapter: Adapter, name: str | None) -> tuple[list[str]
             "from this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate "
             "it by a LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`)."
         )
-    for component in adapter.components if name is not None or not plain else ():
-        place = stage if component == "unet" else stage / component
-        place.mkdir(exist_ok=True)
-        tensors, config = to_peft(adapter, component)
-        files.write_tensors(place / PEFT_FILE, tensors)
-        _json(place / "adapter_config.json", config)
+    if name is not None or not plain:
+        try:
+            write_peft(stage, adapter)
+        except FormatError as error:  # then only the kohya keys can hold it
+            if plain or name is None:
+                raise
+            notes.append(f"There is no peft folder: {error}.")
     if name is not None:
-        tensors, header = to_kohya(adapter, uniform_alpha=True)
-        files.write_tensors(stage / f"{name}.kohya.safetensors", tensors, header)
-        notes.append(f"`{name}.kohya.safetensors` is for ComfyUI and A1111; every module has its alpha.")
-        if "dora" in adapter.kinds:
-            notes.append(
-                "diffusers drops the DoRA magnitudes of kohya files; in diffusers load the folder, not the kohya file."
-            )
+        notes += _kohya(stage, adapter, name, sdxl, models)
     return adapter.kinds, notes
+
+
+def _kohya(stage: Path, adapter: Adapter, name: str, sdxl: bool | None, models: Models | None) -> list[str]:
+    """The file for ComfyUI, Forge and A1111, and a note on it; for a DoRA, which they misread, the nearest LoRA."""
+    file = f"{name}.kohya.safetensors"
+    if "dora" not in adapter.kinds:
+        write_kohya(stage / file, adapter, sdxl=sdxl)
+        return [f"`{file}` is for ComfyUI, Forge, A1111 and LyCORIS; every module has its alpha."]
+    exact = f"{name}.dora.kohya.safetensors"
+    write_kohya(stage / exact, adapter, sdxl=sdxl)
+    notes = [
+        f"`{exact}` is this DoRA in LyCORIS' keys, which LyCORIS reads as it is meant. diffusers drops the DoRA "
+        "magnitudes, ComfyUI and Forge scale by the base weight's norm, A1111 takes them per input: not for these."
+    ]
+    if models is None:
+        return [*notes, "No LoRA for these programs is in here, because it was shipped without the base's weights."]
+    rank = NEAREST * max(module.rank for module in adapter.modules.values())
+    found = compose.to_lora(adapter, models, rank)
+    write_kohya(stage / file, found.adapter, sdxl=sdxl)
+    return [
+        *notes,
+        f"`{file}` is for them: the LoRA of rank {rank} that is nearest to this DoRA. It misses {found.error:.2g} of "
+        "the change (relative Frobenius norm).",
+    ]
 
 
 def _samples(folder: Path, shots: Mapping[str, Sequence[Shot]], facts: Mapping[str, Any], count: int) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import files
+from .adapter import COMPONENTS, Adapter, Tokens
 from .errors import FileError, FormatError
-from .keys import Adapter, from_any
+from .reading import from_any
+from .tokens import EMBEDS_FILE, read_tokens
+from .writing import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 
-__all__ = ["Source", "open_source", "read_adapter", "whole_model"]
+__all__ = ["Source", "open_source", "read_adapter", "tokens_of", "whole_model"]
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
-EMBEDS_FILE = "learned_embeds.safetensors"
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
 GUIDER_FILE = "guider_config.json"
+_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 MODELS = {"ControlNetModel": "controlnet", "UNet2DConditionModel": "unet"}
 
 
@@ -47,7 +49,8 @@ def open_source(source: str | Path, *, revision: str | None = None) -> Source:
     if path.is_dir():
         manifest = files.verify_folder(path) if (path / files.MANIFEST).exists() else None
         return Source(path=path, manifest=manifest)
-    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+    named = path.suffix in _FILES  # models/x.safetensors, which is not there, is no repository
+    if path.exists() or named or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise FileError(f"{source}: no such file or folder, and not a Hub id (owner/name)")
     return _from_hub(str(source), revision)
 
@@ -64,22 +67,43 @@ def _from_hub(repo_id: str, revision: str | None) -> Source:
 
 
 def read_adapter(source: Source) -> Adapter:
-    """The adapter in a checked source; peft files of several components are joined."""
+    """The adapter in a checked source, with its learned tokens; peft files of several components are joined."""
     if source.path.is_file():
-        return _read(source.path, source.path.parent / "adapter_config.json", "unet")
-    if (path := source.file(LORA_FILE)) is not None:
-        return _read(path, source.path / "adapter_config.json", "unet")
-    parts = []
-    for folder, component in (("", "unet"), ("text_encoder/", "text_encoder"), ("text_encoder_2/", "text_encoder_2")):
-        if (path := source.file(folder + PEFT_FILE)) is not None:
-            parts.append(_read(path, source.path / folder / "adapter_config.json", component))
-    if not parts:
-        found = sorted(p.name for p in source.path.glob("*.safetensors"))
-        if len(found) == 1:
-            return _read(source.path / found[0], source.path / "adapter_config.json", "unet")
-        raise FileError(f"{source.path}: neither {LORA_FILE} nor {PEFT_FILE} in it; found {found or 'no .safetensors'}")
+        return _read(source.path, source.path.parent / PEFT_CONFIG, "unet")
+    tokens = tokens_of(source)
+    found = _weight_files(source)
+    if not found and not tokens:
+        names = sorted(p.name for p in source.path.glob("*.safetensors"))
+        raise FileError(
+            f"{source.path}: neither {LORA_FILE} nor {PEFT_FILE} in it, nor in a folder unet of it; "
+            f"found {names or 'no .safetensors'}"
+        )
+    parts = [_read(path, path.parent / PEFT_CONFIG, component) for path, component in found]
     modules = {name: module for part in parts for name, module in part.modules.items()}
-    return Adapter(modules=modules, options={c: o for part in parts for c, o in part.options.items()})
+    options = {c: o for part in parts for c, o in part.options.items()}
+    return Adapter(modules=modules, options=options, tokens={**_joined(parts), **tokens})
+
+
+def tokens_of(source: Source) -> Tokens:
+    """The learned tokens of a folder; those that a LoRA file bundles are in its adapter."""
+    path = source.file(EMBEDS_FILE)
+    return {} if path is None else read_tokens(path)
+
+
+def _weight_files(source: Source) -> list[tuple[Path, str]]:
+    """(file, component of keys that do not say theirs): diffusers' file, else peft's, else the only one there is."""
+    if (path := source.file(LORA_FILE)) is not None:
+        return [(path, "unet")]
+    places = (("", "unet"), *((f"{component}/", component) for component in COMPONENTS))
+    found = [(path, component) for place, component in places if (path := source.file(place + PEFT_FILE)) is not None]
+    if len({component for _, component in found}) < len(found):
+        raise FileError(f"{source.path}: {PEFT_FILE} is in it and in its folder unet; remove one")
+    others = [path for path in sorted(source.path.glob("*.safetensors")) if path.name != EMBEDS_FILE]
+    return found or ([(others[0], "unet")] if len(others) == 1 else [])
+
+
+def _joined(parts: Sequence[Adapter]) -> Tokens:
+    return {token: own for part in parts for token, own in part.tokens.items()}
 
 
 def _read(path: Path, config: Path, component: str) -> Adapter:

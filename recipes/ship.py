@@ -47,7 +47,7 @@ def run(settings: Settings) -> Path | None:
     measured = Path(settings.measured) if settings.measured else None
     plan, gains, rows, shots, guider, facts = _measured(measured)
     pipe = pipeline(settings.base, SamplingSettings())
-    weights = Path(settings.adapter)
+    weights = Path(settings.adapter).expanduser()
     card = _card(settings, plan)
     folder = adapters.ship.ship(
         Path(settings.out) / "release",
@@ -58,7 +58,7 @@ def run(settings: Settings) -> Path | None:
         rows=rows,
         shots=shots,
         guider=guider,
-        embeds=_embeds(weights),
+        models=adapters.base.modules_of(pipe),
         config=_config(weights),
         facts=facts,
         page=(measured / "report.html").read_text("utf-8") if measured else None,
@@ -135,13 +135,6 @@ def _card(settings: Settings, plan: MeasureSettings) -> Any:
         command=f"python recipes/measure.py --config {settings.measured}/settings.yaml" if settings.measured else "",
         facts=facts,
     )
-
-
-def _embeds(weights: Path) -> dict[str, Any] | None:
-    from safetensors.torch import load_file
-
-    path = weights / "learned_embeds.safetensors"
-    return load_file(path) if path.is_file() else None
 
 
 def _config(weights: Path) -> str | None:

@@ -1,22 +1,22 @@
 """LoRA and its relatives on the U-net and the text encoders, through peft; for subjects and captioned data alike.
 
-Saved is a folder with `pytorch_lora_weights.safetensors` that `pipe.load_lora_weights(folder)` reads. Alpha travels in
-the file's `lora_adapter_metadata`. LoHa and LoKr, which diffusers pipelines do not load, are saved in peft's layout.
+Saved is what `adapters.load` reads: for LoRA and DoRA `pytorch_lora_weights.safetensors`, which
+`pipe.load_lora_weights(folder)` reads too; for LoHa and LoKr, which diffusers pipelines do not load, a folder per
+component in peft's layout, which `PeftModel.from_pretrained(pipe.unet, folder / "unet")` reads.
 """
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
-from adapters.files import write_tensors
+from adapters.keys import Adapter, from_any
+from adapters.writing import LORA_FILE, write_adapter
 
 from .config import LoraSettings, ObjectiveSettings
 from .data.batches import seed_of
@@ -25,11 +25,11 @@ from .method import Method, Weights, denoise_step
 from .models import Parts
 from .objective import build
 from .preserve import adapter_off
-from .tokens import add_tokens, save_tokens
+from .tokens import add_tokens, trained_tokens
 
 __all__ = ["PRESETS", "WEIGHTS_NAME", "prepare"]
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+WEIGHTS_NAME = LORA_FILE
 ADAPTER = "default"
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -139,30 +139,16 @@ def _save(
     settings: LoraSettings,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if settings.tokens:
-        save_tokens(weights, parts, settings.tokens, folder, metadata)
-    split = {
-        name: {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-        for name in configs
-    }
     modules = {"unet": parts.unet, **dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))}
-    states = {name: get_peft_model_state_dict(modules[name], state_dict=split[name]) for name in configs}
-    if settings.kind != "lora":
-        for name, state in states.items():
-            (folder / name).mkdir(exist_ok=True)
-            write_tensors(folder / name / "adapter_model.safetensors", state, metadata)
-            configs[name].save_pretrained(folder / name)
-        return
-    tensors: Weights = {}
-    described: dict[str, Any] = {}
-    for name, state in states.items():
-        tensors |= {f"{name}.{key}": value for key, value in state.items()}
-        described |= {f"{name}.{key}": value for key, value in _plain(configs[name].to_dict()).items()}
-    header = {**metadata, LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)}
-    write_tensors(folder / WEIGHTS_NAME, tensors, header)
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A peft config without what only this process knows; sets become sorted lists."""
-    config.pop("base_model_name_or_path", None)
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    found = []
+    for name, config in configs.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        state = get_peft_model_state_dict(modules[name], state_dict=own)
+        named = {f"{name}.{key}": value for key, value in state.items()}
+        found.append(from_any(named, config=config.to_dict(), component=name))
+    adapter = Adapter(
+        modules={key: module for part in found for key, module in part.modules.items()},
+        options={name: options for part in found for name, options in part.options.items()},
+        tokens=trained_tokens(weights, settings.tokens),
+    )
+    write_adapter(folder, adapter, metadata)

@@ -1,25 +1,20 @@
 """New tokens with their own trained embeddings (textual inversion, here trained together with a LoRA: pivotal tuning).
 
 Only the new rows train: the base's embedding table stays frozen and the rows live in a parameter beside it. Saved is
-`learned_embeds.safetensors`, which `pipe.load_textual_inversion` reads.
+`learned_embeds.safetensors`, which `adapters.load` and, for one text encoder, `pipe.load_textual_inversion` read.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from adapters.files import write_tensors
-
 from .errors import TrainingError
 from .models import Parts
 
-__all__ = ["EMBEDDINGS_NAME", "NewRows", "add_tokens", "save_tokens"]
-
-EMBEDDINGS_NAME = "learned_embeds.safetensors"
-SLOTS = ("clip_l", "clip_g")  # names of SDXL's two embeddings in the field's files
+__all__ = ["NewRows", "add_tokens", "trained_tokens"]
 
 
 class NewRows(nn.Module):
@@ -73,13 +68,10 @@ def add_tokens(parts: Parts, tokens: dict[str, str]) -> None:
         encoder.set_input_embeddings(NewRows(table, torch.stack(rows)))
 
 
-def save_tokens(
-    weights: dict[str, Tensor], parts: Parts, tokens: dict[str, str], folder: Path, metadata: dict[str, str]
-) -> None:
-    """Writes the trained rows: one tensor (D,) per token for SD, `clip_l` and `clip_g` (n, D) for SDXL."""
-    rows = [value for key, value in sorted(weights.items()) if key.endswith("token_embedding.rows")]
-    if parts.family == "sdxl":
-        tensors = dict(zip(SLOTS, rows, strict=True))
-    else:
-        tensors = {token: rows[0][number] for number, token in enumerate(tokens)}
-    write_tensors(folder / EMBEDDINGS_NAME, tensors, metadata)
+def trained_tokens(weights: Mapping[str, Tensor], tokens: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    """Token -> text encoder -> its trained vector (1, D), out of the trained weights by name."""
+    rows = {key.partition(".")[0]: value for key, value in weights.items() if key.endswith("token_embedding.rows")}
+    return {
+        token: {encoder: values[number : number + 1] for encoder, values in rows.items()}
+        for number, token in enumerate(tokens)
+    }

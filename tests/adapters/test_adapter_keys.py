@@ -97,13 +97,10 @@ def test_lora_and_dora_round_trips_are_exact(adapter):
 def test_foreign_kohya_files_without_our_header_keep_the_scale(adapter):
     tensors, _ = keys.to_kohya(adapter)
     again = keys.from_any(tensors)
+    alphas = {names.module_name(k.split(".")[0]): float(t) for k, t in tensors.items() if k.endswith(".alpha")}
     for name, module in adapter.modules.items():
         assert math.isclose(again.modules[name].scale, module.scale, rel_tol=1e-6)
-        assert math.isclose(float(tensors[flat(name, adapter) + ".alpha"]), module.scale * module.rank, rel_tol=1e-6)
-
-
-def flat(name, adapter):
-    return names.kohya_name(name, sdxl="text_encoder_2" in adapter.components)
+        assert math.isclose(alphas[name], module.scale * module.rank, rel_tol=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -144,10 +141,11 @@ def scale_in_w1(adapter, name):
     return float(parts["lokr_w1"].norm()) if "lokr_w1" in parts and "lokr_w2" in parts else 1.0
 
 
-@given(st.sampled_from(UNET + TEXT), st.booleans())
-def test_names_round_trip(name, sdxl):
+@given(st.sampled_from(UNET + TEXT), st.booleans(), st.booleans())
+def test_names_round_trip(name, sdxl, sgm):
     sdxl = sdxl or name.startswith("text_encoder_2")
-    assert names.module_name(names.kohya_name(name, sdxl=sdxl)) == name
+    sgm = sgm and names.fits_sdxl(name.removeprefix("unet."))
+    assert names.module_name(names.kohya_name(name, sdxl=sdxl, sgm=sgm)) == name
 
 
 @pytest.mark.parametrize(
@@ -235,9 +233,12 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lora_unet_conv_in.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "lora_mid"),
-        ({"lora_unet_conv_in.diff_b": torch.ones(8)}, "diff_b"),
-        ({"lora_unet_norm_out.w_norm": torch.ones(8)}, "norm_out"),
+        ({"lora_unet_conv_in.lora_mid.weight": torch.ones(2, 3, 3, 3)}, "lora_mid"),
+        ({"lora_unet_conv_in.diff_b": torch.ones(8)}, "diff_b' is a whole weight difference"),
+        ({"lora_unet_norm_out.w_norm": torch.ones(8)}, "w_norm' is a trained norm"),
+        ({"lora_unet_conv_out.emb_params": torch.ones(1, 8)}, "embedding without its token"),
+        ({"bundle_emb.<rex>.clip_l_out": torch.ones(1, 8)}, "before the text encoder"),
+        ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 8)}, "transformer"),
         ({"lora_unet_conv_in.dora_scale": torch.ones(1, 4, 1, 1)}, "wd_on_output"),
         ({"lora_unet_conv_in.alpha": torch.ones(3)}, "one number"),
         ({"lora_unet_conv_out.alpha": torch.ones(())}, "no weights"),

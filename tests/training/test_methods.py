@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -84,9 +84,7 @@ def test_the_result_is_saved_in_the_precision_asked_for(
 def test_loha_and_lokr_come_back_through_peft(kind: str, base: Path, pictures: Path, tmp_path: Path) -> None:
     parts = models.load(base)
     result = train(lora.prepare(parts, config.LoraSettings(rank=2, kind=kind)), pictures, tmp_path)  # type: ignore[arg-type]
-    fresh = models.load(base).unet
-    inject_adapter_in_model(PeftConfig.from_pretrained(result.folder / "unet"), fresh)
-    set_peft_model_state_dict(fresh, load_file(result.folder / "unet" / "adapter_model.safetensors"))
+    fresh = PeftModel.from_pretrained(models.load(base).unet, result.folder / "unet")
     torch.testing.assert_close(predict(fresh), predict(parts.unet), rtol=1e-4, atol=1e-6)
 
 

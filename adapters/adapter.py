@@ -1,0 +1,74 @@
+"""The in-memory form of a LoRA-like adapter, whatever file it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["COMPONENTS", "KIND_OF", "Adapter", "Kind", "Module", "Tokens"]
+
+Kind = Literal["lora", "loha", "lokr"]
+Tokens = Mapping[str, Mapping[str, torch.Tensor]]
+"""Learned token -> component -> vectors (n, width)."""
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_PARAMETERS: dict[Kind, tuple[str, ...]] = {
+    "lora": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+}
+KIND_OF: dict[str, Kind] = {name: kind for kind, names in _PARAMETERS.items() for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """What one adapted layer carries."""
+
+    kind: Kind
+    tensors: Mapping[str, torch.Tensor]
+    """By peft's parameter names: `lora_A.weight` (r, in[, kh, kw]), `lora_B.weight` (out, r[, 1, 1]), …"""
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """The factor on the product of the matrices: alpha/r, or alpha/sqrt(r) for rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def dora(self) -> bool:
+        return "lora_magnitude_vector" in self.tensors
+
+    @property
+    def full(self) -> bool:
+        """A LoKr whose two factors are both whole matrices; LyCORIS ignores its alpha."""
+        return "lokr_w1" in self.tensors and "lokr_w2" in self.tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """All adapted layers, keyed `component.module`, with text-encoder modules spelt without `text_model.`."""
+
+    modules: Mapping[str, Module]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Per component: settings peft needs beyond rank and alpha (LoKr's decompose_factor, …)."""
+    tokens: Tokens = field(default_factory=dict)
+    """Learned embeddings that belong to it."""
+
+    def part(self, component: str) -> dict[str, Module]:
+        """The modules of one component, without its prefix."""
+        prefix = component + "."
+        return {name.removeprefix(prefix): m for name, m in self.modules.items() if name.startswith(prefix)}
+
+    @property
+    def components(self) -> list[str]:
+        return [name for name in COMPONENTS if self.part(name)]
+
+    @property
+    def kinds(self) -> list[str]:
+        """lora, dora, loha, lokr: those that occur."""
+        return sorted({"dora" if module.dora else module.kind for module in self.modules.values()})

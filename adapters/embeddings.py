@@ -1,0 +1,82 @@
+"""Learned tokens on a pipeline: its own tokenizers and embedding tables are set aside and come back as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from .adapter import Tokens
+from .errors import AdapterError, BaseMismatchError
+from .placement import computing_device, is_offloaded, stored, unwrapped
+
+__all__ = ["learned"]
+
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+@contextmanager
+def learned(pipe: Any, tokens: Tokens) -> Iterator[None]:
+    """The tokens in the pipeline's text encoders for as long as the context lasts.
+
+    Raises:
+        BaseMismatchError: vectors of another width, or for an encoder that the pipeline has not.
+        AdapterError: a token that a tokenizer knows already.
+    """
+    with ExitStack() as undo:
+        for component, tokenizer in _TOKENIZERS.items():
+            own = {token: rows[component] for token, rows in tokens.items() if component in rows}
+            if not own:
+                continue
+            if getattr(pipe, component, None) is None:
+                raise BaseMismatchError(
+                    f"{next(iter(own))!r} has vectors for {component}, which {type(pipe).__name__} has not"
+                )
+            undo.enter_context(_with_rows(pipe, component, tokenizer, own))
+        yield
+
+
+@contextmanager
+def _with_rows(pipe: Any, component: str, name: str, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    encoder, tokenizer = unwrapped(getattr(pipe, component)), getattr(pipe, name)
+    table = encoder.get_input_embeddings()
+    width = table.weight.shape[1]
+    for token, rows in own.items():
+        if rows.shape[1] != width:
+            raise BaseMismatchError(f"token {token[:40]!r} has width {rows.shape[1]}, {component} has {width}")
+    words = _words(own)
+    if taken := [word for word in words if word in tokenizer.get_vocab()]:
+        raise AdapterError(
+            f"{taken[0]!r} is in the {name}'s vocabulary already; detach the adapter that added it first"
+        )
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens(words)
+    device = _device(encoder, table)
+    ids = torch.tensor(longer.convert_tokens_to_ids(words), device=device)
+    values = stored(table).detach().to(device)
+    weight = values.new_zeros(max(len(values), int(ids.max()) + 1), width)
+    weight[: len(values)] = values
+    weight[ids] = torch.cat(list(own.values())).to(weight)
+    rows = torch.nn.Embedding.from_pretrained(weight)
+    rows._instead_of = (table,)  # type: ignore[assignment]  # for `base.describe`; in a tuple, so that it is no submodule
+    encoder.set_input_embeddings(rows)
+    setattr(pipe, name, longer)
+    try:
+        yield
+    finally:
+        setattr(pipe, name, tokenizer)
+        encoder.set_input_embeddings(table)
+
+
+def _words(own: Mapping[str, torch.Tensor]) -> list[str]:
+    """A token of several vectors is several words, which diffusers' pipelines put in the prompt for the first."""
+    return [token if number == 0 else f"{token}_{number}" for token, rows in own.items() for number in range(len(rows))]
+
+
+def _device(encoder: torch.nn.Module, table: torch.nn.Module) -> torch.device:
+    if not is_offloaded(table):
+        return next(table.parameters()).device
+    return computing_device(encoder, next(path for path, module in encoder.named_modules() if module is table))

@@ -179,7 +179,7 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
             "import adapters, scfg",
             *_fresh(card, kinds),
             "",
-            'with adapters.load(pipe, ".", guidance=scfg.from_config(pipe)) as attached:',
+            'with adapters.load(pipe, ".", guidance=lambda config: scfg.attach_config(pipe, config)) as attached:',
             f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}, {_more(kinds)}).images[0]",
             "```",
         ]

@@ -42,9 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdp
 
 import scfg
 from scfg import segment
-from scfg.attach import Run
 from scfg.attention import AttentionRecorder, find_blocks, select_blocks
 from scfg.regions import RegionAverage, complete
+from scfg.run import Run
 from scfg.scale import rewrite
 
 GUIDANCE_SCALE = 7.5
@@ -187,7 +187,8 @@ def explicit(pipe: Any, arguments: argparse.Namespace) -> Iterator[None]:
             pair = torch.stack([maps[:images, :, 0], maps[:images, :, 1:].sum(-1)], dim=-1)
             average.add_pair(pair, block.grid(height, width))
         uncond, cond = output[0].chunk(2)
-        scaled = settings(uncond, cond, guidance_scale=GUIDANCE_SCALE, regions=average.regions())
+        given = scfg.GuidanceInputs(uncond=uncond, cond=cond, guidance_scale=GUIDANCE_SCALE, regions=average.regions())
+        scaled = settings(given)
         return (torch.cat([uncond, rewrite(uncond, cond, scaled.gamma, GUIDANCE_SCALE, keep_cond=False)]),)
 
     handle = unet.register_forward_hook(guide)

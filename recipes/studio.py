@@ -278,14 +278,21 @@ def _guider(gr: Any, settings: GuidanceSettings) -> dict[str, Any]:
     import scfg
 
     guidance, kinds = guidance_of(settings), get_type_hints(scfg.SemanticCFG)
-    helped = {item.arg_name: item.description for item in docstring_parser.parse_from_object(scfg.SemanticCFG).params}
+    # A method without attention has fewer fields; the page shows S-CFG's for the others.
+    values = {**vars(scfg.SemanticCFG()), **settings.options, **vars(guidance), "method": guidance.method}
+    described = [
+        docstring_parser.parse_from_object(kind).params
+        for kind in scfg.SemanticCFG.__mro__[::-1]
+        if issubclass(kind, scfg.Guidance)
+    ]
+    helped = {item.arg_name: item.description for params in described for item in params}
     helped["method"] = METHOD
 
     def told(name: str) -> dict[str, Any]:
-        value = getattr(guidance, name)
+        value = values[name]
         return {"value": value, "label": name, "info": helped[name], "min_width": 250, "elem_id": name}
 
-    ratios = list(dict.fromkeys(("auto", 1, 2, 4, 8, guidance.latent_ratio)))
+    ratios = list(dict.fromkeys(("auto", 1, 2, 4, 8, values["latent_ratio"])))
     with gr.Row():
         parts = {"method": gr.Dropdown(list(scfg.METHODS), **told("method"))}
         parts["latent_ratio"] = gr.Dropdown(ratios, **told("latent_ratio"))

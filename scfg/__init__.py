@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .arms import CFG, METHODS, Dose, Interval, Placebo, Pointwise, guidance
-from .attach import Run, attach
-from .config import GuiderConfig, from_config, read_config, to_config
+from .arms import CFG, METHODS, Dose, Interval, Placebo, Pointwise, make_guidance
+from .config import GuiderConfig, attach_config, read_config, to_config
 from .errors import ScfgError
-from .guidance import SemanticCFG
+from .guidance import Guidance, GuidanceInputs
+from .run import Run, attach
+from .semantic import SemanticCFG
 from .trace import Step
 from .words import Word, prompt_phrases, prompt_words
 
@@ -19,6 +20,8 @@ __all__ = [
     "CFG",
     "METHODS",
     "Dose",
+    "Guidance",
+    "GuidanceInputs",
     "GuiderConfig",
     "Interval",
     "Placebo",
@@ -30,8 +33,8 @@ __all__ = [
     "Step",
     "Word",
     "attach",
-    "from_config",
-    "guidance",
+    "attach_config",
+    "make_guidance",
     "prompt_phrases",
     "prompt_words",
     "read_config",

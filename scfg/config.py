@@ -8,17 +8,21 @@ and `stop` are diffusers' own words for "no guidance outside".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .arms import METHODS, guidance
-from .attach import Run
+from .arms import METHODS, make_guidance
 from .errors import ScfgError
-from .guidance import SemanticCFG
+from .guidance import Guidance
 from .pipelines import PipelineView
+from .run import Run
+from .semantic import SemanticCFG
 
-__all__ = ["CLASS_NAME", "GuiderConfig", "from_config", "read_config", "to_config"]
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["CLASS_NAME", "GuiderConfig", "attach_config", "read_config", "to_config"]
 
 CLASS_NAME = "SemanticGuider"
 _WINDOW = {"start": "semantic_start", "stop": "semantic_stop"}
@@ -37,13 +41,19 @@ class GuiderConfig:
         guidance_rescale: the rescaling factor it was made for (0: none).
     """
 
-    guidance: SemanticCFG
+    guidance: Guidance
     guidance_scale: float
     guidance_rescale: float = 0.0
 
 
-def to_config(settings: SemanticCFG, *, guidance_scale: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
-    """The file's content, ready for `json.dump`."""
+def to_config(settings: Guidance, *, guidance_scale: float, guidance_rescale: float = 0.0) -> dict[str, Any]:
+    """The file's content, ready for `json.dump`.
+
+    Args:
+        settings: the method with its settings.
+        guidance_scale: the scale it was made for.
+        guidance_rescale: the rescaling factor it was made for (0: none).
+    """
     own = {_WINDOW.get(name, name): value for name, value in asdict(settings).items()}
     return {
         "_class_name": CLASS_NAME,
@@ -76,36 +86,45 @@ def read_config(config: Mapping[str, Any]) -> GuiderConfig:
     method = config.get("method", SemanticCFG.method)
     if method not in METHODS:
         raise ScfgError(f"method={method!r} in the guider's file; choose one of {sorted(METHODS)}")
-    return GuiderConfig(guidance=guidance(method, **own), guidance_scale=float(scale), guidance_rescale=float(rescale))
+    return GuiderConfig(
+        guidance=make_guidance(method, **own), guidance_scale=float(scale), guidance_rescale=float(rescale)
+    )
 
 
-def from_config(pipe: Any, *, record: Collection[str] | None = None) -> Callable[[Mapping[str, Any]], Run]:
-    """The callable that attaches a file's guidance to `pipe`: `with from_config(pipe)(config) as run: ...`.
+def attach_config(pipe: DiffusionPipeline, config: Mapping[str, Any], *, record: Collection[str] | None = None) -> Run:
+    """Attach a file's guidance: `with attach_config(pipe, config) as run: pipe(prompt, **run.call_kwargs)`.
 
-    A pipeline's scale is an argument of its call, so pass it on: `pipe(prompt, **run.call_kwargs)`; a run with
-    another scale warns.
+    A pipeline's scale is an argument of its call, which is why `run.call_kwargs` must be passed on; a call with another
+    scale warns.
+
+    Args:
+        pipe: a diffusers pipeline with a `UNet2DConditionModel`.
+        config: the content of `guider_config.json`.
+        record: maps to keep in `run.trace`.
+
+    Returns:
+        The run, attached; as a context manager it detaches on leaving.
+
+    Raises:
+        ScfgError: the file is not understood, or says what this pipeline cannot do.
     """
-
-    def attach_config(config: Mapping[str, Any]) -> Run:
-        read = read_config(config)
-        for name, default in _DIFFUSERS_FIELDS.items():
-            if config.get(name, default) != default:
-                raise ScfgError(
-                    f"{name}={config[name]!r} in the guider's file is for Modular Diffusers and cannot be attached to "
-                    f"{type(pipe).__name__}; use method 'interval' for guidance in some steps only"
-                )
-        takes_rescale = PipelineView(pipe, read.guidance_scale).takes_rescale
-        if read.guidance_rescale and not takes_rescale:
+    read = read_config(config)
+    for name, default in _DIFFUSERS_FIELDS.items():
+        if config.get(name, default) != default:
             raise ScfgError(
-                f"guidance_rescale={read.guidance_rescale} in the guider's file, but {type(pipe).__name__} has no such "
-                f"argument; set it to 0 or use another pipeline"
+                f"{name}={config[name]!r} in the guider's file is for Modular Diffusers and cannot be attached to "
+                f"{type(pipe).__name__}; use method 'interval' for guidance in some steps only"
             )
-        return Run(
-            pipe,
-            read.guidance,
-            guidance_scale=read.guidance_scale,
-            guidance_rescale=read.guidance_rescale if takes_rescale else None,
-            record=record,
+    takes_rescale = PipelineView(pipe, read.guidance_scale).takes_rescale
+    if read.guidance_rescale and not takes_rescale:
+        raise ScfgError(
+            f"guidance_rescale={read.guidance_rescale} in the guider's file, but {type(pipe).__name__} has no such "
+            f"argument; set it to 0 or use another pipeline"
         )
-
-    return attach_config
+    return Run(
+        pipe,
+        read.guidance,
+        guidance_scale=read.guidance_scale,
+        guidance_rescale=read.guidance_rescale if takes_rescale else None,
+        record=record,
+    )

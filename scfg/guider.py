@@ -9,11 +9,8 @@ ordinary pipeline. A modular pipeline's own `save_pretrained` leaves the guider 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput, rescale_noise_cfg
@@ -23,12 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from .attention import eager
 from .config import CLASS_NAME, read_config, to_config
 from .errors import ScfgError
-from .guidance import SemanticCFG
-from .regions import Regions
-from .scale import image_seed
-from .segment import NO_TEXT, Segmenter, background_positions, foreground_half, grouping
+from .guidance import Guidance
+from .session import RegionSession, Texts
 from .trace import Step
-from .words import Word, competitors
+from .words import Word
 
 __all__ = ["SemanticGuider"]
 
@@ -90,24 +85,33 @@ class SemanticGuider(BaseGuidance):
         read = read_config({"_class_name": CLASS_NAME, **given})
         self.guidance = read.guidance
         # The file names the window in numbers, not "the default of the method".
-        self.register_to_config(semantic_start=self.guidance.start, semantic_stop=self.guidance.stop)
+        first, last = getattr(self.guidance, "start", 0.0), getattr(self.guidance, "stop", 1.0)
+        self.register_to_config(semantic_start=first, semantic_stop=last)
         self.guidance_scale = read.guidance_scale
         self.guidance_rescale = read.guidance_rescale
         self.words: list[list[Word]] | None = None
-        self.trace: list[Step] = []
-        self._unet: Any = None
-        self._segmenter: Segmenter | None = None
+        self._session = RegionSession(
+            self.guidance, record=("regions", "gamma"), words_from="set guider.words = [scfg.prompt_words(...)]"
+        )
         self._handles: list[RemovableHandle] = []
-        self._regions: Regions | None = None
-        self._seeds: list[int] | None = None
         self._weight: Tensor | None = None
-        self._half: str | None = None
+
+    @property
+    def trace(self) -> list[Step]:
+        """One `Step` per step of the latest call."""
+        return self._session.trace
 
     @classmethod
     def from_guidance(
-        cls, settings: SemanticCFG, *, guidance_scale: float, guidance_rescale: float = 0.0
+        cls, settings: Guidance, *, guidance_scale: float, guidance_rescale: float = 0.0
     ) -> SemanticGuider:
-        """The guider of a `SemanticCFG` or a sibling of it."""
+        """The guider of a `SemanticCFG` or a sibling of it.
+
+        Args:
+            settings: the method with its settings.
+            guidance_scale: s.
+            guidance_rescale: rescaling to the conditional prediction's spread (0: none).
+        """
         config = to_config(settings, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
         return cls(**{name: value for name, value in config.items() if name != "_class_name"})
 
@@ -146,8 +150,8 @@ class SemanticGuider(BaseGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         super().set_state(step, num_inference_steps, timestep)
         if step == 0:
-            self.trace = []
-            self._regions = self._seeds = self._half = None
+            self._session.begin()
+        self._session.begin_step(step, self._fraction)
 
     def prepare_inputs(self, data: Any) -> list[Any]:
         self._choose_half(next((data[name] for name in _TEXT_FIELDS if name in data), None))
@@ -175,8 +179,6 @@ class SemanticGuider(BaseGuidance):
                 f"{CLASS_NAME} needs a UNet2DConditionModel as denoiser, not {type(unet).__name__}; use it with SDXL "
                 f"modular pipelines"
             )
-        if self.guidance.needs_regions and self._unet is not unet:
-            self._unet, self._segmenter = unet, Segmenter(unet, self.guidance)
         self._handles = [
             unet.register_forward_pre_hook(eager(self._before), with_kwargs=True),
             unet.register_forward_hook(eager(self._after), with_kwargs=True, always_call=True),
@@ -198,91 +200,38 @@ class SemanticGuider(BaseGuidance):
 
     def _scaled(self, uncond: Tensor, cond: Tensor) -> Tensor:
         """gamma * (c - u), and a line in the trace."""
-        ready = self._regions is not None or not self.guidance.needs_regions
-        result = None
-        if self.guidance.active(self._fraction) and ready:
-            result = self.guidance(
-                uncond,
-                cond,
-                guidance_scale=self.guidance_scale,
-                regions=self._regions,
-                weight=self._weight,
-                seeds=self._seeds,
-            )
-        ones = torch.ones(cond.shape[0], device=cond.device)
-        self.trace.append(
-            Step(
-                index=self._step,
-                fraction=self._fraction,
-                timestep=torch.as_tensor(self._timestep),
-                guidance_scale=self.guidance_scale,
-                effective_scale=ones if result is None else result.effective,
-                norms=None if result is None else result.norms,
-                regions=None if self._regions is None else self._regions.index,
-                foreground=None if self._regions is None else self._regions.foreground,
-                gamma=None if result is None else result.gamma,
-            )
-        )
+        scaled = self._session.scale(uncond, cond, guidance_scale=self.guidance_scale, weight=self._weight)
+        self._session.note(cond, scaled, timestep=self._timestep, guidance_scale=self.guidance_scale)
         delta = cond - uncond
-        return delta if result is None else (result.gamma * delta.float()).to(delta.dtype)
+        return delta if scaled is None else (scaled.gamma * delta.float()).to(delta.dtype)
 
     def _choose_half(self, texts: tuple[Tensor, Tensor] | None) -> None:
-        if self._half is not None or not self.guidance.needs_regions or self.guidance.reference != "foreground":
-            return
-        if not self._guided or texts is None or texts[1] is None:
-            return
-        self._half = foreground_half(self.guidance.foreground, texts[1])
-        if self.guidance.foreground == "auto" and self._half == "conditional":
-            warnings.warn(f"semantic guidance: {NO_TEXT}", stacklevel=2)
+        if self._guided and texts is not None and texts[1] is not None:
+            self._session.choose_half(texts[1])
 
-    def _before(self, unet: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
+    def _before(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample: Tensor = args[0] if args else kwargs["sample"]
+        session, rows = self._session, slice(0, sample.shape[0])
         if self.is_conditional:
             nine = unet.config.in_channels == 9  # [latents 4 | mask 1 | masked image 4]
             self._weight = sample[:, 4].float() if nine else None
-            if self.guidance.needs_seeds and self._seeds is None:
-                self._seeds = [image_seed(image[: unet.config.out_channels]) for image in sample]
-        due = self._regions is None or self._step % self.guidance.refresh_every == 0
-        foreground = self._half == ("conditional" if self.is_conditional else "unconditional")
-        if self._segmenter is None or not due or not (self.is_conditional or foreground):
-            return
-        context = kwargs["encoder_hidden_states"]
-        rows = slice(0, sample.shape[0])
-        self._segmenter.start(
+            session.draw_seeds(sample[:, : unet.config.out_channels])
+        session.watch(
+            unet,
             (sample.shape[2], sample.shape[3]),
-            tokens=rows if self.is_conditional else None,
-            foreground=rows if foreground else None,
-            background=background_positions(context.shape[1], None),
-            groups=self._groups(context, sample.shape[0]) if self.is_conditional else None,
+            Texts(context=kwargs["encoder_hidden_states"], chunk=None, words=lambda: self.words),
+            uncond=None if self.is_conditional else rows,
+            cond=rows if self.is_conditional else None,
         )
 
-    def _after(self, unet: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        watched = self._segmenter is not None and self._segmenter.watching
-        average = self._segmenter.finish() if self._segmenter is not None else None
+    def _after(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if output is None:  # the U-net raised: nobody will clean up
             self._release()
-        elif average is not None and self.is_conditional:
-            self._regions = average.regions()
-        elif average is not None and self._regions is not None:
-            self._regions = replace(self._regions, foreground=average.foreground())
-        elif watched:
-            warnings.warn("semantic guidance: no complete attention maps in a step; last regions kept", stacklevel=2)
-
-    def _groups(self, context: Tensor, images: int) -> Tensor | None:
-        if self.guidance.tokens == "all":
-            return None
-        if not self.words or images % len(self.words):
-            raise ScfgError(
-                f"tokens={self.guidance.tokens!r} needs the words of every prompt: set guider.words = "
-                "[scfg.prompt_words(...)], or use tokens='all'"
-            )
-        own = [competitors(said, self.guidance.tokens) for said in self.words]
-        positions = [[one.positions for one in own[i * len(own) // images]] for i in range(images)]
-        return grouping(positions, context.shape[1], context.device)
+        else:
+            self._session.collect()
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._segmenter is not None:
-            self._segmenter.stop()
+        self._session.stop()

@@ -20,8 +20,8 @@ from .attention import (
     select_blocks,
 )
 from .errors import ScfgError
-from .guidance import SemanticCFG
 from .regions import RegionAverage, complete
+from .semantic import SemanticCFG
 
 __all__ = ["NO_TEXT", "Segmenter", "background_positions", "foreground_half", "grouping"]
 

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .attach import Run
 from .errors import ScfgError
+from .run import Run
+from .semantic import SemanticCFG
 from .trace import Step
 from .words import Word, competitors
 
@@ -217,8 +218,9 @@ def _names(run: Run, step: Step, image: int) -> list[str]:
     """Region names of one image of the batch, from the run's prompts."""
     words, images = run.words, len(step.effective_scale)
     count = step.norms.area.shape[1] if step.norms is not None else int(_recorded(step.regions).max()) + 1
-    own = competitors(words[image * len(words) // images], run.guidance.tokens) if words else None
-    return region_names(own, count, grouped=run.guidance.tokens != "all", length=run.text_length or count)
+    tokens = run.guidance.tokens if isinstance(run.guidance, SemanticCFG) else "all"
+    own = competitors(words[image * len(words) // images], tokens) if words else None
+    return region_names(own, count, grouped=tokens != "all", length=run.text_length or count)
 
 
 def _recorded(value: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ def guidance_of(settings: GuidanceSettings) -> Any:
     import scfg
 
     start = None if settings.preset == "default" else getattr(scfg.SemanticCFG, settings.preset)()
-    return scfg.guidance(settings.method, start, **settings.options)
+    return scfg.make_guidance(settings.method, start, **settings.options)
 
 
 def guider_of(settings: GuidanceSettings) -> dict[str, Any]:

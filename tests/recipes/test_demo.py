@@ -147,7 +147,7 @@ def test_the_card_s_lines_on_guidance_draw_what_was_measured(demo, monkeypatch: 
     pipe = pocket_pipeline()
     prompt = re.search(r"pipe\('(.*?)'", second).group(1)
     torch.manual_seed(3)
-    with adapters.load(pipe, release, guidance=scfg.from_config(pipe)) as attached:
+    with adapters.load(pipe, release, guidance=lambda config: scfg.attach_config(pipe, config)) as attached:
         expected = pipe(prompt, **attached.run.call_kwargs).images[0]
     assert difference(names["image"], expected) <= 1
 

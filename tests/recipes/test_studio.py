@@ -117,7 +117,7 @@ def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, gui
     said = save_guider(str(release), guidance)
     assert str(release / "guider_config.json") in said
     read = scfg.read_config(json.loads((release / "guider_config.json").read_text()))
-    assert read.guidance == scfg.guidance(guidance.method, **guidance.options)
+    assert read.guidance == scfg.make_guidance(guidance.method, **guidance.options)
     assert (read.guidance_scale, read.guidance_rescale) == (guidance.scale, guidance.rescale or 0.0)
     after = files.verify_folder(release)
     assert set(after["files"]) == {*before["files"], "guider_config.json"}  # a note is kept, and not shipped

@@ -36,7 +36,7 @@ def test_a_shipped_adapter_verifies_changes_the_picture_and_leaves_the_base(rele
         return np.asarray(pipe(prompt, num_inference_steps=8, generator=generator, **more).images[0], np.float32)
 
     plain = draw(guidance_scale=3.0)
-    with adapters.load(pipe, release, guidance=scfg.from_config(pipe)) as loaded:
+    with adapters.load(pipe, release, guidance=lambda config: scfg.attach_config(pipe, config)) as loaded:
         adapted = draw(**loaded.run.call_kwargs)
     assert np.abs(adapted - plain).mean() > 2, "the adapter draws another picture than the base"
     assert np.array_equal(draw(guidance_scale=3.0), plain), "and leaves the base as it was"

@@ -10,7 +10,17 @@ import torch
 from diffusers import ClassifierFreeGuidance, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
 from diffusers.modular_pipelines import SequentialPipelineBlocks, StableDiffusionXLAutoBlocks
 
-from scfg import METHODS, ScfgError, SemanticCFG, SemanticGuider, attach, from_config, guidance, read_config, to_config
+from scfg import (
+    METHODS,
+    ScfgError,
+    SemanticCFG,
+    SemanticGuider,
+    attach,
+    attach_config,
+    make_guidance,
+    read_config,
+    to_config,
+)
 
 
 def modular(guider, *, controlnet=False):
@@ -45,7 +55,7 @@ def ordinary_latents(settings, images=1, **call):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_same_latents_as_attach(method):
-    settings = guidance(method)
+    settings = make_guidance(method)
     guider = SemanticGuider.from_guidance(settings, guidance_scale=5.0)
     got = modular_latents(modular(guider), images=2)
     torch.testing.assert_close(got, ordinary_latents(settings, images=2), rtol=1e-3, atol=1e-3)
@@ -67,7 +77,7 @@ def test_method_cfg_is_diffusers_own_guider():
 
 
 def test_rescaling_and_windows_agree_with_attach():
-    settings = SemanticCFG(start=0.3, stop=0.9)
+    settings = SemanticCFG(start=0.3, stop=0.9, refresh_every=2)
     guider = SemanticGuider.from_guidance(settings, guidance_scale=5.0, guidance_rescale=0.7)
     want = ordinary_latents(settings, guidance_rescale=0.7)
     torch.testing.assert_close(modular_latents(modular(guider)), want, rtol=1e-3, atol=1e-3)
@@ -114,7 +124,7 @@ def test_save_and_load_keep_everything(tmp_path):
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_guidance_survives_the_file(method, tmp_path):
-    settings = guidance(method, gamma_max=2.5, last_blocks=3, refresh_every=2)
+    settings = make_guidance(method, gamma_max=2.5, last_blocks=3, refresh_every=2)
     config = to_config(settings, guidance_scale=6.0, guidance_rescale=0.1)
     again = read_config(json.loads(json.dumps(config)))
     assert again.guidance == settings
@@ -143,24 +153,24 @@ def test_a_file_that_is_not_understood_is_refused_everywhere(change, message, tm
         SemanticGuider.from_pretrained(tmp_path)
 
 
-def test_from_config_attaches_and_says_how_to_call():
+def test_attach_config_attaches_and_says_how_to_call():
     pipe = tiny.sd()
     call = tiny.SIZE | {"latents": tiny.noise()} | tiny.embeddings()
     config = to_config(SemanticCFG(), guidance_scale=4.0, guidance_rescale=0.5)
-    with from_config(pipe)(config) as run:
+    with attach_config(pipe, config) as run:
         assert run.call_kwargs == {"guidance_scale": 4.0, "guidance_rescale": 0.5}
         got = tiny.run_latents(pipe, **(call | run.call_kwargs))
     with attach(pipe, SemanticCFG()):
         assert torch.equal(got, tiny.run_latents(pipe, guidance_scale=4.0, guidance_rescale=0.5, **call))
-    with from_config(pipe)(config), pytest.warns(UserWarning, match=r"guidance_scale=5\.0.*made for 4\.0"):
+    with attach_config(pipe, config), pytest.warns(UserWarning, match=r"guidance_scale=5\.0.*made for 4\.0"):
         tiny.run_latents(pipe, guidance_rescale=0.5, **call)
 
 
-def test_from_config_refuses_what_attach_cannot_do():
+def test_attach_config_refuses_what_attach_cannot_do():
     from diffusers import StableDiffusionImg2ImgPipeline
 
     config = to_config(SemanticCFG(), guidance_scale=4.0)
     with pytest.raises(ScfgError, match=r"stop=0\.5"):
-        from_config(tiny.sd())(config | {"stop": 0.5})
+        attach_config(tiny.sd(), config | {"stop": 0.5})
     with pytest.raises(ScfgError, match="guidance_rescale"):
-        from_config(tiny.sd(StableDiffusionImg2ImgPipeline))(config | {"guidance_rescale": 0.5})
+        attach_config(tiny.sd(StableDiffusionImg2ImgPipeline), config | {"guidance_rescale": 0.5})

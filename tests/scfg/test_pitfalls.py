@@ -24,7 +24,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 
-from scfg import METHODS, ScfgError, SemanticCFG, attach, guidance
+from scfg import METHODS, ScfgError, SemanticCFG, attach, make_guidance
 
 GUIDED = SemanticCFG()
 
@@ -74,9 +74,9 @@ def test_several_images_per_prompt(pipe):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_no_control_arm_depends_on_the_batch(method, pipe):
     embeds, start = tiny.embeddings(2), tiny.noise(2)
-    together, _ = run(pipe, guidance(method), images=2)
+    together, _ = run(pipe, make_guidance(method), images=2)
     last = {name: value[1:] for name, value in embeds.items()}
-    alone, _ = run(pipe, guidance(method), latents=start[1:], **last)
+    alone, _ = run(pipe, make_guidance(method), latents=start[1:], **last)
     torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
 
 
@@ -424,7 +424,7 @@ def test_the_window_is_of_the_steps_actually_run():
 
 def test_interval_is_the_conditional_prediction_outside(pipe):
     with tiny.Spy(pipe) as spy:
-        run(pipe, guidance("interval", start=0.25, stop=0.75), num_inference_steps=4)
+        run(pipe, make_guidance("interval", start=0.25, stop=0.75), num_inference_steps=4)
     for index, (raw, used) in enumerate(zip(spy.raw, spy.used, strict=True)):
         uncond, cond = raw.chunk(2)
         want = uncond + 5.0 * (cond - uncond) if index in (1, 2) else cond

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
+from dataclasses import fields
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scfg import ScfgError, SemanticCFG, guidance
+import scfg
+from scfg import GuidanceInputs, ScfgError, SemanticCFG, make_guidance
 from scfg.attention import apply_mean_attention, mean_attention
 from scfg.regions import RegionAverage, Regions, complete, one_hot, smooth
 from scfg.scale import dose, permute_regions
@@ -121,13 +125,17 @@ def predictions():
     return uncond, uncond + random(BATCH, 4, 8, 8, seed=9)
 
 
+def inputs(uncond, cond, **rest):
+    return GuidanceInputs(uncond=uncond, cond=cond, **rest)
+
+
 def test_gamma_is_the_ratio_of_region_means_by_hand():
     uncond = torch.zeros(1, 4, 8, 8)
     cond = torch.zeros(1, 4, 8, 8)
     cond[:, 0, :, :4], cond[:, 0, :, 4:] = 1.0, 2.0
     index = two_regions().index[:1]
     regions = Regions(index=index, count=4, foreground=index.bool())
-    result = SemanticCFG(smoothing_sigma=0)(uncond, cond, guidance_scale=5.0, regions=regions)
+    result = SemanticCFG(smoothing_sigma=0)(inputs(uncond, cond, guidance_scale=5.0, regions=regions))
     assert torch.allclose(result.gamma[..., :4], torch.tensor(2.0))  # n_ref / n_left = 2 / 1
     assert torch.allclose(result.gamma[..., 4:], torch.tensor(1.0))
     assert result.norms.gamma[0].tolist() == pytest.approx([2.0, 0.0, 1.0, 0.0])
@@ -138,7 +146,7 @@ def test_gamma_is_the_ratio_of_region_means_by_hand():
 def test_every_region_ends_with_the_references_mean_strength():
     uncond, cond = predictions()
     free = SemanticCFG(gamma_min=None, gamma_max=None, scale_cap=None, smoothing_sigma=0)
-    result = free(uncond, cond, guidance_scale=5.0, regions=two_regions())
+    result = free(inputs(uncond, cond, guidance_scale=5.0, regions=two_regions()))
     strength = (result.gamma[:, 0] * (cond - uncond).norm(dim=1)).unflatten(2, (2, 4)).mean(dim=(1, 3))
     torch.testing.assert_close(strength[:, 0], strength[:, 1])
 
@@ -146,18 +154,20 @@ def test_every_region_ends_with_the_references_mean_strength():
 def test_limits_hold_before_smoothing_and_the_cap_is_on_the_whole_scale():
     uncond, cond = predictions()
     kept = SemanticCFG(gamma_min=1.1, gamma_max=1.1, smoothing_sigma=0)
-    assert (kept(uncond, cond, guidance_scale=5.0, regions=two_regions()).gamma == 1.1).all()
+    assert (kept(inputs(uncond, cond, guidance_scale=5.0, regions=two_regions())).gamma == 1.1).all()
     capped = SemanticCFG(scale_cap=15.0, smoothing_sigma=0)
-    assert capped(uncond, cond, guidance_scale=30.0, regions=two_regions()).gamma.max() <= 0.5
+    assert capped(inputs(uncond, cond, guidance_scale=30.0, regions=two_regions())).gamma.max() <= 0.5
 
 
 def test_an_empty_foreground_is_plain_cfg_or_what_the_published_code_does():
     uncond, cond = predictions()
     regions = two_regions(foreground=False)
     call = {"guidance_scale": 5.0, "regions": regions}
-    assert (SemanticCFG()(uncond, cond, **call).gamma == 1).all()
-    torch.testing.assert_close(SemanticCFG.published()(uncond, cond, **call).gamma, torch.full((BATCH, 1, 8, 8), 0.8))
-    off = SemanticCFG.published_if_stage2()(uncond, cond, **call)
+    assert (SemanticCFG()(inputs(uncond, cond, **call)).gamma == 1).all()
+    torch.testing.assert_close(
+        SemanticCFG.published()(inputs(uncond, cond, **call)).gamma, torch.full((BATCH, 1, 8, 8), 0.8)
+    )
+    off = SemanticCFG.published_if_stage2()(inputs(uncond, cond, **call))
     assert (off.gamma == 0).all()
     assert (off.effective == 0).all()
 
@@ -165,16 +175,16 @@ def test_an_empty_foreground_is_plain_cfg_or_what_the_published_code_does():
 def test_the_mean_reference_needs_no_foreground():
     uncond, cond = predictions()
     bare = Regions(index=two_regions().index, count=4)
-    SemanticCFG(reference="mean")(uncond, cond, guidance_scale=5.0, regions=bare)
+    SemanticCFG(reference="mean")(inputs(uncond, cond, guidance_scale=5.0, regions=bare))
     with pytest.raises(ScfgError, match="reference='mean'"):
-        SemanticCFG()(uncond, cond, guidance_scale=5.0, regions=bare)
+        SemanticCFG()(inputs(uncond, cond, guidance_scale=5.0, regions=bare))
 
 
 def test_dose_has_semantics_total_and_no_map():
     uncond, cond = predictions()
     call = {"guidance_scale": 5.0, "regions": two_regions()}
-    semantic = SemanticCFG()(uncond, cond, **call)
-    flat = guidance("dose")(uncond, cond, **call)
+    semantic = SemanticCFG()(inputs(uncond, cond, **call))
+    flat = make_guidance("dose")(inputs(uncond, cond, **call))
     torch.testing.assert_close(flat.gamma, semantic.effective[:, None, None, None].expand_as(flat.gamma))
     torch.testing.assert_close(dose(flat.gamma, (cond - uncond).norm(dim=1)), semantic.effective)
 
@@ -183,8 +193,8 @@ def test_placebo_has_semantics_total_and_swapped_regions():
     uncond, cond = predictions()
     free = SemanticCFG(gamma_min=None, gamma_max=None, smoothing_sigma=0)
     call = {"guidance_scale": 2.0, "regions": two_regions()}
-    semantic = free(uncond, cond, **call)
-    placebo = guidance("placebo", free)(uncond, cond, seeds=[1, 2], **call)
+    semantic = free(inputs(uncond, cond, **call))
+    placebo = make_guidance("placebo", free)(inputs(uncond, cond, seeds=[1, 2], **call))
     score = (cond - uncond).norm(dim=1)
     torch.testing.assert_close(dose(placebo.gamma, score), semantic.effective)
     # two regions: the cycle swaps them, up to the common factor that restores the dose
@@ -192,17 +202,17 @@ def test_placebo_has_semantics_total_and_swapped_regions():
     ratio = placebo.gamma / swapped
     torch.testing.assert_close(ratio, ratio[..., :1, :1].expand_as(ratio))
     with pytest.raises(ScfgError, match="seed"):
-        guidance("placebo")(uncond, cond, **call)
+        make_guidance("placebo")(inputs(uncond, cond, **call))
 
 
 def test_placebo_does_not_depend_on_the_rest_of_the_batch():
     uncond, cond = predictions()
     index = torch.randint(0, 4, (BATCH, 4, 4), generator=torch.Generator().manual_seed(3))
-    placebo = guidance("placebo")
+    placebo = make_guidance("placebo")
 
     def call(images, seeds):
         regions = Regions(index=index[images], count=4, foreground=index[images] > 1)
-        return placebo(uncond[images], cond[images], guidance_scale=5.0, regions=regions, seeds=seeds).gamma
+        return placebo(inputs(uncond[images], cond[images], guidance_scale=5.0, regions=regions, seeds=seeds)).gamma
 
     torch.testing.assert_close(call(slice(0, 2), [11, 12])[1:], call(slice(1, 2), [12]))
 
@@ -220,18 +230,18 @@ def test_a_permutation_moves_every_present_region_and_no_absent_one(present):
 
 def test_pointwise_levels_the_score_and_uses_no_regions():
     uncond, cond = predictions()
-    free = guidance("pointwise", gamma_min=None, gamma_max=None, scale_cap=None, smoothing_sigma=0)
-    gamma = free(uncond, cond, guidance_scale=5.0).gamma
+    free = make_guidance("pointwise", gamma_min=None, gamma_max=None, scale_cap=None, smoothing_sigma=0)
+    gamma = free(inputs(uncond, cond, guidance_scale=5.0)).gamma
     strength = gamma[:, 0] * (cond - uncond).norm(dim=1)
     torch.testing.assert_close(strength, strength[:, :1, :1].expand_as(strength))
-    assert not free.needs_regions
+    assert not isinstance(free, SemanticCFG)
 
 
 def test_interval_is_no_guidance_outside_and_untouched_inside():
-    interval = guidance("interval", start=0.25, stop=0.5)
+    interval = make_guidance("interval", start=0.25, stop=0.5)
     assert [interval.active(f) for f in (0.0, 0.25, 0.49, 0.5)] == [True, False, False, True]
     uncond, cond = predictions()
-    gamma = interval(uncond, cond, guidance_scale=4.0).gamma
+    gamma = interval(inputs(uncond, cond, guidance_scale=4.0)).gamma
     torch.testing.assert_close(uncond + 4.0 * gamma * (cond - uncond), cond)
 
 
@@ -242,13 +252,13 @@ def test_kept_pixels_of_an_inpainting_do_not_count():
     call = {"guidance_scale": 5.0, "regions": two_regions(), "weight": weight}
     settings = SemanticCFG(smoothing_sigma=0)
     inside = weight[:, None].bool()
-    first = settings(uncond, cond, **call)
+    first = settings(inputs(uncond, cond, **call))
     polluted = torch.where(inside, cond, 100 * cond)
-    second = settings(uncond, polluted, **call)
+    second = settings(inputs(uncond, polluted, **call))
     torch.testing.assert_close(first.gamma, second.gamma)
     torch.testing.assert_close(first.effective, second.effective)
-    everywhere = settings(uncond, cond, guidance_scale=5.0, regions=two_regions())
-    full = settings(uncond, cond, guidance_scale=5.0, regions=two_regions(), weight=torch.ones(BATCH, 8, 8))
+    everywhere = settings(inputs(uncond, cond, guidance_scale=5.0, regions=two_regions()))
+    full = settings(inputs(uncond, cond, guidance_scale=5.0, regions=two_regions(), weight=torch.ones(BATCH, 8, 8)))
     torch.testing.assert_close(everywhere.gamma, full.gamma)
 
 
@@ -256,7 +266,9 @@ def test_a_region_outside_the_repainted_part_keeps_plain_cfg():
     uncond, cond = predictions()
     weight = torch.zeros(BATCH, 8, 8)
     weight[:, :, 4:] = 1.0  # the right half, token 2
-    result = SemanticCFG(smoothing_sigma=0)(uncond, cond, guidance_scale=5.0, regions=two_regions(), weight=weight)
+    result = SemanticCFG(smoothing_sigma=0)(
+        inputs(uncond, cond, guidance_scale=5.0, regions=two_regions(), weight=weight)
+    )
     assert (result.gamma[..., :4] == 1.0).all()
     assert result.norms.area[0].tolist() == [0.0, 0.0, 1.0, 0.0]
 
@@ -290,13 +302,27 @@ def test_a_setting_out_of_range_is_named_with_its_value(setting, value):
 
 
 def test_names_and_their_errors():
-    assert guidance("dose", SemanticCFG(gamma_max=2.0)).gamma_max == 2.0
-    interval = guidance("interval", SemanticCFG(start=0.1, stop=0.9))
+    assert make_guidance("dose", SemanticCFG(gamma_max=2.0)).gamma_max == 2.0
+    interval = make_guidance("interval", SemanticCFG(start=0.1, stop=0.9))
     assert (interval.start, interval.stop) == (0.2, 0.8)  # its window means something else
     with pytest.raises(ScfgError, match=r"'magic'.*placebo"):
-        guidance("magic")
+        make_guidance("magic")
     with pytest.raises(ScfgError, match="no setting sharpness"):
-        guidance("dose", sharpness=1)
+        make_guidance("dose", sharpness=1)
+
+
+def test_a_method_has_the_fields_that_mean_something_to_it():
+    assert [field.name for field in fields(make_guidance("cfg", SemanticCFG(latent_ratio=4)))] == []
+    tuned = make_guidance("pointwise", SemanticCFG(gamma_max=2.0), tokens="prompt")
+    assert tuned.gamma_max == 2.0
+    assert not hasattr(tuned, "tokens")
+    with pytest.raises(ScfgError, match="latent_ratio=0"):  # a field that is left out is checked all the same
+        make_guidance("cfg", latent_ratio=0)
+
+
+def test_no_public_name_hides_a_module():
+    for module in pkgutil.iter_modules(scfg.__path__):
+        assert importlib.import_module(f"scfg.{module.name}") is getattr(scfg, module.name)
 
 
 def test_shapes_are_checked_under_pytest():

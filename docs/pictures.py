@@ -1,13 +1,19 @@
-"""Pictures of the README and the guide, drawn with the pocket base (seed 1, none chosen): `python docs/pictures.py`."""
+"""Pictures for the README and the guides, drawn with the pocket base (seed 1, no selection).
+
+python docs/pictures.py
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+import adapters
 import scfg
 from scfg.trace import RECORDABLE
 from scfg.visualize import norm_curves, step_images, strip
@@ -20,13 +26,53 @@ PROMPTS = (
     "a purple teapot and a crown on a wooden floor",
 )
 SCALE, STEPS, SIDE = 4.0, 25, 192
-OUT = Path(__file__).parent / "pictures"
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "pictures"
+SUBJECT = "teapot"  # one of recipes/zoo
+HELD_OUT = (
+    "a sks teapot in the sea",
+    "a sks teapot at night",
+    "a sks teapot in front of a brick wall",
+    "a sks teapot and a purple umbrella in the sea",
+)
 
 
 def main() -> None:
     torch.set_num_threads(2)
     pipe = StableDiffusionPipeline.from_pretrained(base_path(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
+    draw_adapter(pipe)
+    draw_guidance(pipe)
+
+
+def draw_adapter(pipe: StableDiffusionPipeline) -> None:
+    """Four training pictures; below them four held-out prompts without and with the shipped LoRA, at its own scale."""
+    folder = ROOT / "recipes" / "zoo" / SUBJECT
+    scale = json.loads((folder / "guider_config.json").read_text())["guidance_scale"]
+    photos = [Image.open(ROOT / "recipes" / "subjects" / SUBJECT / f"{i}.png").convert("RGB") for i in range(4)]
+    without = [_draw(pipe, prompt, scale) for prompt in HELD_OUT]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the shipped guider is plain CFG here; only its scale is used
+        with adapters.load(pipe, folder):
+            learned = [_draw(pipe, prompt, scale) for prompt in HELD_OUT]
+    rows = {"training pictures": photos, "base model": without, "with the LoRA": learned}
+    width, height = 160 + 4 * (SIDE + 8), SIDE + 8
+    page = Image.new("RGB", (width, len(rows) * height + 22), "white")
+    pen = ImageDraw.Draw(page)
+    for row, (head, pictures) in enumerate(rows.items()):
+        pen.text((4, row * height + SIDE // 2), head, fill="black", font_size=17)
+        for column, picture in enumerate(pictures):
+            page.paste(
+                picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (160 + column * (SIDE + 8), row * height)
+            )
+    for column, prompt in enumerate(HELD_OUT):
+        words = prompt.removeprefix("a sks teapot ")
+        pen.text((162 + column * (SIDE + 8), len(rows) * height), f"... {words}", fill="black", font_size=11)
+    page.save(OUT / "adapter.webp", quality=80, method=6)
+
+
+def draw_guidance(pipe: StableDiffusionPipeline) -> None:
+    """CFG, S-CFG, regions and gamma of four prompts; the strip over the steps; the norms by word."""
     heads = ("CFG", "S-CFG", f"regions, step {STEPS // 2}", f"gamma, step {STEPS // 2}")
     page = Image.new("RGB", (len(heads) * (SIDE + 8), len(PROMPTS) * (SIDE + 22) + 18), "white")
     pen = ImageDraw.Draw(page)
@@ -48,9 +94,9 @@ def main() -> None:
     page.save(OUT / "guidance.webp", quality=80, method=6)
 
 
-def _draw(pipe: StableDiffusionPipeline, prompt: str) -> Image.Image:
+def _draw(pipe: StableDiffusionPipeline, prompt: str, scale: float = SCALE) -> Image.Image:
     generator = torch.Generator().manual_seed(1)
-    return pipe(prompt, guidance_scale=SCALE, num_inference_steps=STEPS, generator=generator).images[0]
+    return pipe(prompt, guidance_scale=scale, num_inference_steps=STEPS, generator=generator).images[0]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Import directions: scfg and adapters import nothing of ours, training only adapters, recipes everything."""
+"""Import directions: which room and folder may import which, no circles, and the page that shows it."""
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import pytest
 
+from docs.house import PAGE, ROOMS, circles, graph, imports_in, page, room_of
+
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {
+MAY_IMPORT: dict[str, set[str]] = {
     "scfg": set(),
     "adapters": set(),
     "training": {"adapters"},
@@ -16,28 +17,84 @@ MAY_IMPORT = {
 }
 
 
-def imported_rooms(source: str) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module.split(".")[0])
-    return names & set(MAY_IMPORT)
+# Inside the rooms. Folder -> the only folders that may import from it, besides itself.
+IMPORTED_ONLY_BY = {
+    "recipes/common": {"recipes", "benchmarks", "benchmarks/study"},
+    "training/kernels": {"training", "benchmarks"},
+    "training/pocket/making": {"recipes", "benchmarks", "training/pocket"},
+}
+# Folder -> the modules of its own room above it that it must not know.
+BELOW = {
+    "adapters/measuring": ("adapters.ship", "adapters.loading", "adapters.card", "adapters.compose", "adapters.keys"),
+    "training/data": (
+        "training.loop",
+        "training.prepare",
+        "training.lora",
+        "training.dreambooth",
+        "training.controlnet",
+    ),
+}
+# What ships and loads an adapter knows no statistics; these alone put measured gains into a release.
+KNOW_MEASURING = {"adapters", "adapters.__main__", "adapters.card", "adapters.ship"}
+# A recipe that runs another one, or a stage after it.
+CHAINS = {
+    "recipes.demo": {"recipes.dreambooth_lora"},
+    "recipes.new": {"recipes.dreambooth_lora"},
+    "recipes.ship": {"recipes.measure"},
+    "recipes.common.after_training": {"recipes.tune", "recipes.measure", "recipes.ship"},
+}
+
+
+def arrows() -> list[tuple[str, str]]:
+    return [(module, other) for module, others in graph().items() for other in others]
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_a_room_imports_only_what_it_may(room: str) -> None:
-    files = sorted((ROOT / room).rglob("*.py"))
-    assert files, f"no Python files under {room}/"
-    for file in files:
-        strangers = imported_rooms(file.read_text()) - MAY_IMPORT[room] - {room}
-        assert not strangers, f"{file.relative_to(ROOT)} imports {sorted(strangers)}"
+    ours = [(module, other) for module, other in arrows() if module.split(".")[0] == room]
+    assert ours, f"no imports found under {room}/"
+    strangers = [pair for pair in ours if pair[1].split(".")[0] not in MAY_IMPORT[room] | {room}]
+    assert not strangers
+
+
+def test_every_folder_with_code_is_a_known_room() -> None:
+    assert {room_of(module) for module in graph()} == set(ROOMS)
+
+
+def test_folders_inside_a_room_keep_their_direction() -> None:
+    for module, other in arrows():
+        home, there = room_of(module), room_of(other)
+        assert home in IMPORTED_ONLY_BY.get(there, {home}) | {there}, f"{module} imports {other}"
+        for folder, unknown in BELOW.items():
+            if home == folder or home.startswith(f"{folder}/"):
+                assert other not in unknown, f"{module} imports {other}"
+    pocket = {a for a, b in arrows() if room_of(a) == "training/pocket" and room_of(b) == "training/pocket/making"}
+    assert pocket <= {"training.pocket.subjects"}  # which renders them
+    assert not [pair for pair in arrows() if room_of(pair[0]) == "training/kernels" != room_of(pair[1])]
+    measuring = {a for a, b in arrows() if room_of(a) == "adapters" and room_of(b).startswith("adapters/measuring")}
+    assert measuring <= KNOW_MEASURING
+
+
+def test_recipes_import_one_another_only_where_they_chain_stages() -> None:
+    for module, other in arrows():
+        if room_of(module) in ("recipes", "recipes/common") and room_of(other) == "recipes" and other != "recipes":
+            assert other in CHAINS.get(module, set()), f"{module} imports {other}"
+
+
+def test_there_are_no_circles() -> None:
+    assert circles() == []
+
+
+def test_the_page_of_rooms_is_up_to_date() -> None:
+    assert PAGE.read_text("utf-8") == page(), "run `python docs/house.py`"
 
 
 def test_the_reader_of_imports_sees_every_form() -> None:
-    source = "import scfg.regions\ndef f():\n    from training.pocket import judge\nimport os\nfrom . import x\n"
-    assert imported_rooms(source) == {"scfg", "training"}
+    source = "import a.b\ndef f():\n    from c import d\nif TYPE_CHECKING:\n    import e\nfrom . import x\n"
+    names = {alias.name for node in imports_in(source) for alias in node.names}
+    assert names == {"a.b", "d", "x"}
+    assert "training.errors" in graph()["training.config"]
+    assert "recipes.measure" in graph()["recipes.common.after_training"]  # inside a function
 
 
 def test_only_settings_import_jsonargparse() -> None:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from . import environment
+
 __all__ = ["Stopped", "TrainingError", "exit_on_error"]
 
 
@@ -42,10 +44,9 @@ def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> 
     Args:
         others: asked only once something went wrong, so that a recipe need not import its rooms to say `--help`.
     """
-    from . import environment  # which takes its error from here
-
     try:
-        environment.check()
+        if (problem := environment.problem()) is not None:
+            raise TrainingError(problem)
         yield
     except Stopped as stop:
         print(stop, file=sys.stderr, flush=True)

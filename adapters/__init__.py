@@ -15,6 +15,7 @@ from .loading import Attached, load
 from .measuring.gains import Design, Gains
 from .measuring.sample import Shot
 from .measuring.table import Row
+from .scope import Scope
 
 __all__ = [
     "Adapter",
@@ -28,6 +29,7 @@ __all__ = [
     "Gains",
     "GainsError",
     "Row",
+    "Scope",
     "Shot",
     "compose",
     "describe",

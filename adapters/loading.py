@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import base, compose, files
 from .embeddings import learned
 from .errors import AdapterError, BaseMismatchError
 from .injection import fit, injected
 from .placement import is_offloaded, offload_like, unwrapped
+from .scope import Scope, scoped
 from .seat import refuse_fused
 from .source import GUIDER_FILE, Source, open_source, read_adapter, tokens_of, whole_model
 
@@ -58,6 +61,7 @@ def load(
     name: str | None = None,
     revision: str | None = None,
     merged: bool = False,
+    scope: Scope | None = None,
 ) -> Attached:
     """Attach an adapter to a diffusers pipeline.
 
@@ -69,6 +73,7 @@ def load(
         name: peft's name for it; by default one that is free.
         merged: added into the weights instead of beside them, whose bits are put back on detach (the last one first):
             faster, the same up to rounding.
+        scope: where, when and how strongly it acts while sampling; it then stays beside the weights.
 
     The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
     have left. A pipeline may be compiled or offloaded; a DoRA on a sequentially offloaded one is always merged.
@@ -77,7 +82,8 @@ def load(
         FileError: altered or unsafe files.
         FormatError: weights nobody can represent.
         BaseMismatchError: made for another architecture.
-        AdapterError: the user's adapters are fused into the weights (`fuse_lora`), or a layer carries another kind.
+        AdapterError: the user's adapters are fused into the weights (`fuse_lora`), a layer carries another kind, or the
+            scope does not fit the adapter or the pipeline.
     """
     if weight != weight or abs(weight) > 100:
         raise AdapterError(f"weight={weight}: expected a number between -100 and 100, usually 0 to 1")
@@ -85,7 +91,11 @@ def load(
     _check_identity(pipe, opened)
     attached = Attached(name or _free_name(pipe), weight)
     try:
-        attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged))
+        scope = scope or Scope()
+        before = getattr(pipe, "unet", None)
+        attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
+        if not scope.neutral:
+            attached._undo.enter_context(_within(pipe, scope, opened, attached, before))
         _guide(attached, opened, guidance)
     except BaseException:
         attached.detach()
@@ -157,6 +167,25 @@ def _swapped(pipe: Any, part: str, folder: Path) -> Iterator[None]:
         yield
     finally:
         setattr(pipe, part, before)
+
+
+def _within(
+    pipe: Any, scope: Scope, source: Source, attached: Attached, before: torch.nn.Module
+) -> AbstractContextManager[None]:
+    """The scope on the U-net; refused where the adapter is more, or other, than a change of the U-net."""
+    kind, models = whole_model(source), base.modules_of(pipe)
+    texts = [part for part, model in models.items() if part != "unet" and attached.name in _names(model)]
+    if kind == "controlnet" or texts:
+        raise AdapterError(
+            f"scope: {source.path} changes {kind or ' and '.join(texts)}, which takes no part in single steps of "
+            "sampling; a scope is for adapters of the U-net alone"
+        )
+    other = unwrapped(before) if kind == "unet" else None
+    return scoped(pipe, scope, unet=models["unet"], name=attached.name, weight=attached.weight, base=other)
+
+
+def _names(model: torch.nn.Module) -> Collection[str]:
+    return getattr(model, "peft_config", {})
 
 
 def _guide(attached: Attached, source: Source, guidance: Guidance | None) -> None:

@@ -1,0 +1,402 @@
+"""Where, when and how strongly an adapter acts while pictures are sampled.
+
+With b the base's prediction and t the adapted one, for a prompt c or the empty prompt 0, at guidance scale s:
+
+| fields | prediction | idea |
+|---|---|---|
+| none (plain) | t(0) + s (t(c) - t(0)) | |
+| `uncond_weight=0` | b(0) + s (t(c) - b(0)) | unconditional priors (arXiv 2503.20240), domain guidance (2504.01521) |
+| `uncond_weight=w` | t_w(0) + s (t(c) - t_w(0)), adapter at weight w | personalization guidance (2508.00319) |
+| `start`, `stop` | b outside these fractions of the steps, t inside | PersonGenSampler (2502.05895) |
+| `where` | m t + (1 - m) b in both halves, m a map of the subject's place | masked sampling (2502.05895) |
+
+`uncond_weight`, `start` and `stop` need no further pass through the U-net: each adapted layer keeps its base
+layer's output, and each row of the batch takes one or the other. `where` needs the base's prediction of both halves:
+four rows an image instead of two. A whole fine-tuned U-net is asked beside the base's U-net.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+__all__ = ["Call", "Scope", "Where", "scoped"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One U-net call under guidance, as a `Where` is told of it.
+
+    Attributes:
+        unet: the network that is about to run, adapted.
+        sample: its input, (2 B, C, h, w): the unconditional half, then the conditional one.
+        timestep: the scheduler's t.
+        context: the text it attends to, (2 B, T, D).
+        images: B.
+        prompts: of the images, repeated where a prompt has several; None: the pipeline was given embeddings.
+    """
+
+    unet: torch.nn.Module
+    sample: Tensor
+    timestep: Tensor | float
+    context: Tensor
+    images: int
+    prompts: list[str] | None
+
+
+class Where(Protocol):
+    """Finds the subject: entered around the adapted U-net's forward, after which what it gave returns the map.
+
+    The map is (B, 1, h, w) in [0, 1] at the latents' size: 1 where the adapter's prediction is taken.
+    """
+
+    def __call__(self, call: Call) -> AbstractContextManager[Callable[[], Tensor]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """How far an adapter reaches; the default is everywhere, in every step, in both halves alike.
+
+    Attributes:
+        uncond_weight: weight of the adapter in the unconditional half; 0: the base's own prediction; None: as in the
+            other half. In between it is the adapter at that weight for the kinds that are linear in it (LoRA, LoHa,
+            LoKr); a DoRA's layers are interpolated. A whole U-net knows None, 0 and 1 only.
+        start, stop: fractions of the sampling steps between which the adapter is on.
+        where: gives a map of the subject in each image; outside of it the base's prediction is taken.
+        elsewhere: from a prompt to what the base is asked outside of `where`, such as the prompt with the class's name
+            in place of the subject's; None: the same prompt.
+    """
+
+    uncond_weight: float | None = None
+    start: float = 0.0
+    stop: float = 1.0
+    where: Where | None = None
+    elsewhere: Callable[[str], str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.uncond_weight is not None and not 0 <= self.uncond_weight <= 100:
+            raise AdapterError(
+                f"uncond_weight={self.uncond_weight}: expected 0 (the base's own) to the adapter's weight"
+            )
+        if not 0 <= self.start < self.stop <= 1:
+            raise AdapterError(
+                f"start={self.start}, stop={self.stop}: expected fractions of the steps, 0 <= start < stop <= 1"
+            )
+        if self.elsewhere is not None and self.where is None:
+            raise AdapterError("elsewhere says what the base is asked outside of `where`; give `where` too")
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it changes nothing."""
+        return self.uncond_weight is None and (self.start, self.stop) == (0.0, 1.0) and self.where is None
+
+    def to_config(self) -> dict[str, Any]:
+        """What `guider_config.json` keeps under "scope"; `where` is a function, which its maker has to put back."""
+        return {"format": FORMAT, "uncond_weight": self.uncond_weight, "start": self.start, "stop": self.stop}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Scope:
+        """The scope that `to_config` wrote.
+
+        Raises:
+            AdapterError: written by a version with other fields, or with a bad value.
+        """
+        values = dict(config)
+        known = {field.name for field in fields(cls)} - {"where", "elsewhere"}
+        if values.pop("format", None) != FORMAT or not set(values) <= known:
+            raise AdapterError(
+                f"scope {config}: this version knows format {FORMAT} with {', '.join(sorted(known))}; "
+                "update the toolkit, or remove the scope from the file to sample without it"
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise AdapterError(f"scope {config}: {error}") from error
+
+
+@contextmanager
+def scoped(
+    pipe: Any, scope: Scope, *, unet: torch.nn.Module, name: str, weight: float, base: torch.nn.Module | None = None
+) -> Iterator[None]:
+    """Keep the adapter on the pipeline's U-net within its scope, until the context is left.
+
+    Args:
+        pipe: the pipeline; it says whether it guides, and its scheduler which step this is.
+        scope: see `Scope`.
+        unet: the adapted network, itself where it is compiled.
+        name: peft's name of the adapter on it.
+        weight: its weight.
+        base: the base's network, where `unet` is a whole other one.
+
+    Raises:
+        AdapterError: the pipeline keeps its guidance to itself, or another adapter is on the U-net as well.
+    """
+    if scope.neutral:
+        yield
+        return
+    if not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise AdapterError(f"scope: {type(pipe).__name__} does not say whether it guides; sample without a scope")
+    share = None if scope.uncond_weight is None else _share(scope.uncond_weight, weight, whole=base is not None)
+    with ExitStack() as undo:
+        network: _Network
+        if base is None:
+            network = undo.enter_context(_beside(unet, name))
+        else:
+            network = _Whole(tuned=unet.forward, base=base)
+        texts = undo.enter_context(_heard(pipe, scope.elsewhere)) if scope.where else _Texts()
+        own = unet.__dict__.get("forward")
+        unet.forward = _Scoped(pipe, scope, unet, network, share, texts)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del unet.forward
+            if own is not None:
+                unet.forward = own
+
+
+def _share(uncond_weight: float, weight: float, *, whole: bool) -> float | None:
+    """The unconditional half's share of the adapter's change."""
+    if weight == 0 or uncond_weight > abs(weight):
+        raise AdapterError(f"uncond_weight={uncond_weight} is above the adapter's weight {weight}; it may only be less")
+    if whole and uncond_weight not in (0, 1):
+        raise AdapterError(f"uncond_weight={uncond_weight}: a whole U-net has no weights between 0 and 1")
+    return None if uncond_weight == weight else uncond_weight / weight
+
+
+class _Network(Protocol):
+    """The adapted network and the base's, as one."""
+
+    def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
+        """The adapted prediction; the first `rows` of the batch take `share` of the change, None: all of it."""
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's prediction."""
+
+
+class _Scoped:
+    """The U-net's forward within a scope."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        scope: Scope,
+        unet: torch.nn.Module,
+        network: _Network,
+        share: float | None,
+        texts: _Texts,
+    ) -> None:
+        self.pipe, self.scope, self.unet, self.network, self.share, self.texts = (
+            pipe,
+            scope,
+            unet,
+            network,
+            share,
+            texts,
+        )
+
+    def __call__(
+        self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = (sample, timestep, encoder_hidden_states, *args)
+        fraction = _fraction(self.pipe.scheduler, timestep)
+        if not self.scope.start <= fraction < self.scope.stop:
+            return self.network.plain(*given, **kwargs)
+        if not self.pipe.do_classifier_free_guidance:
+            return self.network.adapted(0, None, *given, **kwargs)
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False) or sample.shape[0] % 2:
+            raise AdapterError(
+                f"scope: {type(self.pipe).__name__} guides on other batches than [unconditional | conditional]; "
+                "sample without a scope"
+            )
+        rows = sample.shape[0] // 2
+        if self.scope.where is None:
+            return self.network.adapted(rows, self.share, *given, **kwargs)
+        call = Call(
+            unet=self.unet,
+            sample=sample,
+            timestep=timestep,
+            context=encoder_hidden_states,
+            images=rows,
+            prompts=self.texts.repeated(rows),
+        )
+        with self.scope.where(call) as found:
+            adapted = self.network.adapted(rows, self.share, *given, **kwargs)
+            place = found().to(adapted[0])
+        context, kwargs = _elsewhere(self.texts, encoder_hidden_states, kwargs)
+        plain = self.network.plain(sample, timestep, context, *args, **kwargs)[0]
+        mixed = torch.lerp(plain, adapted[0], torch.cat([place, place]))
+        return (mixed, *adapted[1:]) if isinstance(adapted, tuple) else type(adapted)(sample=mixed)
+
+
+def _fraction(scheduler: Any, timestep: Tensor | float) -> float:
+    """How far sampling is: 0 in the first of the scheduler's steps."""
+    steps = scheduler.timesteps
+    index = int((steps.to("cpu", torch.float32) - float(timestep)).abs().argmin())
+    return index / len(steps)
+
+
+# ------------------------------------------------------------------------------------------ an adapter beside layers
+
+
+@contextmanager
+def _beside(unet: torch.nn.Module, name: str) -> Iterator[_Beside]:
+    """The adapter's layers with hooks on them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    others = sorted({active for layer in layers for active in layer.active_adapters if active != name})
+    if others:
+        raise AdapterError(f"scope: the U-net carries other adapters too ({', '.join(others)}); take them off first")
+    if not any(name in getattr(layer, attribute, {}) for layer in layers for attribute in layer.adapter_layer_names):
+        raise AdapterError("scope: this adapter is merged into the U-net's weights; load it without sequential offload")
+    network = _Beside(unet.forward)
+    handles = [layer.get_base_layer().register_forward_hook(network.keep(layer)) for layer in layers]
+    handles += [layer.register_forward_hook(network.mix) for layer in layers]
+    try:
+        yield network
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Beside:
+    """A U-net whose layers carry an adapter beside them."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.rows, self.share = 0, None  # type: int, float | None
+        self.kept: dict[BaseTunerLayer, Tensor] = {}
+
+    def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
+        self.rows, self.share = rows, share
+        return self._run(*args, **kwargs)
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        self.rows, self.share = args[0].shape[0], 0.0
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.share = None
+            self.kept.clear()
+
+    def keep(self, layer: BaseTunerLayer) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            if self.share is not None:
+                self.kept[layer] = output
+
+        return hook
+
+    def mix(self, layer: BaseTunerLayer, args: Any, output: Tensor) -> Tensor | None:
+        if self.share is None:
+            return None
+        base, rows = self.kept.pop(layer), slice(0, self.rows)
+        if self.share == 0 and self.rows == len(output):
+            return base
+        first = base[rows] if self.share == 0 else torch.lerp(base[rows], output[rows], self.share)
+        return torch.cat([first, output[self.rows :]])
+
+
+class _Whole:
+    """A U-net that is another one than the base's."""
+
+    def __init__(self, *, tuned: Callable[..., Any], base: torch.nn.Module) -> None:
+        self.tuned, self.base = tuned, base
+
+    def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
+        # The whole batch, although some of it is not used: what watches the attention expects both halves.
+        output = self.tuned(*args, **kwargs)
+        if share is None:
+            return output
+        mixed = torch.cat([self.base(*args, **kwargs)[0][:rows], output[0][rows:]])
+        return (mixed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=mixed)
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------ what the base is asked
+
+
+@dataclass
+class _Texts:
+    """What a pipeline was last told, and the same as the base is asked it.
+
+    Attributes:
+        prompts: as given; None: embeddings were given.
+        embeds: (B, T, D) of what the base is asked; None: the same as the adapted network.
+        pooled: (B, P) of SDXL.
+    """
+
+    prompts: list[str] | None = None
+    embeds: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def repeated(self, images: int) -> list[str] | None:
+        """The prompt of each image."""
+        if not self.prompts or images % len(self.prompts):
+            return None
+        return [prompt for prompt in self.prompts for _ in range(images // len(self.prompts))]
+
+
+@contextmanager
+def _heard(pipe: Any, elsewhere: Callable[[str], str] | None) -> Iterator[_Texts]:
+    """Keeps the prompts that the pipeline encodes, and encodes once more what the base is asked."""
+    texts = _Texts()
+    original, own = pipe.encode_prompt, pipe.__dict__.get("encode_prompt")
+    signature = inspect.signature(original)
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        prompt = bound.arguments.get("prompt")
+        texts.prompts = [prompt] if isinstance(prompt, str) else prompt
+        texts.embeds = texts.pooled = None
+        if elsewhere is not None and prompt is not None and bound.arguments.get("prompt_embeds") is None:
+            for name in ("prompt", "prompt_2"):
+                if (given := bound.arguments.get(name)) is not None:
+                    bound.arguments[name] = _asked(given, elsewhere)
+            again = original(*bound.args, **bound.kwargs)
+            texts.embeds, texts.pooled = again[0], again[2] if len(again) > 2 else None
+        return result
+
+    pipe.encode_prompt = encode
+    try:
+        yield texts
+    finally:
+        del pipe.encode_prompt
+        if own is not None:
+            pipe.encode_prompt = own
+
+
+def _asked(prompt: str | list[str], elsewhere: Callable[[str], str]) -> str | list[str]:
+    return elsewhere(prompt) if isinstance(prompt, str) else [elsewhere(one) for one in prompt]
+
+
+def _elsewhere(texts: _Texts, context: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The U-net's text for the base: the conditional half replaced by what the base is asked."""
+    if texts.embeds is None:
+        return context, kwargs
+    half = len(context) // 2
+    context = torch.cat([context[:half], texts.embeds.to(context)])
+    added = kwargs.get("added_cond_kwargs")
+    if texts.pooled is not None and added and "text_embeds" in added:
+        own = added["text_embeds"]
+        pooled = torch.cat([own[:half], texts.pooled.to(own)])
+        kwargs = kwargs | {"added_cond_kwargs": added | {"text_embeds": pooled}}
+    return context, kwargs

@@ -1,0 +1,192 @@
+"""An adapter within a scope: identities against the base and against the adapter as it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from test_adapter_attach import pixels, save
+
+import adapters
+from adapters import AdapterError, Scope
+
+KINDS = ["lora", "dora", "loha", "lokr"]
+
+
+@pytest.fixture
+def folder(make_adapter, tmp_path):
+    return save(tmp_path / "lora", make_adapter("lora"), "peft")
+
+
+def both_halves(pipe) -> torch.Tensor:
+    """The U-net's prediction of [unconditional | conditional], in the first of four steps."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(1, 4, 8, 8, generator=generator).repeat(2, 1, 1, 1)
+    context = torch.randn(2, 16, 16, generator=generator)
+    pipe.scheduler.set_timesteps(4)
+    pipe._guidance_scale = 3.0  # as within a call: the pipeline guides
+    with torch.no_grad():
+        return pipe.unet(sample, pipe.scheduler.timesteps[0], context).sample
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unconditional_half_is_the_bases_own_to_the_bit(pipe, make_adapter, tmp_path, kind):
+    folder = save(tmp_path / kind, make_adapter(kind), "peft")
+    plain = both_halves(pipe)
+    with adapters.load(pipe, folder):
+        adapted = both_halves(pipe)
+    with adapters.load(pipe, folder, scope=Scope(uncond_weight=0.0), merged=True):
+        mixed = both_halves(pipe)
+    assert not torch.equal(adapted[0], plain[0])
+    assert torch.equal(mixed[0], plain[0])
+    assert torch.equal(mixed[1], adapted[1])
+    assert torch.equal(both_halves(pipe), plain)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_in_between_it_is_the_adapter_at_that_weight(pipe, make_adapter, tmp_path, kind):
+    folder = save(tmp_path / kind, make_adapter(kind), "peft")
+    with adapters.load(pipe, folder, weight=0.25):
+        weaker = both_halves(pipe)
+    with adapters.load(pipe, folder, weight=0.5, scope=Scope(uncond_weight=0.25)):
+        mixed = both_halves(pipe)
+    torch.testing.assert_close(mixed[0], weaker[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(mixed[1], weaker[1], atol=1e-3)
+
+
+def test_neutral_values_change_no_bit(pipe, folder):
+    with adapters.load(pipe, folder):
+        adapted = pixels(pipe)
+    for scope in (None, Scope(), Scope(uncond_weight=1.0), Scope(where=everywhere(1.0))):
+        with adapters.load(pipe, folder, scope=scope):
+            assert (pixels(pipe) == adapted).all()
+
+
+def test_outside_its_steps_the_adapter_is_off(pipe, folder):
+    plain, seen = both_halves(pipe), []
+    with adapters.load(pipe, folder):
+        adapted = both_halves(pipe)
+    for scope in (Scope(start=0.5), Scope(stop=0.5)):
+        with adapters.load(pipe, folder, scope=scope):
+            seen.append(both_halves(pipe))  # of the first step
+    assert torch.equal(seen[0], plain)
+    assert torch.equal(seen[1], adapted)
+    whole = pixels(pipe)
+    with adapters.load(pipe, folder, scope=Scope(start=0.9)):  # of two steps the second begins at .5
+        assert (pixels(pipe) == whole).all()
+
+
+def everywhere(value: float):
+    """A map that is the same in every place."""
+
+    @contextlib.contextmanager
+    def where(call: adapters.scope.Call) -> Iterator:
+        height, width = call.sample.shape[-2:]
+        yield lambda: torch.full((call.images, 1, height, width), value)
+
+    return where
+
+
+def test_outside_of_the_map_the_base_is_taken(pipe, folder):
+    plain = pixels(pipe)
+    with adapters.load(pipe, folder):
+        adapted = pixels(pipe)
+    with adapters.load(pipe, folder, scope=Scope(where=everywhere(0.0))):
+        assert (pixels(pipe) == plain).all()
+
+    @contextlib.contextmanager
+    def left(call: adapters.scope.Call) -> Iterator:
+        yield (
+            lambda: (torch.arange(call.sample.shape[-1]) < 4).float().expand(call.images, 1, call.sample.shape[-2], -1)
+        )
+
+    base, tuned = both_halves(pipe), None
+    with adapters.load(pipe, folder):
+        tuned = both_halves(pipe)
+    with adapters.load(pipe, folder, scope=Scope(where=left)):
+        mixed = both_halves(pipe)
+        assert np.abs(pixels(pipe) - adapted).max() > 0
+    assert torch.equal(mixed[..., :4], tuned[..., :4])
+    assert torch.equal(mixed[..., 4:], base[..., 4:])
+
+
+def test_outside_of_the_map_the_base_may_be_asked_something_else(pipe, folder):
+    """With the map 0 everywhere the picture is the base's own of that other prompt."""
+    shots = adapters.measuring.sample.images(pipe, ["a cat"], [1, 2], steps=2, guidance_scale=3.0)
+    wanted = np.stack([np.asarray(shot.image, int) for shot in shots])
+    heard = []
+
+    def where(call: adapters.scope.Call):
+        heard.append(call.prompts)
+        return everywhere(0.0)(call)
+
+    scope = Scope(where=where, elsewhere=lambda prompt: prompt.replace("dog", "cat"))
+    with adapters.load(pipe, folder, scope=scope):
+        assert (pixels(pipe) == wanted).all()
+    assert heard == [["a dog", "a dog"]] * 2
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_a_whole_unet_is_asked_beside_the_bases(pipe, tmp_path):
+    tuned = type(pipe.unet).from_config(pipe.unet.config)
+    tuned.save_pretrained(tmp_path / "unet")
+    plain = both_halves(pipe)
+    with adapters.load(pipe, tmp_path / "unet"):
+        adapted = both_halves(pipe)
+    for scope, halves in (
+        (Scope(uncond_weight=0.0), (plain[0], adapted[1])),
+        (Scope(start=0.5), plain),
+        (Scope(where=everywhere(0.0)), plain),
+        (Scope(where=everywhere(1.0)), adapted),
+    ):
+        with adapters.load(pipe, tmp_path / "unet", scope=scope):
+            mixed = both_halves(pipe)
+        assert all(torch.equal(mixed[i], halves[i]) for i in range(2)), scope
+    assert torch.equal(both_halves(pipe), plain)
+    with pytest.raises(AdapterError, match=r"uncond_weight=0.5: a whole U-net"):
+        adapters.load(pipe, tmp_path / "unet", scope=Scope(uncond_weight=0.5))
+
+
+def test_a_failure_within_leaves_the_pipeline_as_it_was(pipe, folder):
+    plain = pixels(pipe)
+
+    @contextlib.contextmanager
+    def broken(call: adapters.scope.Call) -> Iterator:
+        raise RuntimeError("no map")
+        yield
+
+    with pytest.raises(RuntimeError, match="no map"), adapters.load(pipe, folder, scope=Scope(where=broken)):
+        pixels(pipe)
+    assert (pixels(pipe) == plain).all()
+    assert "forward" not in vars(pipe.unet)
+
+
+def test_what_a_scope_cannot_do_is_said(pipe, make_adapter, folder, tmp_path):
+    for bad, said in (
+        ({"start": 0.6, "stop": 0.5}, "start=0.6, stop=0.5"),
+        ({"uncond_weight": -1.0}, "uncond_weight=-1.0"),
+        ({"elsewhere": str}, "give `where` too"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            Scope(**bad)
+    with pytest.raises(AdapterError, match=r"uncond_weight=1.0 is above the adapter's weight 0.5"):
+        adapters.load(pipe, folder, weight=0.5, scope=Scope(uncond_weight=1.0))
+    text = save(tmp_path / "text", make_adapter("lora", text=True), "peft")
+    with pytest.raises(AdapterError, match="changes text_encoder"):
+        adapters.load(pipe, text, scope=Scope(uncond_weight=0.0))
+    with (
+        pytest.raises(AdapterError, match=r"carries other adapters too \(other\)"),
+        adapters.load(pipe, folder, name="other"),
+    ):
+        adapters.load(pipe, folder, scope=Scope(start=0.1))
+
+
+def test_a_scope_goes_through_a_file_and_a_strange_one_is_refused():
+    scope = Scope(uncond_weight=0.2, start=0.1, stop=0.9)
+    assert Scope.from_config(scope.to_config()) == scope
+    for strange in ({}, {"format": 2}, {**scope.to_config(), "radius": 3}, {"format": 1, "start": "x"}):
+        with pytest.raises(AdapterError, match="scope"):
+            Scope.from_config(strange)

@@ -169,9 +169,7 @@ def _swapped(pipe: Any, part: str, folder: Path) -> Iterator[None]:
         setattr(pipe, part, before)
 
 
-def _within(
-    pipe: Any, scope: Scope, source: Source, attached: Attached, before: Any
-) -> AbstractContextManager[None]:
+def _within(pipe: Any, scope: Scope, source: Source, attached: Attached, before: Any) -> AbstractContextManager[None]:
     """The scope on the U-net; refused where the adapter is more, or other, than a change of the U-net."""
     kind, models = whole_model(source), base.modules_of(pipe)
     texts = [part for part, model in models.items() if part != "unet" and attached.name in _names(model)]

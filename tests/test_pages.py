@@ -141,3 +141,10 @@ def test_missing_names_are_found() -> None:
     }
     assert exists("scfg.attach")
     assert not exists("scfg.attached")
+
+
+def test_every_guide_begins_with_a_summary_of_five_points() -> None:
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        body = page.read_text("utf-8").split("\n", 2)[2]
+        summary = re.findall(r"^- ", body.split("\n\n")[0], flags=re.MULTILINE)
+        assert len(summary) == 5, f"{page.name} has {len(summary)}"

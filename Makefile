@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo study zoo test test-all lint format clean
+.PHONY: demo study zoo test test-slow test-all lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scfg-toolkit needs Python >= 3.11, found " + sys.version.split()[0])'
@@ -28,6 +28,9 @@ zoo: $(READY)  ## what is made on the pocket base, made anew: after `recipes/poc
 
 test: $(READY)  ## everything not marked slow
 	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(READY)  ## the slow ones alone
+	$(BIN)/python -m pytest -m slow
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

@@ -11,8 +11,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes import dreambooth_lora
 from recipes.common.base import POCKET
 from recipes.common.cli import explained, quiet
@@ -96,6 +94,8 @@ def prepare(folder: Path, noun: str, identifier: str, base: str, out: Path) -> P
     Raises:
         TrainingError: too few photos, unreadable or too small ones, or captions that do not name the subject.
     """
+    import yaml
+
     from training.data import images
 
     calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]

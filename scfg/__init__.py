@@ -16,6 +16,8 @@ from .words import Word, prompt_phrases, prompt_words
 if TYPE_CHECKING:
     from .guider import SemanticGuider
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CFG",
     "METHODS",
@@ -32,6 +34,7 @@ __all__ = [
     "SemanticGuider",
     "Step",
     "Word",
+    "__version__",
     "attach",
     "attach_config",
     "make_guidance",

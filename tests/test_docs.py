@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes.__main__ import RECIPES
+from recipes.common.cli import training_recipe
 from training.config import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +31,7 @@ def commands() -> list[tuple[str, list[str]]]:
     for page in PAGES:
         text = page.read_text()
         lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
-        lines += re.findall(r"`((?:python|accelerate launch|make) [^`\n]+)`", text)
+        lines += re.findall(r"`((?:python|accelerate launch|make|scfg-toolkit) [^`\n]+)`", text)
         for line in lines:
             command = line.split("#")[0].strip()
             command = re.sub(r"^(\w+=\S+ )+", "", command)
@@ -40,6 +42,11 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def script(words: list[str]) -> tuple[Path, list[str]] | None:
     """The Python file that a command runs, and its arguments."""
+    if words[0] == "scfg-toolkit" and words[1] in RECIPES and len(words) > 2:  # not only named
+        command, *arguments = words[1:]
+        made = any(word.startswith("runs/") for word in arguments)  # by recipes/new.py: a LoRA of a subject
+        recipe = command if command != "train" else training_recipe([] if made else arguments)
+        return ROOT / "recipes" / f"{recipe}.py", arguments
     for place, word in enumerate(words):
         if word.endswith(".py"):
             return ROOT / word, words[place + 1 :]
@@ -66,10 +73,18 @@ def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments
             assert not word.startswith("--") or f'"{name}"' in known, f"{page}: {path.name} has no {word}"
         return
     configs = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--config"]
+    arguments = [_file(word, path.stem) if word in configs else word for word in arguments]
+    configs = [_file(word, path.stem) for word in configs]
     if any(not (ROOT / config).is_file() for config in configs):
         assert all(config.startswith("runs/") for config in configs), f"{page}: {configs} do not ship"
         return
     parse(kind, [str(ROOT / word) if word in configs else word for word in arguments])
+
+
+def _file(config: str, recipe: str) -> str:
+    """A shipped config's file by name, from the root; any other config as it is."""
+    named = ROOT / "recipes" / "configs" / recipe / f"{config}.yaml"
+    return named.relative_to(ROOT).as_posix() if named.is_file() else config
 
 
 # Put before a command's own words, so that what it says itself still holds.

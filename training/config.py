@@ -10,6 +10,8 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -366,7 +368,8 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         read = parser.parse_args(arguments)
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
         names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        return kind(**{name: value for name, value in values.items() if name in names})
+        settings = kind(**{name: value for name, value in values.items() if name in names})
+        return _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise TrainingError(str(error)) from error
 
@@ -383,6 +386,34 @@ def _configs_first(args: list[str]) -> list[str]:
         else:
             rest.append(word)
     return first + rest
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    """The files that `--config` names, in a command line in which they come first."""
+    apart = [word for before, word in pairwise(args) if before == "--config"]
+    return apart + [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
+
+
+OUTPUTS = ("out", "cache_folder", "class_folder", "push")  # folders that are made, never looked for
+LEVELS = 4  # a shipped config lies three folders below the one that its paths start from
+
+
+def _located(settings: Any, files: Sequence[Path]) -> Any:
+    """Relative paths that are not found from the working directory, as they lie beside a config or above it."""
+    places = [place for file in files for place in file.parents[:LEVELS]]
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(item) for item in value]
+        if dataclasses.is_dataclass(value):
+            return _located(value, files)
+        if not isinstance(value, str) or "/" not in value or Path(value).is_absolute() or glob(value):
+            return value
+        return next((str(place / value) for place in places if glob(str(place / value))), value)
+
+    fields = [item.name for item in dataclasses.fields(settings) if item.name not in OUTPUTS]
+    changed = {name: new for name in fields if (new := found(value := getattr(settings, name))) != value}
+    return dataclasses.replace(settings, **changed) if changed else settings
 
 
 def resolved(settings: Any) -> dict[str, Any]:

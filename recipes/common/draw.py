@@ -95,7 +95,11 @@ def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """A picture that appears whole or not at all."""
+    """A picture that appears whole or not at all; the main process writes it."""
+    from training.ranks import state
+
+    if not state().is_main_process:
+        return
     part = path.with_suffix(".part")
     try:
         image.save(part, format="PNG")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NEEDED = ("yaml", "jsonargparse")  # what is imported before the installation is checked
+NEEDED = ("yaml", "PIL")  # what is imported before the installation is checked
 
 
 def _make_way() -> None:

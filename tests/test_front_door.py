@@ -105,7 +105,7 @@ def test_a_recipe_s_file_runs_from_a_checkout_that_is_not_installed(tmp_path: Pa
     assert "--class" in ended.stdout
     bare = run_in(tmp_path, sys.executable, "-S", script, "--help")
     assert bare.returncode == 2
-    assert bare.stderr.startswith("error: yaml, jsonargparse cannot be imported by ")
+    assert bare.stderr.startswith("error: yaml, PIL cannot be imported by ")
     assert len(bare.stderr.splitlines()) == 1
 
 

@@ -48,36 +48,36 @@ def bare(pipe, images=1, **call):
 # -- batches and sizes
 
 
+# A batch is compared with another of the same size: kernels round by the size of a batch, and where two regions are
+# nearly tied, one last bit decides which of them a position belongs to.
+
+
 def test_every_image_of_a_batch_has_its_own_masks(pipe):
     embeds, start = tiny.embeddings(2), tiny.noise(2)
     together, _ = run(pipe, images=2)
     for image in range(2):
-        one = {name: value[image : image + 1] for name, value in embeds.items()}
-        alone, _ = run(pipe, latents=start[image : image + 1], **one)
-        torch.testing.assert_close(together[image : image + 1], alone, rtol=1e-4, atol=1e-4)
+        twice = {name: value[[image, image]] for name, value in embeds.items()}
+        alone, _ = run(pipe, latents=start[[image, image]], **twice)
+        assert torch.equal(together[image], alone[image])
+    assert not torch.equal(together[0], alone[0])
 
 
 def test_several_images_per_prompt(pipe):
-    """The U-net in float64: kernels round by the size of a batch, and float32's last bits grow over the steps.
-
-    What is left is the guidance's own float32, whose rounding is of the order of 1e-6 here.
-    """
-    pipe.unet.double()
-    embeds = {name: value.double() for name, value in tiny.embeddings().items()}
-    start = tiny.noise(2).double()
-    together, _ = run(pipe, latents=start, num_images_per_prompt=2, **embeds)
+    start = tiny.noise(2)
+    together, _ = run(pipe, latents=start, num_images_per_prompt=2)
     for image in range(2):
-        alone, _ = run(pipe, latents=start[image : image + 1], **embeds)
-        torch.testing.assert_close(together[image : image + 1], alone, rtol=2e-5, atol=2e-5)
+        alone, _ = run(pipe, latents=start[[image, image]], num_images_per_prompt=2)
+        assert torch.equal(together[image], alone[image])
+    assert not torch.equal(together[0], alone[0])
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_no_control_arm_depends_on_the_batch(method, pipe):
     embeds, start = tiny.embeddings(2), tiny.noise(2)
     together, _ = run(pipe, make_guidance(method), images=2)
-    last = {name: value[1:] for name, value in embeds.items()}
-    alone, _ = run(pipe, make_guidance(method), latents=start[1:], **last)
-    torch.testing.assert_close(together[1:], alone, rtol=1e-3, atol=1e-3)
+    last = {name: value[[1, 1]] for name, value in embeds.items()}
+    alone, _ = run(pipe, make_guidance(method), latents=start[[1, 1]], **last)
+    assert torch.equal(together[1], alone[1])
 
 
 @pytest.mark.parametrize("size", [(8, 12), (12, 8), (9, 9), (10, 7), (16, 16)])

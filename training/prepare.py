@@ -208,7 +208,7 @@ def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encode
 
     own = [stream(data, 1 - prior.placed_share, prior.surroundings)]
     if prior.placed is not None:
-        own.append(stream(prior.placed, prior.placed_share, True))
+        own.append(stream(prior.placed, prior.placed_share, prior.surroundings))
     kept = Stream(
         entries=entries(prior.views),
         share=prior.ratio,

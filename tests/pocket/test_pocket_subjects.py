@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from training.pocket import PocketError, subjects
+from adapters.measuring.metrics import score
+from adapters.measuring.sample import Shot
+from training.pocket import PocketError, metrics, scenes, subjects
 from training.pocket.captions import parse
 from training.pocket.making import rendered
 from training.pocket.making.rendered import TOYS
@@ -168,3 +171,53 @@ def test_the_names_come_without_torch_and_pybullet() -> None:
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(len(SUBJECTS)), "False", "False"]
+
+
+def classes(noun: str, count: int = 12) -> list[Shot]:
+    """Drawn scenes in the base's own look that show the class in its own colors, as prompts of a subject ask for it."""
+    found = (scenes.sample(scenes.HELD_OUT_SEED, index) for index in range(4000))
+    shown = (scene for scene in found if (noun, None) in {(item.name, item.colour) for item in scene.description.nouns})
+    return [
+        Shot(prompt=scene.caption, seed=number, latents="", image=Image.fromarray(scene.image))
+        for number, scene in zip(range(count), shown, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("name", ["dog", "toy_car"])
+def test_identity_tells_the_subject_from_its_class(name: str) -> None:
+    noun, own = facts(name)["class"], [SHIPPED / name / f"{number}.png" for number in range(COUNT)]
+    pictures = [Image.open(path).convert("RGB") for path in own]
+    masks = [np.asarray(Image.open(SHIPPED / name / "masks" / path.name).convert("L")) > 127 for path in own]
+    base, others = classes(noun)[:6], classes(noun)[6:]
+    captions = [path.with_suffix(".txt").read_text().strip() for path in own]
+    shots = [Shot(prompt=text, seed=0, latents="", image=image) for text, image in zip(captions, pictures, strict=True)]
+    made = {
+        margin: metrics.identity(pictures[:4], masks[:4], noun, "sks", lambda: base, margin=margin)
+        for margin in (False, True)
+    }
+    assert score(made[False], shots[4:]).mean() == 1  # pictures of it that the metric was not given
+    assert score(made[False], others).mean() < 0.2
+    margins = score(made[True], [*shots[4:], *others])
+    assert margins[: COUNT - 4].mean() > 0.3
+    assert margins[COUNT - 4 :].mean() < -0.2
+    grass = Shot(prompt=f"a sks {noun} on the grass", seed=0, latents="", image=Image.new("RGB", (64, 64), "green"))
+    assert score(made[True], [grass]) <= -0.5
+
+
+def test_where_the_judge_does_not_see_the_class_the_largest_other_region_counts() -> None:
+    scene = next(
+        scene
+        for scene in (scenes.sample(scenes.HELD_OUT_SEED, index) for index in range(400))
+        if len(scene.description.nouns) == 2 and scene.masks.mean((1, 2)).min() > 0.08
+    )
+    first, second = (noun.name for noun in scene.description.nouns)
+    missing = next(noun for noun in CLASSES if noun not in (first, second))
+    images = torch.from_numpy(scene.image).permute(2, 0, 1)[None] / 127.5 - 1
+    regions, named = metrics.subject_regions(images, [f"a {missing} and a {first} at night"], missing)
+    truth = torch.from_numpy(scene.masks)[:, ::2, ::2]
+    overlaps = [float((regions[0] & one).sum() / (regions[0] | one).sum()) for one in truth]
+    assert not named[0]
+    assert overlaps[1] > 0.5 > overlaps[0]  # what the prompt names is somebody else
+    regions, named = metrics.subject_regions(images, ["not of the grammar"], first)
+    assert named[0]
+    assert float((regions[0] & truth[0]).sum() / (regions[0] | truth[0]).sum()) > 0.5

@@ -15,6 +15,7 @@ from .classical import (
     ms_ssim,
 )
 from .features import Diversity, Drift, Features, Similarity, cutout
+from .identity import Identity, likeness_in
 from .metric import Measure, Metric, score
 from .sets import Kid, frechet, kernel_distance
 
@@ -25,6 +26,7 @@ __all__ = [
     "Diversity",
     "Drift",
     "Features",
+    "Identity",
     "Kid",
     "MaskIoU",
     "Measure",
@@ -38,6 +40,7 @@ __all__ = [
     "cutout",
     "frechet",
     "kernel_distance",
+    "likeness_in",
     "ms_ssim",
     "score",
 ]

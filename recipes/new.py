@@ -1,6 +1,6 @@
-"""Your own photos: checked, captioned, with a ready config, the memory and time it will take, and the command to run.
+"""Your own photos: checked, captioned, with a config that runs to the end, and the command that starts it.
 
-python recipes/new.py FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--identifier sks]
+scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--identifier sks]
 """
 
 from __future__ import annotations
@@ -14,43 +14,19 @@ from typing import Any
 from recipes import dreambooth_lora
 from recipes.common.base import POCKET
 from recipes.common.cli import explained, quiet
+from recipes.common.photos import Photos, look
+from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
 from training.config import parse, require
-from training.errors import exit_on_error
+from training.errors import TrainingError, exit_on_error
 from training.pocket.captions import article
 
-__all__ = ["PROMPTS", "prepare"]
+__all__ = ["prepare"]
 
-# Held out: no photo shows them. {} is the subject, as in "a sks dog".
-PROMPTS = (
-    "a photo of a {} on a beach",
-    "a photo of a {} in the snow",
-    "a photo of a {} in a forest",
-    "a photo of a {} on a city street at night",
-    "a photo of a {} on a wooden table",
-    "a photo of a {} in front of a brick wall",
-    "a photo of a {} beside a red car",
-    "a photo of a {} and a blue umbrella",
-    "a photo of a {} under a cherry tree",
-    "a photo of a {} in a field of sunflowers",
-    "a painting of a {}",
-    "a photo of a {} seen from above",
+NETWORKS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
+ON_POCKET = (
+    "base pocket: it draws small scenes of a drawn world in 64 pixels. A run on it tries every step in minutes; a "
+    "photographed subject will not appear in other scenes"
 )
-TUNING = (
-    "a photo of a {} in a garden",
-    "a photo of a {} on a sofa",
-    "a photo of a {} beside a green bottle",
-    "a drawing of a {}",
-)
-# The same in the grammar of the pocket world.
-POCKET_PROMPTS = (
-    "a {} in the sea",
-    "a {} at night",
-    "a {} in front of a brick wall",
-    "a {} and a red gift at night",
-    "a {} to the left of a house by a brick wall",
-    "a {} below a yellow star in the sea",
-)
-POCKET_TUNING = ("a {} and a yellow balloon on the grass", "a {} in the snow", "a {} on the sand")
 LORA = {"rank": 16, "targets": "attention+ff"}
 PRESETS: dict[str, dict[str, Any]] = {
     # As for the demo's subjects: with attention layers alone, or one class prompt, they did not appear beside others.
@@ -74,46 +50,78 @@ PRESETS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="three to twenty photos of one thing")
-    parser.add_argument("--class", dest="noun", required=True, help="what it is one of: dog, teapot, person, ...")
+    parser.add_argument("--class", dest="noun", required=True, help="the subject's class, such as dog or teapot")
     parser.add_argument("--base", default=POCKET, help="folder or hub id of the base model, or pocket")
-    parser.add_argument("--identifier", default="sks", help="a rare word that will stand for it")
+    parser.add_argument("--identifier", default=IDENTIFIER, help="a rare word that will stand for the subject")
     parser.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME")
-    parser.add_argument("--no-trial", action="store_true", help="leave out the trial step and its estimate")
+    parser.add_argument("--clip", default=NETWORKS["clip"], help="folder or hub id of the CLIP that measures")
+    parser.add_argument("--dino", default=NETWORKS["dino"], help="folder or hub id of the DINO that measures")
+    parser.add_argument("--no-trial", action="store_true", help="leave out the trial of the run and its estimate")
     options = parser.parse_args()
     quiet()
     out = options.out or Path("runs") / options.folder.resolve().name
-    config = prepare(options.folder, options.noun, options.identifier, options.base, out)
+    networks = {"clip": options.clip, "dino": options.dino}
+    config = prepare(options.folder, options.noun, options.identifier, options.base, out, networks)
     if not options.no_trial:
-        dreambooth_lora.run(parse(dreambooth_lora.Settings, [f"--config={config}", "--train.dry_run=true"]))
+        try_run(config)
     print(f"\nconfig: {config}\nrun it:\n  {_command(config)}")
 
 
-def prepare(folder: Path, noun: str, identifier: str, base: str, out: Path) -> Path:
+def prepare(
+    folder: Path, noun: str, identifier: str, base: str, out: Path, networks: dict[str, str] | None = None
+) -> Path:
     """Check the photos, write `subject.json` beside them and the config into `out`; returns the config's path.
 
+    Args:
+        noun: the subject's class.
+        networks: feature space -> folder or hub id of its network; what cannot be reached is left out.
+
     Raises:
-        TrainingError: too few photos, unreadable or too small ones, or captions that do not name the subject.
+        TrainingError: photos that nothing can be learnt from, a class that the base does not know, a subject.json or a
+            config that is there and says something else; nothing is written then.
     """
     import yaml
 
-    from training.data import images
-
     calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]
-    prompt = None if any(folder.glob("*.txt")) or (folder / "metadata.jsonl").is_file() else f"a photo of a {calls}"
-    source = images.folder(folder, prompt=prompt, minimum=min(256, preset["resolution"]))
-    require(len(source) >= 3, f"{folder} has {len(source)} photo(s); three are the least a subject is learnt from")
-    silent = [source.files[i].name for i in range(len(source)) if calls not in source.caption(i)]
-    require(not silent, f"captions must name the subject as {calls!r}; those of {', '.join(silent[:5])} do not")
-    file = folder / "subject.json"
+    prompt = f"a photo of {article(calls)}"
+    photos = look(folder, calls=calls, prompt=prompt, minimum=min(256, preset["resolution"]))
+    file, config = folder / "subject.json", out / "config.yaml"
+    facts = _subject(file, noun, identifier, pocket=base == POCKET)
+    if base == POCKET:
+        check_pocket(noun, identifier, facts["prompts"], str(file))
+    for line in [*photos.lines(), f"held-out prompts: {len(facts['prompts'])}, in {file}; edit them as you like"]:
+        print(line)
+    values = {
+        **_values(photos, noun, base, out, preset, identifier),
+        **(_judged(photos) if base == POCKET else _compared(photos, networks or NETWORKS)),
+        "ship": {},
+        "out": str(out),
+    }
+    if "measure" in values:
+        values["tune"] = {"prompts": tuning(noun, pocket=base == POCKET), "seeds": [101, 102]}
+    text = f"# {_command(config)}\n{yaml.safe_dump(values, sort_keys=False)}"
+    require(
+        not config.exists() or config.read_text("utf-8") == text,
+        f"{config} is there and says something else; delete it, or give another folder with --out",
+    )
     if not file.exists():
-        prompts = [line.format(calls) for line in (POCKET_PROMPTS if base == POCKET else PROMPTS)]
-        facts = {"class": noun, "identifier": identifier, "origin": "the maker's photos", "prompts": prompts}
         file.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "config.yaml"
-    values = _values(folder, noun, identifier, base, out, prompt, preset)
-    path.write_text(f"# {_command(path)}\n{yaml.safe_dump(values, sort_keys=False)}", "utf-8")
-    return path
+    config.write_text(text, "utf-8")
+    return config
+
+
+def try_run(config: Path) -> None:
+    """Try one step, and everything that later stages need, to the end of the run."""
+    from recipes.common.metrics import metrics
+    from recipes.common.units import cases
+
+    settings = parse(dreambooth_lora.Settings, [f"--config={config}", "--train.dry_run=true"])
+    print("trying one step ...", flush=True)
+    if settings.measure is not None:
+        for case in cases(settings.measure, None):
+            metrics(settings.measure, case, pocket=settings.base.path == POCKET)
+    dreambooth_lora.run(settings)
 
 
 def _family(base: str) -> str:
@@ -123,7 +131,32 @@ def _family(base: str) -> str:
 
 
 def _command(config: Path) -> str:
-    return f"accelerate launch recipes/dreambooth_lora.py --config {shlex.quote(str(config))}"
+    return f"scfg-toolkit train --config {shlex.quote(str(config))}"
+
+
+def _subject(file: Path, noun: str, identifier: str, *, pocket: bool) -> dict[str, Any]:
+    """What `subject.json` says, or will say."""
+    if not file.exists():
+        prompts = held_out(noun, identifier, pocket=pocket)
+        return {"class": noun, "identifier": identifier, "origin": "the maker's photos", "prompts": prompts}
+    try:
+        facts = json.loads(file.read_text("utf-8"))
+        found, prompts = (facts["identifier"], facts["class"]), facts["prompts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{file} needs identifier, class and prompts ({error!r}); delete it to start anew"
+        ) from error
+    wanted = (identifier, noun)
+    require(
+        found == wanted,
+        f"{file} is about {' '.join(found)!r}, not {' '.join(wanted)!r}; change it, delete it, or give its words as "
+        "--identifier and --class",
+    )
+    require(
+        isinstance(prompts, list) and len(prompts) >= 2 and all(isinstance(prompt, str) for prompt in prompts),
+        f"{file}: prompts must be a list of at least two",
+    )
+    return facts
 
 
 def _preserved(noun: str, identifier: str, preset: dict[str, Any]) -> dict[str, Any]:
@@ -133,33 +166,66 @@ def _preserved(noun: str, identifier: str, preset: dict[str, Any]) -> dict[str, 
     return {"identifier": identifier}
 
 
-def _values(
-    folder: Path, noun: str, identifier: str, base: str, out: Path, prompt: str | None, preset: dict[str, Any]
-) -> dict[str, Any]:
-    """What differs from the defaults, as the config's nested tables."""
-    masks = folder / "masks"
+def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, Any], identifier: str) -> dict[str, Any]:
+    """What differs from the defaults up to the training, as the config's nested tables."""
     values: dict[str, Any] = {
         "base": {"path": base},
-        "data": {"source": str(folder), "resolution": preset["resolution"]},
+        "data": {"source": str(photos.folder), "resolution": preset["resolution"]},
         "lora": preset["lora"],
         "dreambooth": _preserved(noun, identifier, preset),
         "train": preset["train"] | {"warmup": 20},
-        "sampling": {},
-        "tune": {"prompts": list(POCKET_TUNING if base == POCKET else TUNING), "seeds": [101, 102]},
-        "measure": {"subjects": [str(folder)], "seeds": [1, 2]},
-        "ship": {"licence": "other"},
-        "out": str(out),
     }
-    if masks.is_dir():
-        values["data"]["masks"] = str(masks)
-    if prompt:
-        values["data"]["prompt"] = prompt
+    if photos.masks:
+        values["data"]["masks"] = str(photos.masks)
+    if photos.prompt:
+        values["data"]["prompt"] = photos.prompt
     if base != POCKET:
         values["train"] |= {"precision": "bf16", "gradient_checkpointing": True}
-        values["sampling"] |= {"precision": "bf16"}
-        spaces = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
-        values["measure"] |= {"referee": "similarity (dino)", "spaces": spaces, "minimum_effect": 0.005}
-    return {name: value for name, value in values.items() if value != {}}
+        values["sampling"] = {"precision": "bf16"}
+    return values
+
+
+def _judged(photos: Photos) -> dict[str, Any]:
+    """The comparison on the pocket base: what its judge needs masks for is left out where there are none."""
+    print(ON_POCKET)
+    plan: dict[str, Any] = {"subjects": [str(photos.folder)], "seeds": [1, 2]}
+    if photos.masks is None:
+        plan["metrics"] = ["prompt accuracy", "similarity (judge)"]
+        print("measured without masks: whole pictures are compared with your photos, not the subject alone")
+    return {"measure": plan}
+
+
+def _compared(photos: Photos, networks: dict[str, str]) -> dict[str, Any]:
+    """The comparison on another base, with the feature networks that can be reached."""
+    spaces = {name: where for name, where in networks.items() if _reachable(where)}
+    if missing := [f"{name} ({where})" for name, where in networks.items() if name not in spaces]:
+        print(f"cannot be reached, so left out of the measuring: {', '.join(missing)}; --clip and --dino take folders")
+    if not spaces:
+        print("nothing is measured or tuned; the release will say so")
+        return {}
+    plan: dict[str, Any] = {
+        "subjects": [str(photos.folder)],
+        "seeds": [1, 2],
+        "spaces": spaces,
+        "minimum_effect": 0.005,
+    }
+    if len(spaces) == len(NETWORKS):
+        return {"measure": plan | {"referee": "similarity (dino)"}}
+    only = {"clip": ["alignment (clip)", "similarity (clip)"], "dino": ["similarity (dino)"]}
+    return {"measure": plan | {"metrics": only[next(iter(spaces))]}}
+
+
+def _reachable(network: str) -> bool:
+    """Whether a network's config is in a folder, in the cache, or on the hub."""
+    from huggingface_hub import hf_hub_download
+
+    if Path(network).is_dir():
+        return (Path(network) / "config.json").is_file()
+    try:
+        hf_hub_download(network, "config.json")
+    except Exception:  # the hub has many kinds: offline, unknown, gated, no such name
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adapters
+from recipes.common.subject_prompts import check_pocket, held_out, tuning
 from training.config import BaseSettings
-from training.pocket import VERSION
+from training.pocket import VERSION, captions
+from training.pocket.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOG = ROOT / "recipes" / "subjects" / "dog"
@@ -408,7 +410,11 @@ def mine(tmp_path: Path) -> Path:
 def test_photos_become_a_subject_and_a_config_that_runs(mine: Path, tmp_path: Path, done) -> None:
     said = done("new", mine, "--class", "dog", "--out", tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"
-    assert f"accelerate launch recipes/dreambooth_lora.py --config {config}" in said
+    assert f"scfg-toolkit train --config {config}" in said
+    assert "3 photos, 64x64 pixels" in said
+    assert "caption: 'a photo of a sks dog'" in said
+    assert "masks: none" in said
+    assert "a photographed subject will not appear in other scenes" in said
     assert "memory: about" in said
     facts = json.loads((mine / "subject.json").read_text())
     assert facts["class"] == "dog"
@@ -439,6 +445,74 @@ def test_photos_that_cannot_be_learnt_from_are_named(mine: Path, tmp_path: Path,
     assert "small.png is 16x64" in said
     assert not (tmp_path / "run").exists()
     assert not (mine / "subject.json").exists()
+
+
+def test_what_the_run_would_refuse_is_refused_at_once(mine: Path, tmp_path: Path, call) -> None:
+    run = ["--out", tmp_path / "run", "--no-trial"]
+    said = refused(call, mine, "--class", "cow", *run)
+    assert said.startswith("error: --class cow: the pocket base knows only dog, cat, ")
+    assert "--identifier rex: the pocket base has one word" in refused(
+        call, mine, "--class", "dog", "--identifier", "rex", *run
+    )
+    facts = {"class": "dog", "identifier": "sks", "prompts": ["a sks dog on a sofa", "a sks dog at night"]}
+    (mine / "subject.json").write_text(json.dumps(facts))
+    assert "prompt 'a sks dog on a sofa' cannot be judged" in refused(call, mine, "--class", "dog", *run)
+    assert "is about 'sks dog', not 'sks cat'" in refused(call, mine, "--class", "cat", *run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_seen_is_said(mine: Path, tmp_path: Path, done, call) -> None:
+    turned = Image.new("RGB", (96, 64), "red")
+    turned.getexif()[0x0112] = 6
+    turned.save(mine / "9.jpg", exif=turned.getexif())
+    (mine / "IMG_1.HEIC").write_bytes(b"not read here")
+    said = done("new", mine, "--class", "cat", "--out", tmp_path / "run", "--no-trial")
+    assert "4 photos (1 turned upright), 64x64 to 64x96 pixels" in said
+    assert "left out: 1 .heic (not read here; convert to .jpg or .png)" in said
+    assert "measured without masks" in said
+    plan = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["measure"]
+    assert plan["metrics"] == ["prompt accuracy", "similarity (judge)"]
+    done("new", mine, "--class", "cat", "--out", tmp_path / "run", "--no-trial")  # the same once more is no conflict
+    (tmp_path / "run" / "config.yaml").write_text("mine: edited\n")
+    assert "is there and says something else" in refused(
+        call, mine, "--class", "cat", "--out", tmp_path / "run", "--no-trial"
+    )
+
+
+def test_networks_that_measure_are_there_or_left_out(mine: Path, tmp_path: Path, models: Path, done) -> None:
+    for file in mine.glob("*.png"):
+        Image.open(file).resize((256, 256)).save(file)
+
+    def plan(name: str, *arguments: object) -> dict:
+        done(
+            "new", mine, "--class", "dog", "--base", models / "sd15", "--out", tmp_path / name, "--no-trial", *arguments
+        )
+        return yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+
+    none = plan("none", "--clip", tmp_path / "gone", "--dino", tmp_path / "gone")
+    assert "measure" not in none
+    assert "tune" not in none
+    assert none["ship"] == {}
+    clip, dino = ["--clip", models / "clip"], ["--dino", models / "dino"]
+    assert plan("clip", *clip, "--dino", tmp_path / "gone")["measure"]["metrics"] == [
+        "alignment (clip)",
+        "similarity (clip)",
+    ]
+    both = plan("both", *clip, *dino)["measure"]
+    assert both["referee"] == "similarity (dino)"
+    assert both["spaces"] == {"clip": str(models / "clip"), "dino": str(models / "dino")}
+
+
+@pytest.mark.parametrize("noun", CLASSES)
+def test_prompts_for_a_subject_are_valid_for_every_class(noun: str) -> None:
+    held = held_out(noun, "sks", pocket=True)
+    tuned = [prompt.replace("a {}", f"a sks {noun}") for prompt in tuning(noun, pocket=True)]
+    check_pocket(noun, "sks", [*held, *tuned], "here")
+    assert not {*held} & {*tuned}
+    assert len({*held}) == 6
+    for prompt in [*held, *tuned]:
+        things = [part.name for part in captions.parse(prompt.replace("sks ", "")).nouns]
+        assert len({*things}) == len(things), f"{prompt!r} asks for one thing twice"
 
 
 def test_captions_must_name_the_subject(mine: Path, tmp_path: Path, call) -> None:

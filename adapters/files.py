@@ -1,4 +1,6 @@
-"""Files in and out without trust: safetensors checked before they are read, folders written whole or not at all.
+"""Files of strangers, read without trust: only regular ones, of bounded size, safetensors checked before they are read.
+
+How files and folders are written is in `adapters.whole`, whose functions are found here too.
 
 The safetensors layout is 8 bytes little-endian header length, a JSON header, one data buffer
 (https://huggingface.co/docs/safetensors). Everything the header claims is checked against the size of the file before
@@ -8,16 +10,13 @@ anything is allocated, so memory stays bounded by the file and the two limits be
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import glob
 import hashlib
+import io
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,20 +26,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import FileError
+from .whole import append_line, recover, sweep, write_bytes, write_file, write_folder, write_text
 
 __all__ = [
     "MANIFEST",
+    "append_line",
     "check_name",
+    "opened",
+    "read_bytes",
     "read_header",
     "read_json",
     "read_manifest",
     "read_tensors",
     "recover",
     "sha256",
+    "sweep",
     "verify_folder",
+    "write_bytes",
+    "write_file",
     "write_folder",
+    "write_json",
     "write_manifest",
     "write_tensors",
+    "write_text",
 ]
 
 MANIFEST = "manifest.json"
@@ -52,12 +60,41 @@ _ITEM_BITS = {
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64"), 64),
 }
-_RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file, open for reading. A FIFO or a device is refused without waiting for it or reading from it.
+
+    Raises `FileError`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileError(f"{path}: not a regular file; only those are read")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A whole regular file, or a `FileError` where it is larger than `limit` bytes."""
+    with opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"{path}: larger than {limit} bytes")
+    return data
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    with path.open("rb") as file:
+    """Hex digest of a regular file, read in blocks."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -86,10 +123,8 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _header_bytes(path: Path) -> tuple[int, bytes]:
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         fits = length <= min(MAX_HEADER, size - 8)
@@ -166,9 +201,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors and metadata in sorted order, so that equal weights make equal files."""
     ordered = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    save_file(ordered, path, metadata={"format": "pt", **(metadata or {})})
-    _sort_metadata(path)
-    path.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner; these are to be shared
+    with write_file(path) as part:
+        save_file(ordered, part, metadata={"format": "pt", **(metadata or {})})
+        _sort_metadata(part)
+        part.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner; these are to be shared
 
 
 def _umask() -> int:
@@ -190,17 +226,18 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of bounded size."""
+    """A JSON file of bounded size, in which no key appears twice."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise FileError(f"{path}: larger than {MAX_JSON} bytes")
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+        return json.loads(read_bytes(path, MAX_JSON).decode(), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path}: not valid JSON ({_brief(error)})") from error
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """A JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------- manifest
@@ -226,7 +263,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """`manifest.json`: sha256 and size of every file in `folder`, and `facts` (kind, base identity, versions)."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
-    (folder / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2, sort_keys=True) + "\n", "utf-8")
+    write_text(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=2, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -270,90 +307,3 @@ def _check_place(folder: Path, path: Path, links_into: Path | None) -> None:
     allowed += [links_into.resolve()] if links_into is not None else []
     if not any(home.is_relative_to(root) for root in allowed):
         raise FileError(f"{folder}: {path.relative_to(folder)} is, or lies behind, a link out of the folder")
-
-
-# ---------------------------------------------------------------------------------------------- folders, whole or not
-
-
-@contextlib.contextmanager
-def write_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty sibling folder; on success it takes `target`'s place in one step, on error it vanishes.
-
-    An existing `target` is exchanged atomically (`renameat2(RENAME_EXCHANGE)`, Linux), so a reader, or a kill at any
-    moment, finds the old folder or the new one. Where the file system cannot exchange, the old folder is moved aside
-    first; if the machine dies between those two renames, the next write (or `recover`) puts it back.
-    """
-    target = Path(os.path.abspath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover(target)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-{os.getpid()}-", dir=target.parent))
-    try:
-        stage.chmod(0o755)
-        yield stage
-        _sync_tree(stage)
-        _take_place(stage, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def recover(target: Path) -> None:
-    """Put back a folder that a dead process had moved aside, and remove unfinished ones."""
-    for aside in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.rename(aside, target)
-    for stage in target.parent.glob(f".{glob.escape(target.name)}.new-*"):
-        pid = stage.name.removeprefix(f".{target.name}.new-").split("-")[0]
-        if not (pid.isdigit() and _alive(int(pid))):
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it lives, and is someone else's
-    return True
-
-
-def _take_place(stage: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(stage, target)
-        return
-    if _exchange(stage, target):
-        return  # `stage` now holds the old folder, and is removed by the caller
-    aside = target.parent / f".{target.name}.old-{os.getpid()}"
-    os.rename(target, aside)
-    os.rename(stage, target)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two paths atomically; False where kernel, C library or file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    at_cwd = -100
-    if renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

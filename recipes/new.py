@@ -82,6 +82,8 @@ def prepare(
     """
     import yaml
 
+    from adapters.files import write_json, write_text
+
     calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]
     prompt = f"a photo of {article(calls)}"
     photos = look(folder, calls=calls, prompt=prompt, minimum=min(256, preset["resolution"]))
@@ -105,9 +107,8 @@ def prepare(
         f"{config} is there and says something else; delete it, or give another folder with --out",
     )
     if not file.exists():
-        file.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-    out.mkdir(parents=True, exist_ok=True)
-    config.write_text(text, "utf-8")
+        write_json(file, facts)
+    write_text(config, text)
     return config
 
 

@@ -171,9 +171,7 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
         return f"saved {folder / GUIDER_FILE} and its entry in {files.MANIFEST}{measured}"
     weights = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     require(bool(weights), f"adapter {adapter} is a folder without weights; nothing is saved there")
-    part = folder / f".{GUIDER_FILE}.{os.getpid()}"
-    part.write_text(text, "utf-8")
-    os.replace(part, folder / GUIDER_FILE)
+    files.write_text(folder / GUIDER_FILE, text)
     return f"saved {folder / GUIDER_FILE}; the folder has no {files.MANIFEST} to update"
 
 

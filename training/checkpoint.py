@@ -1,16 +1,17 @@
 """Checkpoints: folders `step-000250` that exist whole or not at all, in safetensors and JSON, never pickles.
 
-A checkpoint is written to a hidden sibling, flushed to the disk and renamed; a crash leaves at most the sibling, which
-the next save removes. Order, noise and dropout are functions of the step, so the step says all about position.
+`state.json` holds a SHA-256 of every file and of itself, so weights that were altered or damaged are never trained on.
+Order, noise and dropout are functions of the step, so the step says all about position.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from adapters import files
+from adapters.errors import FileError
 
 from . import config
 from .errors import TrainingError
@@ -74,96 +78,123 @@ class State:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Gives a temporary sibling to write into, and renames it to `target` if all went well; removes it otherwise.
+    """Gives an empty folder to write into, which becomes `target` if all went well and vanishes otherwise.
 
     Raises:
         TrainingError: the disk is full or not writable, naming the folder.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        if target.exists():  # a folder cannot be renamed over another, so the old one steps aside first
-            aside = target.with_name(f".{target.name}.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-        os.rename(temporary, target)
-        _flush(target.parent)
-        shutil.rmtree(target.with_name(f".{target.name}.old"), ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+        with files.write_folder(target) as place:
+            yield place
+    except OSError as error:
         raise TrainingError(
             f"cannot save {target}: {error}; what was saved before is intact, free space or change out"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save(folder: Path, state: State, *, keep: int) -> Path:
-    """Writes `folder/step-NNNNNN` and removes all but the last `keep`."""
+    """Writes `folder/step-NNNNNN` and removes all but the last `keep` up to it.
+
+    Raises:
+        TrainingError: weights that are not finite, which are not worth keeping; or see `atomic_folder`.
+    """
+    broken = [name for name, value in state.weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise TrainingError(
+            f"{len(broken)} weights are no longer finite at step {state.step}, such as {broken[0]}, so they are not "
+            "saved; lower train.learning_rate, or use train.precision fp32 or bf16"
+        )
     target = folder / f"{PREFIX}{state.step:06d}"
     tensors, plain = _split(state.optimizer)
+    parts = {"weights": state.weights, "optimizer": tensors, **({} if state.ema is None else {"ema": state.ema})}
     with atomic_folder(target) as place:
-        save_file(_dense(state.weights), place / "weights.safetensors")
-        save_file(_dense(tensors), place / "optimizer.safetensors")
-        if state.ema is not None:
-            save_file(_dense(state.ema), place / "ema.safetensors")
-        values = {"step": state.step, "optimizer": plain, "ema_updates": state.ema_updates, "scaler": state.scaler}
-        (place / "state.json").write_text(json.dumps({**values, "facts": state.facts}, indent=1))
+        for name, values in parts.items():
+            save_file(_dense(values), place / f"{name}.safetensors")
+        record = {"step": state.step, "optimizer": plain, "ema_updates": state.ema_updates, "scaler": state.scaler}
+        digests = {f"{name}.safetensors": files.sha256(place / f"{name}.safetensors") for name in parts}
+        record |= {"facts": state.facts, "sha256": digests}
+        (place / "state.json").write_text(json.dumps({**record, "own sha256": _own_digest(record)}, indent=1))
         config.write(state.facts.get("settings", {}), place / "settings.yaml")
-    for old in _all(folder)[:-keep]:
+    # Those of later steps are left: they are damaged, or of a run that went further, and are written over in time.
+    for old in [path for path in _all(folder) if _step(path) <= state.step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for left in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(left, ignore_errors=True)
     return target
 
 
+def _own_digest(record: dict[str, Any]) -> str:
+    """Of `state.json` itself: a number in it shapes the weights as much as a tensor does."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _all(folder: Path) -> list[Path]:
-    """Complete checkpoints by step; `state.json` is looked for so that a stray folder is none."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+    """Checkpoints by step, whole or not."""
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and _step(path) >= 0), key=_step)
 
 
-def find(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `train.resume` names: `latest` in `folder` (None when there is none), or a path.
+def _step(path: Path) -> int:
+    """The step that a checkpoint's name says; -1 for another name."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def find(resume: str, folder: Path, say: Callable[[str], None] = print) -> tuple[Path, State] | None:
+    """The checkpoint that `train.resume` names: a path, or `latest` in `folder` (None when there is none).
+
+    A damaged latest one is said, and the one before it is taken.
 
     Raises:
-        TrainingError: the path is no checkpoint.
+        TrainingError: the path is no checkpoint, or a damaged one; or all in `folder` are damaged.
     """
-    if resume == "latest":
-        return _all(folder)[-1] if _all(folder) else None
-    path = Path(resume)
-    if not (path / "state.json").is_file():
-        there = ", ".join(item.name for item in _all(folder)) or "none"
-        raise TrainingError(f"train.resume {resume} is no checkpoint; in {folder} there is: {there}")
-    return path
+    there = _all(folder)
+    if resume != "latest":
+        path = Path(resume)
+        if not (path / "state.json").exists():
+            names = ", ".join(item.name for item in there) or "none"
+            raise TrainingError(f"train.resume {resume} is no checkpoint; in {folder} there is: {names}")
+        return path, load(path)
+    for path in reversed(there):
+        try:
+            return path, load(path)
+        except TrainingError as error:
+            say(f"{error}: it is left alone, and the one before it is tried")
+    if there:
+        raise TrainingError(f"all checkpoints in {folder} are damaged; delete them to start from the beginning")
+    return None
 
 
 def load(path: Path) -> State:
-    """Reads a checkpoint."""
+    """Reads a checkpoint, after checking every file of it.
+
+    Raises:
+        TrainingError: it is damaged, or was altered; the message says how.
+    """
     try:
-        values = json.loads((path / "state.json").read_text())
-        ema = path / "ema.safetensors"
-        return State(
-            step=values["step"],
-            weights=load_file(path / "weights.safetensors"),
-            optimizer=_join(load_file(path / "optimizer.safetensors"), values["optimizer"]),
-            ema=load_file(ema) if ema.is_file() else None,
-            ema_updates=values["ema_updates"],
-            scaler=values["scaler"],
-            facts=values["facts"],
-        )
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise TrainingError(f"checkpoint {path} cannot be read ({error}); resume from another one") from error
+        return _load(path)
+    except (FileError, SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        said = error if isinstance(error, FileError) else f"{path}: {error!r:.200}"
+        raise TrainingError(f"checkpoint {path} is damaged ({said}); resume from another one") from error
+
+
+def _load(path: Path) -> State:
+    record = files.read_json(path / "state.json")
+    if not isinstance(record, dict) or record.pop("own sha256", None) != _own_digest(record):
+        raise FileError(f"{path / 'state.json'} is not as it was written")
+    if _step(path) not in (-1, record["step"]):
+        raise FileError(f"its name says another step than the {record['step']} inside")
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, digest in record["sha256"].items():
+        if files.sha256(path / name) != digest:
+            raise FileError(f"{path / name} is not as it was written")
+        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+    return State(
+        step=record["step"],
+        weights=tensors["weights"],
+        optimizer=_join(tensors["optimizer"], record["optimizer"]),
+        ema=tensors.get("ema"),
+        ema_updates=record["ema_updates"],
+        scaler=record["scaler"],
+        facts=record["facts"],
+    )
 
 
 def make_folder(out: Path) -> None:

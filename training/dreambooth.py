@@ -6,7 +6,6 @@ rather than a silent reuse.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from adapters.files import write_tensors
+from adapters.errors import FileError
+from adapters.files import read_json, write_file, write_json, write_tensors, write_text
 
 from . import company
 from .config import DreamBoothSettings, ObjectiveSettings
@@ -261,7 +261,7 @@ def class_images(
     ranks.wait_for_everyone()  # all have looked before the first one writes
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_main_process:
-        (folder / MANIFEST).write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
+        write_json(folder / MANIFEST, wanted)
     missing = {number for number in range(count) if not (folder / f"{number:05d}.png").is_file()}
     ranks.wait_for_everyone()  # all have seen the same before the first one draws
     batches = sorted({number // batch_size for number in missing})
@@ -277,7 +277,17 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
         if there:
             raise TrainingError(f"dreambooth.class_folder {folder} has images but no {MANIFEST}; give an empty folder")
         return
-    found = json.loads(manifest.read_text())
+    try:
+        found = read_json(manifest)
+        if not isinstance(found, dict):
+            raise FileError(f"{manifest}: no table of what the images were made of")
+    except FileError as error:
+        if not there:
+            return  # it says nothing about anything, and is written again
+        raise TrainingError(
+            f"{error}; without it nobody knows what the class images beside it were made of: delete {folder}, they "
+            "are made again, or set dreambooth.class_folder"
+        ) from error
     changed = [
         f"{key}: {shorten(str(found.get(key)), 80)} -> {shorten(str(value), 80)}"
         for key, value in wanted.items()
@@ -310,7 +320,6 @@ def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, batches: list[
         for number, prompt, image in zip(chunk, prompts, made, strict=True):
             if number not in missing:
                 continue
-            (folder / f"{number:05d}.txt").write_text(prompt + "\n", "utf-8")
-            temporary = folder / f".{number:05d}.png"  # the image comes last: one that is there has its caption
-            image.save(temporary, format="PNG")
-            temporary.rename(folder / f"{number:05d}.png")
+            write_text(folder / f"{number:05d}.txt", prompt + "\n")
+            with write_file(folder / f"{number:05d}.png") as part:  # it comes last: an image has its caption
+                image.save(part, format="PNG")

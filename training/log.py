@@ -8,16 +8,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor
 
+from adapters import files
+from adapters.errors import FileError
+
 from .errors import TrainingError
 
 __all__ = ["Log"]
+
+MAX_LOG = 2**30
 
 
 class Log:
@@ -36,7 +40,7 @@ class Log:
         self.losses: list[float] = []
         self._sum: Tensor | None = None
         self._count, self._since = 0, time.perf_counter()
-        self._file = _reopened(path, step) if accelerator.is_main_process else None
+        self._path = _reopened(path, step) if accelerator.is_main_process else None
         # Into a file or pipe the lines say it all; a bar would fill it with itself.
         self._bar = tqdm(total=steps, initial=step, unit="step", leave=False, disable=not sys.stderr.isatty())
 
@@ -74,24 +78,32 @@ class Log:
 
     def note(self, step: int, values: dict[str, float]) -> None:
         """Writes values of a step to the file and the trackers."""
-        if self._file is not None:
-            print(json.dumps({"step": step, **values}), file=self._file, flush=True)
+        if self._path is not None:
+            files.append_line(self._path, json.dumps({"step": step, **values}))
         if self.accelerator.trackers:
             self.accelerator.log(values, step=step)
 
     def close(self) -> None:
         self._bar.close()
-        if self._file is not None:
-            self._file.close()
 
 
-def _reopened(path: Path, step: int) -> Any:
-    """The file opened for appending, with the lines up to `step`; a line that a crash cut off is dropped."""
+def _reopened(path: Path, step: int) -> Path:
+    """The file with the lines up to `step`. It is only a log: a line that cannot be read is dropped, whatever it is."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.is_file() and step else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        return path.open("a")
+        lines = files.read_bytes(path, MAX_LOG).decode(errors="replace").splitlines() if step else []
+    except FileError:
+        lines = []  # none yet, or not one of ours
+    try:
+        files.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {error}; free space or change out") from error
+    return path
+
+
+def _step(line: str) -> float:
+    """The step that a line of the file is about; infinite where it does not say."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if type(step) is int else math.inf

@@ -176,10 +176,11 @@ def _resume(run: _Run) -> None:
     Raises:
         TrainingError: settings or data that shape the weights have changed, each named with both values.
     """
-    path = checkpoint.find(run.settings.resume, run.out / "checkpoints") if run.settings.resume else None
-    if path is None:
+    resume = run.settings.resume
+    found = checkpoint.find(resume, run.out / "checkpoints", run.say) if resume else None
+    if found is None:
         return
-    state = checkpoint.load(path)
+    path, state = found
     # The number of steps is free unless the learning rate depends on it.
     checkpoint.refuse_changes(
         path, state, run.facts, free=["train.steps"] if run.settings.schedule == "constant" else []

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
@@ -149,6 +149,8 @@ def prepare(
     elif cache != "off":
         names = encode_captions([*captions, *settings.validation.prompts], parts, store, device=device)
         texts = {caption: store[name] for caption, name in names.items()}
+    if damaged := gather_object(store.damaged):
+        say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
     masked = chosen.background < 1
     draws = Draws(
         latent_shape=(parts.unet.config.in_channels, parts.factor),

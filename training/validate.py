@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from adapters.files import write_file
+
 from .config import ValidationSettings
 from .data.batches import Draws, Feed, Stream
 from .data.images import rgb
@@ -89,7 +91,8 @@ def samples(
             ).images[0]
             written.append(folder / f"{number:02d}.png")
             if write:
-                image.save(written[-1])
+                with write_file(written[-1]) as part:
+                    image.save(part, format="PNG")
     return written
 
 

@@ -21,17 +21,11 @@ _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can say: a file's own
 
 def pack(folder: Path, archive: Path) -> None:
     """Write the files of `folder` to a zip `archive`, whole or not at all."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    part = archive.with_suffix(".part")
-    try:
-        with zipfile.ZipFile(part, "w") as zipped:
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _LONG_AGO)
-                entry.external_attr = 0o644 << 16
-                zipped.writestr(entry, path.read_bytes(), zipfile.ZIP_BZIP2)  # smallest for such tables
-        part.replace(archive)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.write_file(archive) as part, zipfile.ZipFile(part, "w") as zipped:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _LONG_AGO)
+            entry.external_attr = 0o644 << 16
+            zipped.writestr(entry, path.read_bytes(), zipfile.ZIP_BZIP2)  # smallest for such tables
 
 
 @contextlib.contextmanager

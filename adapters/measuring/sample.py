@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,7 +25,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
-from ..errors import AdapterError
+from ..errors import AdapterError, FileError
+from ..files import write_file
 
 __all__ = ["Shot", "images", "initial_latents", "read", "shots_in", "write"]
 
@@ -210,13 +211,16 @@ def write(path: Path, shot: Shot, facts: Mapping[str, Any]) -> None:
         "seconds": shot.seconds,
         "numbers": dict(shot.numbers),
         "settings": dict(facts),
+        "pixels": _digest(shot.image),
     }
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(record, sort_keys=True, default=str))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    shot.image.save(part, format="PNG", pnginfo=info)
-    os.replace(part, path)
+    with write_file(path, sync=False) as part:  # checked when it is read, and drawn again
+        shot.image.save(part, format="PNG", pnginfo=info)
+
+
+def _digest(image: Image.Image) -> str:
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()[:16]
 
 
 def read(path: Path) -> tuple[Shot, dict[str, Any]]:
@@ -225,16 +229,22 @@ def read(path: Path) -> tuple[Shot, dict[str, Any]]:
         with Image.open(path) as image:
             record = json.loads(image.text[METADATA_KEY])  # type: ignore[attr-defined]
             pixels = image.convert("RGB")
-        settings = record.pop("settings")
+        settings, digest = record.pop("settings"), record.pop("pixels", None)
+        if digest not in (None, _digest(pixels)):
+            raise ValueError("other pixels than were written")
         return Shot(image=pixels, path=path, **record), settings
     except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError) as error:
-        raise AdapterError(f"{path}: not an image written by adapters.sample ({type(error).__name__})") from error
+        raise FileError(f"{path}: not a whole image written by adapters.sample ({error!r:.120})") from error
 
 
 def _resume(folder: Path | None, unit: tuple[str, int], facts: Mapping[str, Any]) -> Shot | None:
     if folder is None or not (path := folder / _name(*unit)).exists():
         return None
-    shot, settings = read(path)
+    try:
+        shot, settings = read(path)
+    except FileError as error:
+        warnings.warn(f"{error}; it is drawn again", stacklevel=4)
+        return None
     wanted = json.loads(json.dumps(dict(facts), default=str))
     if settings != wanted:
         different = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))

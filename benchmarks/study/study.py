@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+import adapters
 from benchmarks.study import pointing_table
 from benchmarks.study.tables import report
 from recipes.common.cli import quiet
@@ -306,9 +307,8 @@ class _Run:
         _module(stage.recipe).run(settings)
         seconds = round(time.perf_counter() - begin, 1)
         ended = self.out / stage.name / ENDED
-        part = ended.with_suffix(".part")  # whole or not at all: it decides whether the stage is run again
-        part.write_text(json.dumps({"seconds of the last run": seconds, "record": record}))
-        part.replace(ended)
+        # Whole or not at all: it decides whether the stage is run again.
+        adapters.files.write_json(ended, {"seconds of the last run": seconds, "record": record}, indent=None)
 
     def borrow(self, stage: Stage) -> None:
         """Copy the pictures that another stage drew with the same settings, of every subject; all are still checked."""

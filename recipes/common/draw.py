@@ -96,13 +96,10 @@ def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24
 
 def keep(image: Image.Image, path: Path) -> None:
     """A picture that appears whole or not at all; the main process writes it."""
+    from adapters.files import write_file
     from training.ranks import state
 
     if not state().is_main_process:
         return
-    part = path.with_suffix(".part")
-    try:
+    with write_file(path) as part:
         image.save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

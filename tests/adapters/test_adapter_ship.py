@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import adapters
-from adapters import files, keys, loading, ship
+from adapters import files, keys, loading, ship, whole
 from adapters.card import Card, escape, render
 from adapters.errors import AdapterError, FileError, GainsError
 from adapters.measuring import gains, sample, table, verify
@@ -260,7 +260,7 @@ def test_kill_9_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch, exch
     """Many kills at random moments of back-to-back writes; every time one whole folder is there."""
     target, generator, seen = tmp_path / "out", random.Random(5), set()
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(whole, "_exchange", lambda a, b: False)
     forks = multiprocessing.get_context("fork")
     for _ in range(40):
         ready = forks.Event()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from training_data import picture
+from safetensors.torch import load_file, save_file
+from training_data import fill, picture
 
 from training import config, loop, lora, models
 from training.data import cache, crops, images
@@ -71,11 +73,11 @@ def test_an_entry_follows_its_image_not_its_place(base: Path, pictures: Path, tm
 def test_an_interrupted_write_is_no_entry(base: Path, pictures: Path, tmp_path: Path, monkeypatch) -> None:
     store = cache.Store(tmp_path / "cache")
 
-    def full(entry: object, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full(path: Path, data: bytes) -> None:
+        path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(TrainingError, match=r"cannot write the cache in .*No space left.*data.cache"):
         encode(base, pictures, store)
     monkeypatch.undo()
@@ -99,13 +101,45 @@ def test_the_shift_factor_counts(base: Path) -> None:
     assert torch.equal(std, same)
 
 
-def losses(base: Path, pictures: Path, out: Path, kind: str, **changes: object) -> list[float]:
+DAMAGES = {
+    "a flipped bit": lambda path, other: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"),
+    "another entry": lambda path, other: path.write_bytes(other.read_bytes()),
+    "cut": lambda path, other: os.truncate(path, 100),
+    "empty": lambda path, other: os.truncate(path, 0),
+    "foreign": lambda path, other: save_file({"mean": torch.zeros(4, 8, 8)}, path),
+    "a FIFO": lambda path, other: (path.unlink(), os.mkfifo(path)),
+}
+
+
+def test_damaged_entries_are_made_again(base: Path, pictures: Path, tmp_path: Path) -> None:
+    fill(pictures, len(DAMAGES))
+    store = cache.Store(tmp_path / "cache")
+    made, first = encode(base, pictures, store)
+    before = [first[index] for index in range(made)]
+    paths = [cache._path(tmp_path / "cache", name) for name in first.names]
+    for damage, path, other in zip(DAMAGES.values(), paths, paths[1:] + paths[:1], strict=True):
+        damage(path, other)
+    for index in range(made):
+        with pytest.raises(TrainingError, match=f"{paths[index].name}.*start again"):
+            first[index]
+    store = cache.Store(tmp_path / "cache")
+    made, again = encode(base, pictures, store)
+    assert made == len(DAMAGES)
+    assert store.damaged == paths
+    assert all(torch.equal(again[index]["mean"], before[index]["mean"]) for index in range(made))
+    assert encode(base, pictures, cache.Store(tmp_path / "cache"))[0] == 0
+
+
+def losses(
+    base: Path, pictures: Path, out: Path, kind: str, said: list[str] | None = None, **changes: object
+) -> list[float]:
     parts = models.load(base)
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     plain = {"steps": 6, "batch_size": 2, "trackers": [], "log_every": 1, "learning_rate": 1e-2}
     settings = config.TrainSettings(**{**plain, **changes})  # type: ignore[arg-type]
     method = lora.prepare(parts, config.LoraSettings(rank=2))
-    result = loop.train(method, data, settings, out=out, cache=kind, say=lambda line: None)  # type: ignore[arg-type]
+    say = (said if said is not None else []).append
+    result = loop.train(method, data, settings, out=out, cache=kind, say=say)  # type: ignore[arg-type]
     assert result is not None
     assert all(map(bool, [parts.text_encoders] if kind == "off" else [not parts.text_encoders, parts.vae is None]))
     return result.losses
@@ -115,7 +149,18 @@ def test_cached_training_is_uncached_training(base: Path, pictures: Path, tmp_pa
     """Stronger than equal in distribution: the posterior's noise is drawn by position, so even the losses agree."""
     plain = losses(base, pictures, tmp_path / "off", "off")
     torch.testing.assert_close(losses(base, pictures, tmp_path / "memory", "memory"), plain, rtol=1e-4, atol=1e-5)
-    assert losses(base, pictures, tmp_path / "disk", "disk") == losses(base, pictures, tmp_path / "again", "memory")
+    whole = losses(base, pictures, tmp_path / "again", "memory")
+    assert losses(base, pictures, tmp_path / "disk", "disk") == whole
+    (tmp_path / "disk").rename(tmp_path / "before")
+    shutil.copytree(tmp_path / "before" / "cache", tmp_path / "disk" / "cache")
+    paths = sorted((tmp_path / "disk" / "cache").rglob("*.safetensors"))
+    contents = [path.read_bytes() for path in paths]
+    for path, other in zip(paths, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(other)
+    said: list[str] = []
+    assert losses(base, pictures, tmp_path / "disk", "disk", said) == whole
+    assert any(f"{len(paths)} damaged files of the cache were made again" in line for line in said)
+    assert [path.read_bytes() for path in paths] == contents
 
 
 def test_the_region_is_a_mask_made_once_per_image(base: Path, pictures: Path) -> None:

@@ -207,9 +207,17 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
     assert before.items() <= after.items()  # the missing one came back as it was, by its own seed
     with pytest.raises(TrainingError, match=r"class images in .* settings \(prompts: \['dog'\] -> \['cat'\]\)"):
         prior(base, folder, class_prompt="cat")
+    (folder / "manifest.json").write_text("")
+    with pytest.raises(TrainingError, match=r"manifest.json: not valid JSON.*delete .*class, they are made again"):
+        prior(base, folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(TrainingError, match=r"has images but no manifest.json"):
         prior(base, folder)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "manifest.json").write_text("")  # as a full disk once left it: it says nothing about no images
+    assert len(prior(base, folder).views) == 3
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
 
 
 def test_class_images_of_a_prompt_file_are_captioned_with_what_they_were_drawn_of(base: Path, tmp_path: Path) -> None:

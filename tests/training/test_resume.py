@@ -31,6 +31,16 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
+# What other programs, other encodings and crashes may leave in a log.
+NO_LOG = b'\xff\xfe{}\n[1]\nnull\n{"loss": 1}\n{"step": "2"}\n{"step": true}\n' + b"[" * 2000 + b'\n{"step": 1, "lo'
+
+
+def flip(file: Path, place: int = -1) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
 class Crash(Exception):
     """An interruption that leaves training no time to do anything."""
 
@@ -66,10 +76,16 @@ def test_interrupted_and_resumed_is_uninterrupted(name: str, base: Path, picture
         if line.startswith(f"step {3 + len(name) % 4}/"):
             raise Crash
 
-    cut = {**asked, "out": tmp_path / "cut"}
+    cut, said = {**asked, "out": tmp_path / "cut"}, []
     with pytest.raises(Crash):
         training_driver.train(cut, say=crash)
-    training_driver.train({**cut, "train": {**asked["train"], "resume": "latest"}}, say=lambda line: None)
+    with (tmp_path / "cut" / "log.jsonl").open("ab") as file:
+        file.write(NO_LOG)
+    there = sorted((tmp_path / "cut" / "checkpoints").iterdir())
+    if len(there) > 1:
+        flip(there[-1] / "optimizer.safetensors")
+    training_driver.train({**cut, "train": {**asked["train"], "resume": "latest"}}, say=said.append)
+    assert any(f"{there[-1]} is damaged" in line for line in said) == (len(there) > 1)
     same_end(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -155,7 +171,9 @@ def test_a_checkpoint_comes_back_as_it_was_and_the_last_ones_are_kept(tmp_path: 
     for step in (1, 2, 10):
         path = checkpoint.save(tmp_path, state(step), keep=2)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["step-000002", "step-000010"]
-    assert checkpoint.find("latest", tmp_path) == path
+    found = checkpoint.find("latest", tmp_path)
+    assert found is not None
+    assert found[0] == path
     loaded = checkpoint.load(path)
     assert loaded.step == 10
     assert loaded.weights["a"].tolist() == [0, 1, 2]
@@ -194,3 +212,58 @@ def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(3), keep=2)
     with pytest.raises(TrainingError, match=r"train.resume nowhere is no checkpoint.*step-000003"):
         checkpoint.find("nowhere", tmp_path)
+
+
+def alter(place: Path, **changes: object) -> None:
+    values = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps({**values, **changes}))
+
+
+def exchange(place: Path) -> None:
+    (place / "weights.safetensors").write_bytes((place.parent / "step-000001" / "weights.safetensors").read_bytes())
+
+
+DAMAGES = {
+    "a step far ahead": lambda place: alter(place, step=10**9),
+    "a negative step": lambda place: alter(place, step=-3),
+    "an earlier step": lambda place: alter(place, step=1),
+    "other counts": lambda place: alter(place, ema_updates=7),
+    "a renamed folder": lambda place: place.rename(place.with_name("step-000003")),
+    "a flipped bit in the weights": lambda place: flip(place / "weights.safetensors"),
+    "a flipped bit in the moments": lambda place: flip(place / "optimizer.safetensors"),
+    "a flipped bit in the header": lambda place: flip(place / "weights.safetensors", 9),
+    "a flipped bit in the record": lambda place: flip(place / "state.json", 30),
+    "another one's weights": exchange,
+    "cut weights": lambda place: os.truncate(place / "weights.safetensors", 50),
+    "an empty record": lambda place: os.truncate(place / "state.json", 0),
+    "a list for a record": lambda place: (place / "state.json").write_text("[]"),
+    "no moments": lambda place: (place / "optimizer.safetensors").unlink(),
+    "no record": lambda place: (place / "state.json").unlink(),
+    "a FIFO": lambda place: ((place / "state.json").unlink(), os.mkfifo(place / "state.json")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(name: str, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), keep=2)
+    changed = state(2)
+    changed.weights["a"] += 1
+    DAMAGES[name](checkpoint.save(tmp_path, changed, keep=2))
+    said: list[str] = []
+    found = checkpoint.find("latest", tmp_path, said.append)
+    assert found is not None
+    assert (found[0].name, found[1].step, found[1].weights["a"].tolist()) == ("step-000001", 1, [0, 1, 2])
+    assert len(said) == 1
+    assert "is damaged" in said[0]
+    assert checkpoint.save(tmp_path, state(1), keep=1).is_dir()  # the damaged later one does not push it out
+    flip(tmp_path / "step-000001" / "weights.safetensors")
+    with pytest.raises(TrainingError, match=r"all checkpoints in .* are damaged"):
+        checkpoint.find("latest", tmp_path, said.append)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    broken = state(2)
+    broken.weights["a"][1] = torch.nan
+    with pytest.raises(TrainingError, match=r"no longer finite at step 2, such as a, .*learning_rate"):
+        checkpoint.save(tmp_path, broken, keep=2)
+    assert not list(tmp_path.iterdir())

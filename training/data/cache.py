@@ -8,7 +8,7 @@ so that their bits do not depend on their neighbours, and hold mean *and* standa
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
+
+from adapters import files
+from adapters.errors import FileError
 
 from ..errors import TrainingError
 from ..models import Parts, encode_images, encode_text, fingerprint, tokenize
@@ -29,41 +32,85 @@ from .crops import View, Views
 __all__ = ["Encoded", "Live", "Region", "Store", "caching_seconds", "encode_captions", "encode_views", "view_tensors"]
 
 RMS_ALLOWED = (0.05, 20.0)  # of scaled latents, which a fitting VAE scale brings near 1
+MAX_ENTRY = 2**30  # bytes of a file; latents and condition of a picture are a few MiB
 Entry = dict[str, Tensor]
 Region = Callable[[Parts, Entry, str], Tensor]
 
 
 class Store:
-    """Named entries in memory, or with `folder` as one safetensors file each, written whole or not at all."""
+    """Named entries in memory, or with `folder` as one safetensors file each, written whole or not at all.
+
+    A file holds a digest of its name and tensors. Damaged, foreign or exchanged ones are found when they are read.
+    """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         self._memory: dict[str, Entry] = {}
         self.encoded = 0
         """Entries that had to be made since this object exists."""
+        self.damaged: list[Path] = []
+        """Files that were there and could not be used."""
 
     def __contains__(self, name: str) -> bool:
-        return name in self._memory if self.folder is None else _path(self.folder, name).is_file()
+        return name in self._memory if self.folder is None else _path(self.folder, name).exists()
+
+    def sound(self, name: str) -> bool:
+        """Whether the entry is there and is what was put; a damaged one is noted."""
+        if self.folder is None or name not in self:
+            return name in self
+        try:
+            _read(self.folder, name)
+        except FileError:
+            self.damaged.append(_path(self.folder, name))
+            return False
+        return True
 
     def __getitem__(self, name: str) -> Entry:
-        return self._memory[name] if self.folder is None else load_file(_path(self.folder, name))
+        """The entry; a `TrainingError` where its file was damaged since `sound` looked."""
+        if self.folder is None:
+            return self._memory[name]
+        try:
+            return _read(self.folder, name)
+        except FileError as error:
+            raise TrainingError(
+                f"{error}; it was sound when this run began: start again, and it is made again"
+            ) from error
 
     def put(self, name: str, entry: Entry) -> None:
         self.encoded += 1
         if self.folder is None:
             self._memory[name] = entry
             return
-        path = _path(self.folder, name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(entry, temporary)
-            os.replace(temporary, path)
+            data = save(entry, {"sha256": _digest(name, entry)})
+            files.write_bytes(_path(self.folder, name), data, sync=False)  # checked when it is read
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise TrainingError(
                 f"cannot write the cache in {self.folder}: {error}; free space or set data.cache"
             ) from error
+
+
+def _read(folder: Path, name: str) -> Entry:
+    path = _path(folder, name)
+    data = files.read_bytes(path, MAX_ENTRY)
+    try:
+        entry = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        digest = header["__metadata__"]["sha256"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{path}: not an entry of the cache ({error!r:.80})") from error
+    if digest != _digest(name, entry):
+        raise FileError(f"{path}: not the entry that was put there")
+    return entry
+
+
+def _digest(name: str, entry: Entry) -> str:
+    digest = hashlib.sha256(name.encode())
+    for key in sorted(entry):
+        value = entry[key].contiguous()
+        digest.update(f"\0{key} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _path(folder: Path, name: str) -> Path:
@@ -108,13 +155,13 @@ def _name(*pieces: str) -> str:
 
 
 def _mine(names: Iterable[tuple[str, Any]], store: Store) -> Iterator[tuple[str, Any]]:
-    """This process's share of the names, each once, as far as they are missing.
+    """This process's share of the names, each once, as far as they are missing or damaged.
 
     Shares are dealt from all names: processes that look at different moments would deal the missing ones differently.
     """
     ranks = state()
     for number, (name, work) in enumerate(dict(names).items()):
-        if number % ranks.num_processes == ranks.process_index and name not in store:
+        if number % ranks.num_processes == ranks.process_index and not store.sound(name):
             yield name, work
 
 

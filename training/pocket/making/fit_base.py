@@ -13,7 +13,6 @@ shapes are decided: after 64,000 samples with it, textures and colours were righ
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel
+
+from adapters.files import write_file
 
 from .. import tokenizer
 from ..scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
@@ -76,10 +77,8 @@ def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str
     captions = [sample(seed, i).caption for i in range(begin, begin + SHARD)]
     tokens = words(captions, padding="max_length", return_tensors="pt").input_ids
     shard = {"latents": torch.cat(latents).half().cpu().contiguous(), "tokens": tokens.to(torch.int16)}
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(shard, fresh)
-    fresh.replace(path)
+    with write_file(path) as part:
+        save_file(shard, part)
     return shard
 
 

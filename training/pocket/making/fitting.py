@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from adapters.files import write_file
 
 __all__ = ["Ema", "MuonAdamW", "add_up", "learning_rate", "load_state", "pixels", "processes", "save_state", "seeded"]
 
@@ -205,16 +206,9 @@ def save_state(
         tensors |= {f"ema.{part}/{name}": value for name, value in ema.average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".tmp")
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        fresh,
-        metadata={"state": json.dumps({"step": step})},
-    )
-    with fresh.open("rb+") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    metadata = {"state": json.dumps({"step": step})}
+    with write_file(path) as fresh:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, fresh, metadata=metadata)
 
 
 def load_state(

@@ -56,7 +56,8 @@ def ship(
         weights: an adapter, or what training wrote: a folder or file in peft, diffusers or kohya keys, or the folder of
             a ControlNet or U-net.
         base: `adapters.describe(pipe)` of the base it was made on.
-        gains, rows: the comparison and the table it came from; both or neither.
+        gains: the comparison; with `rows`, or neither of the two.
+        rows: the table that the comparison was computed from.
         shots: images per arm, for samples and report.
         guider: the settings that measured best; what `load` hands to its guidance callable.
         embeds: learned tokens of one text encoder, token -> (vectors, width); those in `weights` ship by themselves.

@@ -38,10 +38,13 @@ class SemanticGuider(BaseGuidance):
         method: "semantic", "cfg", "dose", "placebo", "pointwise" or "interval".
         guidance_scale: s.
         guidance_rescale: rescaling to the conditional prediction's spread (0: none).
-        start, stop: diffusers' own window: outside it there is no guidance at all.
+        start: diffusers' own window; before it there is no guidance at all.
+        stop: end of diffusers' own window; after it there is no guidance at all.
         enabled: diffusers' own switch.
-        semantic_start, semantic_stop: `SemanticCFG.start` and `.stop`: outside, plain CFG (with method "interval":
-            guidance inside only). None: the method's default.
+        semantic_start: `SemanticCFG.start`: before it, plain CFG (method "interval": no guidance). None: the method's
+            default.
+        semantic_stop: `SemanticCFG.stop`: after it, plain CFG (method "interval": no guidance). None: the method's
+            default.
 
     The rest are the fields of `SemanticCFG`. For words or phrases as `tokens` set `guider.words` before the call, e.g.
     to `[scfg.prompt_words(pipe.tokenizer, prompt, 77)]`. Inpainting masks are seen with 9-channel U-nets only.

@@ -89,9 +89,11 @@ def images(
         folder: where PNGs go. Images found there with equal settings are read, not sampled again (a batch that was cut
             short is made anew as a whole, so that a resumed run ends with the same bits); a PNG of other settings under
             the same name is an error.
-        rank, world: this process samples every `world`-th image, starting at `rank`; `shots_in(folder)` gathers.
+        rank: this process's number; it samples every `world`-th image, starting at `rank`.
+        world: number of processes; `shots_in(folder)` collects the images of all.
 
-    Returns: the shots of this rank, in order.
+    Returns:
+        The shots of this rank, in order.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise AdapterError(

@@ -53,7 +53,8 @@ def search(
     Args:
         candidates: settings, each a plain mapping (method, scale, reference, clamps, start, stop, adapter weight, …).
         sample: (settings, prompts, seeds) -> images.
-        prompts, seeds: of the tuning; must share nothing with the held-out ones, which are named only to be checked.
+        prompts: prompts to tune on; they must differ from the held-out prompts, which are passed only for this check.
+        seeds: seeds to tune with; they must differ from the held-out seeds.
         keep: share of candidates that go on to the next round, in which each gets 1/keep times the seeds.
         first: seeds per prompt in the first round.
     """

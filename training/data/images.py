@@ -113,7 +113,8 @@ def folder(
     Args:
         path: folder; captions come from `metadata.jsonl`, else from `.txt` files named like the images.
         prompt: one caption for all images; captions in the folder are then left alone.
-        masks, conditioning: folders with an image of the same name (any suffix) and size for every image.
+        masks: folder with a mask of the same name (any suffix) and size for every image.
+        conditioning: the same for conditioning images.
         minimum: shortest allowed side in pixels.
 
     Raises:

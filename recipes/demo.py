@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from recipes import dreambooth_lora
-from recipes.common.cli import explained, quiet
+from recipes.common.cli import alone, explained, quiet
 from training.config import parse
 from training.errors import exit_on_error
 from training.pocket.captions import article
@@ -54,7 +54,9 @@ def main() -> None:
     }
     config = HERE / "configs" / "dreambooth_lora" / "pocket_dog.yaml"
     arguments = [f"--config={config}", *(f"--{name}={value}" for name, value in changes.items())]
-    release = dreambooth_lora.run(parse(dreambooth_lora.Settings, arguments))
+    settings = parse(dreambooth_lora.Settings, arguments)
+    with alone(settings):
+        release = dreambooth_lora.run(settings)
     assert release is not None
     print(f"\n{time.perf_counter() - begin:.0f} s in all. Open {release / 'report.html'}")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from adapters import files
+from adapters import files, machine
 from adapters.errors import FileError
 
 from . import config
@@ -35,7 +34,6 @@ __all__ = [
     "differences",
     "find",
     "load",
-    "make_folder",
     "refuse_changes",
     "restore_optimizer",
     "save",
@@ -87,9 +85,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         with files.write_folder(target) as place:
             yield place
     except OSError as error:
-        raise TrainingError(
-            f"cannot save {target}: {error}; what was saved before is intact, free space or change out"
-        ) from error
+        raise TrainingError(f"cannot save {target}: {machine.explain(error) or error}") from error
 
 
 def save(folder: Path, state: State, *, keep: int) -> Path:
@@ -195,16 +191,6 @@ def _load(path: Path) -> State:
         scaler=record["scaler"],
         facts=record["facts"],
     )
-
-
-def make_folder(out: Path) -> None:
-    """Raises `TrainingError` where `out` cannot be made, or not be written into."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"out {out} cannot be made a folder ({error.strerror}); change out") from error
-    if not os.access(out, os.W_OK):
-        raise TrainingError(f"out {out} is not writable; change its permissions or out")
 
 
 def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: list[str]) -> None:

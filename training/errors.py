@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from . import environment
 
@@ -20,26 +20,13 @@ class Stopped(Exception):
     """Training was asked to stop (SIGTERM, SIGINT) and has saved; the message says how to resume."""
 
 
-# What the machine, not the code, is to be asked about.
-_MACHINE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-}
-
-
 @contextmanager
 def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> Iterator[None]:
     """Runs a recipe's body; a `TrainingError` or one of `others()` becomes `error: ...` on stderr and exit code 2.
 
-    So do a full disk, a place that cannot be written, and what `training.environment` finds wrong with the installation
-    before the body starts. `Stopped` and Ctrl-C become a line on stderr and exit code 130, the shell's code for an
-    interrupted command. Any other exception is a bug of ours and keeps its traceback.
+    So does what the machine cannot do (`adapters.machine`: memory, disks, names), and what `training.environment` finds
+    wrong with the installation before the body starts. `Stopped` and Ctrl-C become a line on stderr and exit code 130,
+    the shell's code for an interrupted command. Any other exception is a bug of ours and keeps its traceback.
 
     Args:
         others: asked only once something went wrong, so that a recipe need not import its rooms to say `--help`.
@@ -54,8 +41,17 @@ def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> 
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
         raise SystemExit(130) from stop
+    except TrainingError as error:
+        _end(str(error), error)
     except Exception as error:
-        if not isinstance(error, (TrainingError, *others())) and getattr(error, "errno", None) not in _MACHINE:
+        from adapters.machine import explain  # with torch, which may not load before `problem` has looked
+
+        line = explain(error) or (str(error) if isinstance(error, others()) else None)
+        if line is None:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        _end(line, error)
+
+
+def _end(line: str, error: Exception) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor
 
-from adapters import files
+from adapters import files, machine
 from adapters.errors import FileError
 
 from .errors import TrainingError
@@ -96,7 +96,7 @@ def _reopened(path: Path, step: int) -> Path:
     try:
         files.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
     except OSError as error:
-        raise TrainingError(f"cannot write {path}: {error}; free space or change out") from error
+        raise TrainingError(f"cannot write {path}: {machine.explain(error) or error}") from error
     return path
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import checkpoint, config, optim, sharding, validate
+from . import checkpoint, config, lock, optim, sharding, validate
 from .config import TrainSettings
 from .data.batches import seed_of
 from .data.cache import Region
@@ -29,6 +29,7 @@ from .errors import Stopped, TrainingError
 from .log import Log
 from .method import Method, Stepper
 from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare
+from .ranks import state
 from .signals import Signals
 
 __all__ = ["Result", "train"]
@@ -91,39 +92,41 @@ def train(
         say: receives progress lines, on the main process only.
 
     Raises:
-        TrainingError: settings, data or a loss that training cannot go on with; the last checkpoint is intact.
+        TrainingError: settings, data or a loss that training cannot go on with, or another run in `out`; the last
+            checkpoint is intact.
         Stopped: SIGTERM or SIGINT came; the step was finished and saved.
     """
     out = Path(out)
-    if not settings.dry_run:
-        checkpoint.make_folder(out)
-    accelerator = make_accelerator(settings, out, say)
-    tell = say if accelerator.is_main_process else _silent
-    prepared = prepare(
-        method,
-        data,
-        settings,
-        accelerator,
-        prior=prior,
-        region=region,
-        cache=cache,
-        cache_folder=Path(cache_folder) if cache_folder else out / "cache",
-        say=tell,
-    )
-    facts = {
-        "base model": method.parts.identity,
-        "training method": method.name,
-        "samples per step": prepared.feed.per_step,
-        "content of the data": _digest(prepared.names),
-        "settings": record if record is not None else {"train": config.resolved(settings)},
-    }
-    with kernels(method, settings, accelerator):
-        run = _start(method, settings, accelerator, prepared, out, facts, tell)
-        announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
-        if settings.dry_run:
-            return None
-        _resume(run)
-        return _loop(run)
+    with contextlib.ExitStack() as alone:
+        if not settings.dry_run and state().is_main_process:
+            alone.enter_context(lock.held(out))
+        accelerator = make_accelerator(settings, out, say)
+        tell = say if accelerator.is_main_process else _silent
+        prepared = prepare(
+            method,
+            data,
+            settings,
+            accelerator,
+            prior=prior,
+            region=region,
+            cache=cache,
+            cache_folder=Path(cache_folder) if cache_folder else out / "cache",
+            say=tell,
+        )
+        facts = {
+            "base model": method.parts.identity,
+            "training method": method.name,
+            "samples per step": prepared.feed.per_step,
+            "content of the data": _digest(prepared.names),
+            "settings": record if record is not None else {"train": config.resolved(settings)},
+        }
+        with kernels(method, settings, accelerator):
+            run = _start(method, settings, accelerator, prepared, out, facts, tell)
+            announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
+            if settings.dry_run:
+                return None
+            _resume(run)
+            return _loop(run)
 
 
 def _silent(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from training.errors import TrainingError, exit_on_error
 __all__ = [
     "CONFIGS",
     "TRAININGS",
+    "alone",
     "explained",
     "launch",
     "quiet",
@@ -35,7 +37,19 @@ def launch(kind: type[SettingsT], run: Callable[[SettingsT], Any]) -> None:
     with exit_on_error(explained):
         if not {"-h", "--help", "--print_config"} & set(sys.argv[1:]):
             quiet()
-        run(_settings(kind, Path(run.__code__.co_filename).stem))
+        settings = _settings(kind, Path(run.__code__.co_filename).stem)
+        with alone(settings):
+            run(settings)
+
+
+def alone(settings: Any) -> AbstractContextManager[None]:
+    """Keeps other runs out of the settings' `out` while in the context; trial runs write nothing and lock nothing."""
+    from training.lock import held
+    from training.ranks import state
+
+    out, training = getattr(settings, "out", None), getattr(settings, "train", None)
+    trial = getattr(settings, "dry_run", False) or getattr(training, "dry_run", False)
+    return held(out) if out and not trial and state().is_main_process else nullcontext()
 
 
 def _settings(kind: type[SettingsT], recipe: str) -> SettingsT:

@@ -154,6 +154,18 @@ def test_an_output_with_a_file_in_the_way_is_named(refused, photos: Path, tmp_pa
         assert str(tmp_path / "file") in refused(name, *POCKET, *more, out=out), name
 
 
+def test_a_folder_in_which_another_run_works_is_left_to_it(refused, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    script = f"from training.lock import held\nwith held({str(tmp_path / 'out')!r}): print('held', flush=True), input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        said = refused("sample", *POCKET, "--prompts=[a dog]", "--sampling.steps=1")
+        assert f"in use by another run (process {holder.pid} on" in said
+        holder.communicate("\n")
+
+
 def test_files_of_a_release_that_were_changed_are_named(refused, demo, tmp_path: Path) -> None:
     out, _ = demo
     changed = tmp_path / "release"

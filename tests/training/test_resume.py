@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_half_one(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(TrainingError, match=r"cannot save .*step-000002.*No space left.*before is intact"):
         checkpoint.save(tmp_path, state(2), keep=2)
     assert [item.name for item in tmp_path.iterdir()] == ["step-000001"]

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn import functional
 
-from adapters import files
+from adapters import files, machine
 from adapters.errors import FileError
 
 from ..errors import TrainingError
@@ -86,7 +86,7 @@ class Store:
             files.write_bytes(_path(self.folder, name), data, sync=False)  # checked when it is read
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"cannot write the cache in {self.folder}: {error}; free space or set data.cache"
+                f"cannot write the cache in {self.folder}: {machine.explain(error) or error}; or set data.cache"
             ) from error
 
 

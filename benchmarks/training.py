@@ -123,7 +123,7 @@ def pictures(folder: Path, resolution: int) -> list[Path]:
         small = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         paths.append(folder / f"{number}.jpg")
         small.resize((2 * resolution, 2 * resolution), Image.Resampling.BICUBIC).save(paths[-1], quality=95)
-        paths[-1].with_suffix(".txt").write_text("a photo of a dog")
+        paths[-1].with_suffix(".txt").write_text("a photo of a dog", "utf-8")
     return paths
 
 
@@ -176,7 +176,7 @@ def plain(parts: Parts, args: argparse.Namespace, batch: int, paths: list[Path])
         image = Image.open(path).convert("RGB")
         image = image.resize((args.resolution, args.resolution), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
-        caption = path.with_suffix(".txt").read_text()
+        caption = path.with_suffix(".txt").read_text("utf-8")
         ids = parts.tokenizers[0](
             caption,
             padding="max_length",

@@ -63,7 +63,8 @@ def run(settings: Settings) -> Path | None:
     from training.data.annotators import annotator
 
     make = annotator(settings.annotator, settings.annotator_model) if settings.annotator != "none" else images.rgb
-    source = images.folder(settings.pictures, prompt=settings.prompt, minimum=1)
+    shown = settings.pictures if settings.annotator == "none" else None
+    source = images.folder(settings.pictures, prompt=settings.prompt, conditioning=shown, minimum=1, say=say)
     if settings.prompt is not None:
         require(len(source) == 1, "prompt fits one picture; give several ones captions (.txt files)")
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
@@ -71,7 +72,8 @@ def run(settings: Settings) -> Path | None:
     cut = Image.Resampling.NEAREST if settings.annotator == "none" else Image.Resampling.LANCZOS
     conditions: dict[str, Image.Image] = {}
     for index in range(len(source)):
-        conditions.setdefault(source[index].caption, make(ImageOps.fit(source[index].image, size, cut)))
+        sample = source[index]
+        conditions.setdefault(sample.caption, make(ImageOps.fit(sample.conditioning or sample.image, size, cut)))
 
     def condition(prompt: str, seed: int) -> dict[str, Any]:
         return {"image": conditions[prompt]}

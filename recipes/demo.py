@@ -42,7 +42,7 @@ def main() -> None:
     begin = time.perf_counter()
     quiet()
     subject = HERE / "subjects" / options.subject
-    noun = json.loads((subject / "subject.json").read_text())["class"]
+    noun = json.loads((subject / "subject.json").read_text("utf-8"))["class"]
     changes = {
         "data.source": subject,
         "data.masks": subject / "masks",

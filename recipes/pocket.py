@@ -184,12 +184,14 @@ def sheet(seed: int) -> None:
         )
         draw.text((column * side + 2, row * (side + 14) + 1), str(place), fill="black")
     picture.save(RUNS / "sheet.png")
-    (RUNS / "sheet_key.json").write_text(json.dumps({place: prompts[i] for place, i in enumerate(order)}, indent=1))
+    (RUNS / "sheet_key.json").write_text(
+        json.dumps({place: prompts[i] for place, i in enumerate(order)}, indent=1), "utf-8"
+    )
     seen = evaluate.judge().look(images)
     said = {
         place: {"objects": sorted(seen[i].objects), "background": seen[i].background} for place, i in enumerate(order)
     }
-    (RUNS / "sheet_judge.json").write_text(json.dumps(said, indent=1))
+    (RUNS / "sheet_judge.json").write_text(json.dumps(said, indent=1), "utf-8")
 
 
 def figures() -> None:
@@ -207,7 +209,7 @@ def figures() -> None:
         **{control: evaluate.controlled(pipe, control) for control in CONTROLS},
     }
     text = json.dumps(found, indent=1)
-    (DATA / "figures.json").write_text(text + "\n")  # the card and the tests take them from there
+    (DATA / "figures.json").write_text(text + "\n", "utf-8")  # the card and the tests take them from there
     print(text)
 
 

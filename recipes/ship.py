@@ -90,7 +90,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
     best = arms[made.measure.arm if gains.verdict.word == "gain" else made.measure.baseline]
     guider = guider_of(best)
-    facts = json.loads((folder / "gains.json").read_text())["facts"]
+    facts = json.loads((folder / "gains.json").read_text("utf-8"))["facts"]
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, arms), guider, facts
 
 
@@ -123,7 +123,9 @@ def _card(settings: Settings, plan: MeasureSettings) -> Any:
         limits.append("Made for a 64-pixel base model of drawn scenes: to learn and to test with, not for pictures.")
     facts = {"base hash": base_hash()} if pocket else {}
     if case and case.folder:
-        facts["subject"] = json.loads((case.folder / "subject.json").read_text()).get("origin", "the maker's pictures")
+        facts["subject"] = json.loads((case.folder / "subject.json").read_text("utf-8")).get(
+            "origin", "the maker's pictures"
+        )
     return adapters.Card(
         title=ship.title or f"{calls or Path(settings.adapter).name} on {Path(name).name}",
         base_model=name,

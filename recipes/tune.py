@@ -93,17 +93,17 @@ def run(settings: Settings) -> Path:
                 "rounds": {name: item.rounds for name, item in found.items()},
                 "pictures": {name: item.images for name, item in found.items()},
             }
-            (stage / "tuned.json").write_text(json.dumps(record, indent=1))
+            (stage / "tuned.json").write_text(json.dumps(record, indent=1), "utf-8")
             winner = GuidanceSettings(**_without_adapter(found[plan.arm].best))
             guider = guider_of(winner)
-            (stage / "guider_config.json").write_text(json.dumps(guider, indent=1))
+            (stage / "guider_config.json").write_text(json.dumps(guider, indent=1), "utf-8")
     state().wait_for_everyone()
     return out
 
 
 def chosen(tuned: Path) -> str | None:
     """The adapter, or its checkpoint, that measured best; null where none was tuned."""
-    return json.loads((tuned / "tuned.json").read_text())["adapter"]
+    return json.loads((tuned / "tuned.json").read_text("utf-8"))["adapter"]
 
 
 def _units(settings: Settings, held: Set[str], size: tuple[int, int] | None) -> list[Case]:

@@ -22,14 +22,14 @@ PLACEHOLDER = re.compile(r"X\.py|\.\.\.|\[|\{")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
 
 
 def commands() -> list[tuple[str, list[str]]]:
     """Every command line in a bash block, in backquotes or in a config's first line, that needs no filling in."""
     found = []
     for page in PAGES:
-        text = page.read_text()
+        text = page.read_text("utf-8")
         lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
         lines += re.findall(r"`((?:python|accelerate launch|make|scfg-toolkit) [^`\n]+)`", text)
         for line in lines:
@@ -83,7 +83,7 @@ def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments
     module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
     kind = getattr(import_module(module), "Settings", None) if module.startswith("recipes.") else None
     if kind is None:  # argparse
-        known = path.read_text()
+        known = path.read_text("utf-8")
         for word in arguments:
             name = word.split("=")[0].replace("--no-", "--")
             assert not word.startswith("--") or f'"{name}"' in known, f"{page}: {path.name} has no {word}"
@@ -114,7 +114,7 @@ def test_the_guides_recipes_run_one_after_the_other(tmp_path: Path) -> None:
         out = []
         if "--config" in arguments:
             place = ROOT / arguments[arguments.index("--config") + 1]
-            out = ["--out", yaml.safe_load(place.read_text())["out"]]
+            out = ["--out", yaml.safe_load(place.read_text("utf-8"))["out"]]
         begin = arguments.index("--config") + 2 if "--config" in arguments else 0
         words = [*arguments[:begin], *SMALL[path.name], *arguments[begin:], *out]
         words = [re.sub(r"^runs/", f"{tmp_path}/", word) for word in words]
@@ -125,7 +125,7 @@ def test_the_guides_recipes_run_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE))
     named = {words[1] for _, words in commands() if words[0] == "make" and words[1:]}
     assert named
     assert named <= targets
@@ -135,7 +135,7 @@ def test_make_targets_exist() -> None:
 def test_python_in_a_page_compiles_and_its_links_lead_somewhere(page: Path) -> None:
     for block in blocks(page, "python"):
         compile(block, str(page), "exec")
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
@@ -152,6 +152,6 @@ def test_every_page_is_reached_from_the_readme() -> None:
     reached = {ROOT / "README.md"}
     for _ in PAGES:
         for page in list(reached):
-            links = re.findall(r"\]\((?!http)([^)#]+\.md)", page.read_text())
+            links = re.findall(r"\]\((?!http)([^)#]+\.md)", page.read_text("utf-8"))
             reached |= {(page.parent / link).resolve() for link in links}
     assert set(PAGES) <= reached, f"no way to {[page.name for page in set(PAGES) - reached]}"

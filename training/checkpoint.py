@@ -57,6 +57,15 @@ FREE = (
     "data.cache_folder",
 )
 
+# Where base and data lie: what they hold is a fact of its own.
+PLACES = (
+    "base",
+    *(f"data.{name}" for name in ("source", "kind", "split", "prompt", "masks", "conditioning", "minimum")),
+    *(f"data.{name}_column" for name in ("image", "caption", "mask", "conditioning")),
+    *(f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")),
+)
+CONTENT = ("base model", "content of the data")
+
 
 @dataclass(kw_only=True)
 class State:
@@ -109,7 +118,7 @@ def save(folder: Path, state: State, *, keep: int) -> Path:
         record = {"step": state.step, "optimizer": plain, "ema_updates": state.ema_updates, "scaler": state.scaler}
         digests = {f"{name}.safetensors": files.sha256(place / f"{name}.safetensors") for name in parts}
         record |= {"facts": state.facts, "sha256": digests}
-        (place / "state.json").write_text(json.dumps({**record, "own sha256": _own_digest(record)}, indent=1))
+        (place / "state.json").write_text(json.dumps({**record, "own sha256": _own_digest(record)}, indent=1), "utf-8")
         config.write(state.facts.get("settings", {}), place / "settings.yaml")
     # Those of later steps are left: they are damaged, or of a run that went further, and are written over in time.
     for old in [path for path in _all(folder) if _step(path) <= state.step][:-keep]:
@@ -196,17 +205,18 @@ def _load(path: Path) -> State:
 def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: list[str]) -> None:
     """Compares what shapes the weights, but for `FREE` and `free`.
 
-    How a step's samples are split is free as long as their number stays, which is a fact of its own.
+    How a step's samples are split is free as long as their number stays, which is a fact of its own; so is where base
+    and data lie, as long as they hold the same.
 
     Raises:
         TrainingError: names everything that changed, with both values.
     """
     now = json.loads(json.dumps(facts))  # as it comes back from the file: tuples are lists there
-    changed = differences(
-        {**saved.facts["settings"], **saved.facts, "settings": None},
-        {**now["settings"], **now, "settings": None},
-        free=(*FREE, "train.batch_size", "train.accumulation", *free),
-    )
+    before, after = ({**item["settings"], **item, "settings": None} for item in (saved.facts, now))
+    free = [*FREE, "train.batch_size", "train.accumulation", *free]
+    changed = differences(before, after, free=(*free, *PLACES))
+    if any(before.get(name) != after.get(name) for name in CONTENT):  # then the place may tell why
+        changed = differences(before, after, free=tuple(free))
     if changed:
         raise TrainingError(
             f"cannot resume from {path}, these have changed: {'; '.join(changed)}; take the old values "

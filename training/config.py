@@ -7,6 +7,7 @@ Importing this module loads no torch, so `--help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from .errors import TrainingError
+from .text import read_text
 
 __all__ = [
     "BaseSettings",
@@ -58,15 +60,16 @@ class DataSettings:
     """Images, captions, masks and conditioning, and how they become training views."""
 
     source: str
-    """Folder of images, or a `datasets` dataset: folder, parquet file, hub id; `pocket`: scenes of the pocket world."""
+    """Folder of images with its subfolders, or a `datasets` dataset: folder, parquet file, hub id; `pocket`: scenes of
+    the pocket world."""
     kind: Literal["auto", "folder", "dataset"] = "auto"
     """auto: a folder that holds images is a folder, anything else a dataset."""
     prompt: str | None = None
     """One caption for every image; otherwise captions come from .txt files, metadata.jsonl or the caption column."""
     masks: str | None = None
-    """Folder of masks named like the images (white = subject)."""
+    """Folder of masks named and shaped like the images (white, or opaque, = subject)."""
     conditioning: str | None = None
-    """Folder of conditioning images named like the images (ControlNet)."""
+    """Folder of conditioning images named and shaped like the images (ControlNet)."""
     annotator: Literal["canny", "lineart", "depth", "segmentation"] | None = None
     """Makes the conditioning from the image instead of reading it; see training/data/annotators.py."""
     annotator_model: str | None = None
@@ -76,7 +79,7 @@ class DataSettings:
     image_column: str = "image"
     """Dataset column with the image."""
     caption_column: str = "text"
-    """Dataset column with the caption."""
+    """Dataset column, or key in a folder's metadata.jsonl, with the caption or a list of captions."""
     mask_column: str | None = None
     """Dataset column with the mask."""
     conditioning_column: str | None = None
@@ -196,9 +199,10 @@ class DreamBoothSettings:
     class_prompt_file: str | None = None
     """Captions of the class images instead, one a line, {} standing for class_prompt: image i is drawn of the i-th."""
     class_folder: str | None = None
-    """Folder of the generated class images and their manifest; default: `class_images` in the output folder."""
+    """Folder of class images: your own pictures as they are, or generated ones and their manifest; default:
+    `class_images` in the output folder."""
     class_images: int = 100
-    """How many class images there shall be; missing ones are generated."""
+    """How many class images are used; missing ones are generated, but never among pictures of your own."""
     prior_weight: float = 1.0
     """Weight of the mean class loss beside the mean instance loss."""
     prior_ratio: float = 1.0
@@ -359,8 +363,12 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
     """
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+    class Parser(ArgumentParser):
+        def parse_path(self, path: Any, *args: Any, **more: Any) -> Any:  # its own reads in the locale's encoding
+            return self.parse_string(read_text(path, "--config"), *args, **more)
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=kind.__doc__, exit_on_error=False)
+    parser = Parser(description=kind.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
     parser.add_class_arguments(kind, as_group=False)
     arguments = _configs_first(list(sys.argv[1:] if args is None else args))
@@ -368,10 +376,25 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         read = parser.parse_args(arguments)
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
         names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        settings = kind(**{name: value for name, value in values.items() if name in names})
+        settings = _at_home(kind(**{name: value for name, value in values.items() if name in names}))
         return _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise TrainingError(str(error)) from error
+
+
+def _at_home(value: Any, name: str = "") -> Any:
+    """`~` at the begin of a path is the home folder, as in a shell; prompts are not paths."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = {item.name: _at_home(getattr(value, item.name), item.name) for item in dataclasses.fields(value)}
+        return dataclasses.replace(value, **inner)
+    if isinstance(value, list | tuple):
+        return type(value)(_at_home(item, name) for item in value)
+    if isinstance(value, dict):
+        return {key: _at_home(item, key) for key, item in value.items()}
+    spoken = "prompt" in name and not name.endswith("file")
+    if isinstance(value, str) and value.startswith("~") and "/" in value and not spoken:
+        return os.path.expanduser(value)
+    return value
 
 
 def _configs_first(args: list[str]) -> list[str]:
@@ -402,14 +425,17 @@ def _located(settings: Any, files: Sequence[Path]) -> Any:
     """Relative paths that are not found from the working directory, as they lie beside a config or above it."""
     places = [place for file in files for place in file.parents[:LEVELS]]
 
+    def there(name: str) -> bool:
+        return os.path.exists(name) or bool(glob(name))  # a folder may be called `rex [2]`
+
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(item) for item in value]
         if dataclasses.is_dataclass(value):
             return _located(value, files)
-        if not isinstance(value, str) or "/" not in value or Path(value).is_absolute() or glob(value):
+        if not isinstance(value, str) or "/" not in value or Path(value).is_absolute() or there(value):
             return value
-        return next((str(place / value) for place in places if glob(str(place / value))), value)
+        return next((str(place / value) for place in places if there(str(place / value))), value)
 
     fields = [item.name for item in dataclasses.fields(settings) if item.name not in OUTPUTS]
     changed = {name: new for name in fields if (new := found(value := getattr(settings, name))) != value}
@@ -431,4 +457,4 @@ def resolved(settings: Any) -> dict[str, Any]:
 
 def write(values: dict[str, Any], path: str | Path) -> None:
     """Writes resolved settings as a YAML file that `--config` reads again."""
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")

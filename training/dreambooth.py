@@ -21,7 +21,7 @@ from adapters.errors import FileError
 from adapters.files import read_json, write_file, write_json, write_tensors, write_text
 
 from . import company
-from .config import DreamBoothSettings, ObjectiveSettings
+from .config import DreamBoothSettings, ObjectiveSettings, require
 from .data import images
 from .data.batches import seed_of
 from .data.cache import Region
@@ -32,6 +32,7 @@ from .models import Parts, pipeline
 from .objective import build
 from .preserve import frozen_copy
 from .ranks import state
+from .text import read_text
 
 __all__ = ["MANIFEST", "Prior", "class_caption", "class_images", "class_prompts", "prepare", "prior"]
 
@@ -192,6 +193,8 @@ def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, s
 def _class_views(
     parts: Parts, settings: DreamBoothSettings, resolution: int, folder: Path, seed: int, batch_size: int
 ) -> Views:
+    if settings.class_folder is not None and _holds_own(folder):
+        return Views(_own_class(folder, settings), resolution=resolution, multiple=1)
     class_images(
         parts,
         class_prompts(settings),
@@ -203,7 +206,37 @@ def _class_views(
         seed=seed,
         batch_size=batch_size,
     )
-    return Views(images.folder(folder, minimum=1), resolution=resolution, multiple=1)
+    source = images.folder(folder, otherwise=settings.class_prompt, minimum=1, say=_once)
+    made = {f"{number:05d}.png" for number in range(settings.class_images)}
+    chosen = [index for index, file in enumerate(source.files) if file.parent == folder and file.name in made]
+    if len(chosen) < len(source):
+        _once(
+            f"{folder}: {len(source) - len(chosen)} pictures beyond dreambooth.class_images = {len(made)} are left out"
+        )
+    return Views(source.chosen(chosen), resolution=resolution, multiple=1)
+
+
+def _holds_own(folder: Path) -> bool:
+    """Whether pictures lie there that were not made here."""
+    return folder.is_dir() and not (folder / MANIFEST).is_file() and bool(images.scan(folder).pictures)
+
+
+def _own_class(folder: Path, settings: DreamBoothSettings) -> images.Folder:
+    """The user's own pictures of the class; nothing is written among them."""
+    require(
+        not settings.company,
+        f"dreambooth.company {settings.company} needs class images that are made here; class_folder {folder} holds "
+        "pictures of your own",
+    )
+    source = images.folder(folder, otherwise=settings.class_prompt, minimum=1, say=_once)
+    used = min(settings.class_images, len(source))
+    _once(f"{folder}: {used} of your own {len(source)} class pictures are used, none are generated")
+    return source.chosen(range(used))
+
+
+def _once(line: str) -> None:
+    if state().is_main_process:
+        print(line, flush=True)
 
 
 def class_prompts(settings: DreamBoothSettings, subject: str | None = None) -> list[str]:
@@ -215,11 +248,8 @@ def class_prompts(settings: DreamBoothSettings, subject: str | None = None) -> l
     assert settings.class_prompt is not None
     if settings.class_prompt_file is None:
         return [settings.class_prompt]
-    file = Path(settings.class_prompt_file)
-    try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"dreambooth.class_prompt_file {file} cannot be read: {error}") from error
+    file = settings.class_prompt_file
+    lines = [line.strip() for line in read_text(file, "dreambooth.class_prompt_file").split("\n") if line.strip()]
     if not lines:
         raise TrainingError(f"dreambooth.class_prompt_file {file} is empty; give it a caption a line")
     return [line.replace("{}", subject or settings.class_prompt) for line in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,13 @@ class Stopped(Exception):
     """Training was asked to stop (SIGTERM, SIGINT) and has saved; the message says how to resume."""
 
 
+def _any_letter() -> None:
+    """A letter that the terminal's encoding lacks is printed as its number; otherwise it would stop a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @contextmanager
 def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> Iterator[None]:
     """Runs a recipe's body; a `TrainingError` or one of `others()` becomes `error: ...` on stderr and exit code 2.
@@ -31,6 +39,7 @@ def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> 
     Args:
         others: asked only once something went wrong, so that a recipe need not import its rooms to say `--help`.
     """
+    _any_letter()
     try:
         if (problem := environment.problem()) is not None:
             raise TrainingError(problem)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import checkpoint, config, lock, optim, sharding, validate
+from . import checkpoint, config, launcher, lock, optim, sharding, validate
 from .config import TrainSettings
 from .data.batches import seed_of
 from .data.cache import Region
@@ -96,7 +96,7 @@ def train(
             checkpoint is intact.
         Stopped: SIGTERM or SIGINT came; the step was finished and saved.
     """
-    out = Path(out)
+    out, settings = Path(out), launcher.adopted(settings)
     with contextlib.ExitStack() as alone:
         if not settings.dry_run and state().is_main_process:
             alone.enter_context(lock.held(out))
@@ -115,6 +115,7 @@ def train(
         )
         facts = {
             "base model": method.parts.identity,
+            "schedule of the base": {key: value for key, value in method.parts.scheduler.items() if key[0] != "_"},
             "training method": method.name,
             "samples per step": prepared.feed.per_step,
             "content of the data": _digest(prepared.names),
@@ -184,6 +185,11 @@ def _resume(run: _Run) -> None:
     if found is None:
         return
     path, state = found
+    if state.step > run.settings.steps:
+        raise TrainingError(
+            f"train.steps {run.settings.steps} is less than the {state.step} steps that {path} has; take more, another "
+            "out, or --train.resume null to start anew"
+        )
     # The number of steps is free unless the learning rate depends on it.
     checkpoint.refuse_changes(
         path, state, run.facts, free=["train.steps"] if run.settings.schedule == "constant" else []

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from .errors import TrainingError
 
-__all__ = ["Parts", "encode_images", "encode_text", "fingerprint", "load", "pipeline", "tokenize"]
+__all__ = [
+    "Parts",
+    "encode_images",
+    "encode_text",
+    "fingerprint",
+    "load",
+    "pipeline",
+    "refuse_file",
+    "tokenize",
+    "too_long",
+]
 
 
 FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -111,10 +121,26 @@ def load(base: str | Path, *, revision: str | None = None, variant: str | None =
     )
 
 
+def refuse_file(base: str | Path) -> None:
+    """Raises `TrainingError` where a base is a single file of weights, there or not: no hub id ends like one."""
+    suffix = Path(base).suffix.lower()
+    if suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise TrainingError(
+            f"base {base} is a single pickled file, which is never loaded here; take a diffusers folder"
+        )
+    if suffix in (".safetensors", ".gguf") or Path(base).expanduser().is_file():
+        raise TrainingError(
+            f"base {base} is a single file; a base is a folder in diffusers' layout, which "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes of it (XL: "
+            "StableDiffusionXLPipeline)"
+        )
+
+
 def _folder(base: str | Path, revision: str | None) -> Path:
-    folder = Path(base)
+    folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
+    refuse_file(base)
     if folder.is_absolute() or str(base).startswith(".") or str(base).count("/") != 1:
         raise TrainingError(
             f"base {base} is not a folder; give a diffusers pipeline folder or a hub id like owner/name"
@@ -130,7 +156,7 @@ def _folder(base: str | Path, revision: str | None) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path} is missing; the base must be a diffusers pipeline folder")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text("utf-8"))
 
 
 def _encoders(index: dict[str, Any]) -> list[str]:
@@ -158,6 +184,26 @@ def tokenize(parts: Parts, captions: list[str]) -> list[Tensor]:
         ).input_ids
         for tokenizer in parts.tokenizers
     ]
+
+
+def too_long(parts: Parts, captions: list[str]) -> str | None:
+    """A line on captions that are longer than the text encoders read; None where there are none."""
+    limit = min(tokenizer.model_max_length for tokenizer in parts.tokenizers)
+    lengths = [
+        max(map(len, found))
+        for found in zip(*(_all_ids(tokenizer, captions) for tokenizer in parts.tokenizers), strict=True)
+    ]
+    if not lengths or max(lengths) <= limit:
+        return None
+    worst = captions[lengths.index(max(lengths))]
+    return (
+        f"{sum(length > limit for length in lengths)} of {len(captions)} captions are longer than the {limit} tokens "
+        f"that the text encoder reads: their ends are not seen; the longest has {max(lengths)}: {worst[:60]!r}..."
+    )
+
+
+def _all_ids(tokenizer: Any, captions: list[str]) -> list[list[int]]:
+    return tokenizer(captions, truncation=False, verbose=False).input_ids if captions else []
 
 
 def encode_text(encoders: list[Any], ids: list[Tensor], *, family: str) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from .errors import TrainingError
 from .estimate import Estimate, estimate, table
 from .kernels import fused, prepack
 from .method import Method
-from .models import encode_images, encode_text, tokenize
+from .models import encode_images, encode_text, tokenize, too_long
 
 __all__ = ["DTYPES", "Prepared", "announce", "cast", "kernels", "make_accelerator", "prepare", "tune"]
 
@@ -60,6 +60,7 @@ def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], No
     there = [name for name in settings.trackers if _tracker_installed(name)]
     accelerator = Accelerator(
         mixed_precision="no",
+        dynamo_backend="no",
         log_with=there or None,
         project_dir=str(out),
         # Nothing here has buffers that change, and gradients may share memory with the buckets they travel in.
@@ -137,7 +138,9 @@ def prepare(
     streams = _streams(data, prior, entries)
     if cache != "off":
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
-    captions = sorted({""}.union(*(stream.entries.captions + (stream.asked or []) for stream in streams)))
+    captions = sorted({""}.union(*(_captions(stream) for stream in streams)))
+    if long := too_long(parts, captions):
+        say(long)
     unused = [token for token in method.tokens if not any(token in caption for caption in captions)]
     if unused:
         raise TrainingError(
@@ -181,7 +184,7 @@ def prepare(
     )
     if texts is not None:
         parts.release(vae=not settings.validation.prompts)
-    content = [name for stream in streams for name in stream.entries.names] + captions
+    content = [name for stream in streams for name in stream.entries.names + _captions(stream)]
     return Prepared(
         feed=feed,
         names=content,
@@ -194,19 +197,25 @@ def prepare(
     )
 
 
+def _captions(stream: Stream) -> list[str]:
+    """All captions that a stream's samples may come with, by entry."""
+    several = [caption for index in sorted(stream.several) for caption in stream.several[index]]
+    return stream.entries.captions + several + (stream.asked or [])
+
+
 def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encoded | Live]) -> list[Stream]:
     """The subject's samples and those of its class.
 
     With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
     """
     if prior is None:
-        return [Stream(entries=entries(data))]
+        return [Stream(entries=entries(data), several=data.several())]
     total, asked = 1 + prior.ratio, prior.class_caption
 
     def stream(views: Views, share: float, asks: bool) -> Stream:
         found = entries(views)
         said = [asked(caption) for caption in found.captions] if asked and asks else None
-        return Stream(entries=found, share=share, weight=total, asked=said)
+        return Stream(entries=found, share=share, weight=total, asked=said, several=views.several())
 
     own = [stream(data, 1 - prior.placed_share, prior.surroundings)]
     if prior.placed is not None:
@@ -216,6 +225,7 @@ def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encode
         share=prior.ratio,
         weight=prior.weight * total / prior.ratio,
         preserved=prior.to_base,
+        several=prior.views.several(),
     )
     return [*own, kept]
 

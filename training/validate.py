@@ -18,7 +18,8 @@ from adapters.files import write_file
 
 from .config import ValidationSettings
 from .data.batches import Draws, Feed, Stream
-from .data.images import rgb
+from .data.images import condition
+from .data.pictures import decode, inspect
 from .errors import TrainingError
 from .method import Method
 from .models import pipeline
@@ -111,7 +112,14 @@ def _prompt_arguments(
 def _conditioning(settings: ValidationSettings, number: int, size: tuple[int, int]) -> Image.Image:
     if not settings.conditioning:
         raise TrainingError("train.validation.conditioning: a ControlNet's samples need an image per prompt")
-    return rgb(Image.open(settings.conditioning[number])).resize((size[1], size[0]))
+    path = Path(settings.conditioning[number])
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TrainingError(f"train.validation.conditioning: {path} cannot be read: {error.strerror}") from error
+    if problem := inspect(data, 1, "conditioning").problem:
+        raise TrainingError(f"train.validation.conditioning: {path} {problem}")
+    return condition(decode(data)).resize((size[1], size[0]))
 
 
 def fixed_loss_batches(

@@ -72,11 +72,11 @@ def run(settings: Settings) -> Path:
     summary = pointing_table.summary(rows)
     out = Path(settings.out) / "pointing"
     with adapters.files.write_folder(out) as stage:
-        with (stage / "pointing.csv").open("w", newline="") as file:
+        with (stage / "pointing.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(rows)
-        (stage / "pointing.json").write_text(json.dumps(summary, indent=1))
+        (stage / "pointing.json").write_text(json.dumps(summary, indent=1), "utf-8")
         (stage / "pointing.svg").write_text(_plot(summary), "utf-8")
     for step in summary["steps"]:
         say(f"step {step['step']:>3} t {step['timestep']:>4}: IoU {step['iou']:.3f}, by chance {step['chance']:.3f}")

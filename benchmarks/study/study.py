@@ -127,7 +127,7 @@ def _tuned(
 
 
 def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterator[Stage]:
-    cell = yaml.safe_load((HERE / "configs" / "measure" / "text.yaml").read_text())["measure"]
+    cell = yaml.safe_load((HERE / "configs" / "measure" / "text.yaml").read_text("utf-8"))["measure"]
     curve = {f"CFG @ {scale:g}": {"method": "cfg", "scale": scale} for scale in sweep}
     arms = {
         name if scale == cell["scale"] else f"{name} @ {scale:g}": {**arm, "scale": scale}
@@ -205,7 +205,7 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     ):
         folders = {subject: RECIPES / "subjects" / subject for subject in subjects[:count]}
         for subject, folder in folders.items():
-            kind = json.loads((folder / "subject.json").read_text())["class"]
+            kind = json.loads((folder / "subject.json").read_text("utf-8"))["class"]
             more = {
                 "data.source": folder,
                 "data.masks": folder / "masks",
@@ -296,7 +296,7 @@ class _Run:
     def ended(self, stage: Stage) -> bool:
         """Whether it ended with these settings on this base."""
         file = self.out / stage.name / ENDED
-        return file.exists() and comparable(json.loads(file.read_text())["record"]) == comparable(
+        return file.exists() and comparable(json.loads(file.read_text("utf-8"))["record"]) == comparable(
             self._settings(stage)[1]
         )
 

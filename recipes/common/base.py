@@ -26,9 +26,13 @@ SCHEDULERS = {
 
 def base_folder(base: BaseSettings) -> str | Path:
     """Folder or hub id of a base; `pocket` is the embedded one, checked against its manifest."""
+    from training.models import refuse_file
     from training.pocket import base_path
 
-    return base_path() if base.path == POCKET else base.path
+    if base.path == POCKET:
+        return base_path()
+    refuse_file(base.path)
+    return base.path
 
 
 def load_parts(base: BaseSettings) -> Any:

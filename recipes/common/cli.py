@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from training.config import parse
+from training.config import TrainSettings, parse
 from training.errors import TrainingError, exit_on_error
+from training.launcher import adopted
 
 __all__ = [
     "CONFIGS",
@@ -53,10 +55,13 @@ def alone(settings: Any) -> AbstractContextManager[None]:
 
 
 def _settings(kind: type[SettingsT], recipe: str) -> SettingsT:
-    """What the command line and its configs say; what is wrong with it is one line."""
+    """What the command line, its configs and the launcher say; what is wrong with it is one line."""
     words = with_config_files(sys.argv[1:], recipe)
     try:
-        return parse(kind, words)
+        settings: Any = parse(kind, words)
+        if isinstance(getattr(settings, "train", None), TrainSettings):
+            settings = replace(settings, train=adopted(settings.train))
+        return settings
     except TrainingError as error:
         raise TrainingError(" ".join(str(error).split())) from error
 

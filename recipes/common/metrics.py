@@ -161,7 +161,7 @@ def check_frechet(settings: MeasureSettings) -> None:
     space(settings.frechet, settings.spaces.get(settings.frechet))
     require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
     if settings.reference != POCKET:
-        images.folder(str(settings.reference), prompt="", minimum=1)
+        images.folder(str(settings.reference), prompt="", minimum=1, say=_silent)
 
 
 @lru_cache(maxsize=2)
@@ -184,6 +184,10 @@ def _reference(reference: str | None, what: str) -> list[Image.Image]:
 # ---------------------------------------------------------------------------------------------- small things
 
 
+def _silent(line: str) -> None:
+    """Each metric reads the same folder again; what there is to say of it was said where it trained."""
+
+
 def _folder(what: str, case: Case) -> Path:
     require(case.folder is not None, f"{what} needs a subject: set measure.subjects")
     assert case.folder is not None
@@ -203,7 +207,7 @@ def _target(what: str, case: Case, shot: Shot) -> Image.Image:
 def _pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
     """The pictures of a folder, and their masks where it has a folder `masks`."""
     masks = folder / "masks"
-    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1)
+    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1, say=_silent)
     samples = [source[i] for i in range(len(source))]
     given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
     return [sample.image for sample in samples], given or None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from training.config import require
-from training.errors import TrainingError
+from training.text import read_text
 
 __all__ = ["texts"]
 
@@ -15,10 +14,7 @@ def texts(prompts: Sequence[str], file: str | None, *, name: str = "") -> list[s
     """Prompts from settings and a file with one a line; {} becomes `name` with its article."""
     lines = list(prompts)
     if file is not None:
-        try:
-            lines += [line.strip() for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(f"prompt_file {file} cannot be read: {error}") from error
+        lines += [line.strip() for line in read_text(file, "prompt_file").split("\n") if line.strip()]
     article = "an" if name[:1].lower() in tuple("aeiou") else "a"
     filled = [line.replace("a {}", f"{article} {{}}").replace("{}", name) if name else line for line in lines]
     for line in filled:

@@ -79,7 +79,9 @@ def write_results(
     )
     with adapters.files.write_folder(out / "measured") as stage:
         (stage / "per_image.csv").write_bytes(adapters.measuring.table.write_csv(rows).encode())
-        (stage / "gains.json").write_text(json.dumps({"format": 1, "facts": facts, **gains.to_dict()}, indent=1))
+        (stage / "gains.json").write_text(
+            json.dumps({"format": 1, "facts": facts, **gains.to_dict()}, indent=1), "utf-8"
+        )
         (stage / "report.html").write_text(page, "utf-8")
         sheet(shots).save(stage / "sheet.png")
         write(resolved(settings), stage / "settings.yaml")
@@ -118,7 +120,7 @@ def _tuning(tuned: str | None) -> dict[str, str]:
     """What the search tried and found, in words: the curve behind the guider."""
     if tuned is None:
         return {}
-    found = json.loads((Path(tuned) / "tuned.json").read_text())
+    found = json.loads((Path(tuned) / "tuned.json").read_text("utf-8"))
     facts = {"tuned on": f"{len(found['prompts'])} prompts, seeds {found['seeds']}, {found['metric']}"}
     for name, rounds in found["rounds"].items():
         if name == "checkpoint":

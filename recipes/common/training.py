@@ -99,7 +99,7 @@ def data(settings: DataSettings, *, parts: Any) -> Any:
     from training.data import crops, images
 
     if settings.source not in (POCKET, "pocket-fluent"):
-        return crops.views(images.load(settings), settings, multiple=parts.multiple)
+        return crops.views(images.load(settings, say=say), settings, multiple=parts.multiple)
     from training.pocket.control import Scenes
 
     look = "fluent" if settings.source == "pocket-fluent" else "noto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
@@ -17,6 +18,7 @@ from recipes.common.prompts import texts
 from recipes.common.settings import MeasureSettings
 from training.config import DataSettings, require
 from training.errors import TrainingError
+from training.text import read_text
 
 __all__ = ["Case", "cases", "subject_folders"]
 
@@ -73,7 +75,9 @@ def subject_folders(patterns: Sequence[str]) -> list[str]:
     """The folders that the patterns name, each once."""
     found = []
     for pattern in patterns:
-        matches = [path for path in sorted(glob(pattern)) if Path(path).is_dir()]
+        place = os.path.expanduser(pattern)
+        # A folder may be called `rex [2]`.
+        matches = [place] if Path(place).is_dir() else [path for path in sorted(glob(place)) if Path(path).is_dir()]
         require(bool(matches), f"measure.subjects: {pattern} is no folder")
         found += matches
     return list(dict.fromkeys(found))
@@ -82,9 +86,9 @@ def subject_folders(patterns: Sequence[str]) -> list[str]:
 def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Case:
     file = folder / "subject.json"
     try:
-        facts = json.loads(file.read_text("utf-8"))
+        facts = json.loads(read_text(file))
         identifier, noun = facts["identifier"], facts["class"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f'{file} must be JSON with "identifier", "class" and "prompts" ({error!r}); recipes/new.py makes one'
         ) from error

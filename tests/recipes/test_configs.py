@@ -130,8 +130,8 @@ def test_accelerate_reads_its_configs(path: Path) -> None:
 
     read = load_config_from_file(str(path))
     assert read.num_processes == 2
-    assert read.distributed_type.value == yaml.safe_load(path.read_text())["distributed_type"]
-    words = shlex.split(path.read_text().splitlines()[0], comments=False)
+    assert read.distributed_type.value == yaml.safe_load(path.read_text("utf-8"))["distributed_type"]
+    words = shlex.split(path.read_text("utf-8").splitlines()[0], comments=False)
     assert words[:5] == ["#", "accelerate", "launch", "--config_file", path.relative_to(ROOT).as_posix()]
     assert (ROOT / words[5]).is_file()
 

@@ -17,7 +17,7 @@ CONFIGS = ROOT / "recipes" / "configs"
 NETWORKED = sorted(
     path
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name != "accelerate" and yaml.safe_load(path.read_text())["base"]["path"] != "pocket"
+    if path.parent.name != "accelerate" and yaml.safe_load(path.read_text("utf-8"))["base"]["path"] != "pocket"
 )
 FAMILIES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -61,7 +61,7 @@ def lora(models: Path, photos: Path, loras: Path, done: Callable[..., str]) -> C
 
 def on_tiny(path: Path, models: Path, photos: Path) -> list[str]:
     """The config, with every name of a download replaced by a folder of the same kind, at 32 pixels in float32."""
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text("utf-8"))
     changes = {"base.path": models / family(values["base"])}
     if "variant" in values["base"]:
         changes["base.variant"] = "null"
@@ -178,7 +178,7 @@ def test_subjects_are_measured_with_an_adapter_each(base: str, models, photos, l
     ours = {row["subject"]: row["effective scale"] for row in rows if row["arm"] == "S-CFG"}
     assert all(float(value) > 0 for value in ours.values())
 
-    gains = json.loads((tmp_path / "measured" / "gains.json").read_text())
+    gains = json.loads((tmp_path / "measured" / "gains.json").read_text("utf-8"))
     assert [point["scale"] for point in gains["curves"]["S-CFG"]] == [1.5, 7.5, 30.0]
     assert "against CFG at equal effective scale" in gains["facts"]["at equal effective scale"]
     distances = {name: value for name, value in gains["facts"].items() if name.startswith("Fréchet distance (clip), ")}

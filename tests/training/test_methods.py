@@ -220,6 +220,34 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
 
 
+def test_fewer_class_images_than_there_are_are_used(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "class"
+    prior(base, folder)
+    Image.new("RGB", (32, 32)).save(folder / "mine.jpg")
+    assert len(prior(base, folder, class_images=2).views) == 2
+    assert len(prior(base, folder, class_images=3).views) == 3
+    (folder / "manifest.json").write_text("{", "utf-8")
+    with pytest.raises(TrainingError, match=r"manifest.json cannot be read"):
+        prior(base, folder)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_own_class_pictures_are_taken_as_they_are(
+    suffix: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (40 + number, 32)).save(folder / f"{number}.{suffix}")
+    (folder / "1.txt").write_text("a wet dog", "utf-8")
+    before = sorted(folder.iterdir())
+    made = prior(base, tmp_path / "unused", class_folder=str(folder), class_images=3)
+    assert [made.views.caption(number) for number in range(len(made.views))] == ["dog", "a wet dog", "dog"]
+    assert f"{folder}: 3 of your own 4 class pictures are used, none are generated" in capsys.readouterr().out
+    assert len(prior(base, tmp_path / "unused", class_folder=str(folder), class_images=100).views) == 4
+    assert sorted(folder.iterdir()) == before
+
+
 def test_class_images_of_a_prompt_file_are_captioned_with_what_they_were_drawn_of(base: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("{} far\n\na cat\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,38 @@ def test_resuming_with_other_settings_or_data_is_refused(base: Path, pictures: P
         resumed()
     (pictures / "0.txt").write_text("picture a")
     resumed(accumulation=1, batch_size=4, log_every=2, keep=1)  # none of which changes the weights
+
+
+def test_what_the_data_and_the_base_are_counts_not_where_they_lie(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """Settings name places; what they hold is compared by content."""
+    asked = {**asked_for("accumulation", base, pictures, tmp_path), "out": tmp_path / "out"}
+
+    def run(steps: int, *, place: Path = pictures, root: Path = base, rate: float = 0.01) -> None:
+        settings = {**asked["train"], "steps": steps, "learning_rate": rate}
+        record = {"base": {"path": str(root)}, "data": {"source": str(place)}, "train": {"learning_rate": rate}}
+        training_driver.train(
+            {**asked, "base": root, "pictures": place, "train": settings}, say=lambda line: None, record=record
+        )
+
+    run(2)
+    moved, elsewhere = tmp_path / "moved" / "pictures", tmp_path / "elsewhere"
+    shutil.copytree(pictures, moved)
+    shutil.copytree(base, elsewhere)
+    run(3, place=moved, root=elsewhere)
+    with pytest.raises(TrainingError, match=r"train.steps 2 is less than the 3 steps that .*step-000003 has"):
+        run(2)
+    with pytest.raises(TrainingError, match=r"changed: train.learning_rate: 0.01 -> 0.5; take"):
+        run(4, place=pictures, rate=0.5)
+    texts = [(moved / f"{number}.txt").read_text("utf-8") for number in (0, 1)]
+    for number in (0, 1):  # the same captions, at other pictures
+        (moved / f"{number}.txt").write_text(texts[1 - number], "utf-8")
+    with pytest.raises(TrainingError, match=r"content of the data: .*data.source: .*pictures -> .*moved"):
+        run(4, place=moved)
+    scheduler = elsewhere / "scheduler" / "scheduler_config.json"
+    changed = json.loads(scheduler.read_text("utf-8")) | {"prediction_type": "epsilon"}
+    scheduler.write_text(json.dumps(changed), "utf-8")
+    with pytest.raises(TrainingError, match=r"schedule of the base.prediction_type: v_prediction -> epsilon"):
+        run(4, root=elsewhere)
 
 
 def state(step: int, size: int = 3) -> checkpoint.State:

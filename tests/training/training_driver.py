@@ -22,7 +22,9 @@ METHODS = {
 }
 
 
-def train(asked: dict[str, Any], say: Callable[[str], None] = print) -> loop.Result | None:
+def train(
+    asked: dict[str, Any], say: Callable[[str], None] = print, record: dict[str, Any] | None = None
+) -> loop.Result | None:
     """Trains what `asked` says: `base`, `pictures`, `out`, `method`, `train`, and `class_folder` for a prior."""
     parts = models.load(asked["base"])
     method = METHODS[asked["method"]](parts)
@@ -33,7 +35,7 @@ def train(asked: dict[str, Any], say: Callable[[str], None] = print) -> loop.Res
         chosen = config.DreamBoothSettings(class_prompt="dog", class_images=3, steps=2)
         prior = dreambooth.prior(parts, chosen, data, folder=asked["class_folder"])
     settings = config.TrainSettings(**{"trackers": [], "log_every": 1, "learning_rate": 1e-2, **asked["train"]})
-    return loop.train(method, data, settings, out=asked["out"], prior=prior, say=say)
+    return loop.train(method, data, settings, out=asked["out"], prior=prior, record=record, say=say)
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ the positions s·A·W·B up to (s+1)·A·W·B, and what happens at a position do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -56,6 +56,8 @@ class Stream:
     """Whether its samples are trained towards the base's own prediction."""
     asked: list[str] | None = None
     """What the base is asked outside the masks of samples that are not preserved, a caption an entry; None: nothing."""
+    several: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Captions of the entries that have more than one; one of them is drawn at every position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,7 @@ class Feed:
             "noise": noise,
             "posterior": torch.randn(shape, generator=random),
             "weight": torch.tensor(stream.weight),
-            "caption": "" if drop_caption < draws.caption_dropout else stream.entries.captions[index],
+            "caption": "" if drop_caption < draws.caption_dropout else self._caption(stream, index, position),
         }
         if self.preserves:
             # The empty prompt is half of every guided prediction: where the base is kept, it is kept there too.
@@ -173,6 +175,13 @@ class Feed:
         elif drop_conditioning < draws.conditioning_dropout:
             item["conditioning"] = torch.zeros_like(item["conditioning"])
         return item
+
+    def _caption(self, stream: Stream, index: int, position: int) -> str:
+        """One of the entry's captions, drawn by a seed of its own: other draws are as with one caption."""
+        if index not in stream.several:
+            return stream.entries.captions[index]
+        captions = stream.several[index]
+        return captions[seed_of(self.seed, "caption", position) % len(captions)]
 
     def _choose(self, step: int, position: int) -> tuple[int, int]:
         """Stream and entry at a position."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import DataSettings
 from ..errors import TrainingError
-from .images import Sample, Source, rgb
+from .images import Sample, Source, condition, mask, rgb
 
 __all__ = ["View", "Views", "bucket_sizes", "views"]
 
@@ -99,6 +99,15 @@ class Views:
         read = getattr(self.source, "caption", None)
         return read(sample) if read else self.source[sample].caption
 
+    def several(self) -> dict[int, tuple[str, ...]]:
+        """The captions of the views whose sample has more than one."""
+        read = getattr(self.source, "alternatives", None)
+        if read is None:
+            return {}
+        found = {index: read(self._place(index)[0]) for index in range(len(self))}
+        # Where a source wraps another and gives its samples captions of its own, the inner one's are not theirs.
+        return {index: said for index, said in found.items() if len(said) > 1 and self.caption(index) in said}
+
     def captioned(self, captions: Sequence[str]) -> Views:
         """The same views with other captions, one a sample."""
         other = copy.copy(self)
@@ -118,13 +127,14 @@ class Views:
         height, width = self.size(index)
         image = rgb(sample.image)
         box = _Frame.cover(image.size, (height, width), crop, self.crops, flipped)
-        mask, conditioning = sample.mask, sample.conditioning
+        masked = None if sample.mask is None else mask(sample.mask)
+        shown = None if sample.conditioning is None else condition(sample.conditioning)
         return View(
             pixels=box.cut(image, Image.Resampling.LANCZOS).float().div_(127.5).sub_(1),
             caption=sample.caption,
             frame=torch.tensor([image.height, image.width, box.top, box.left, height, width], dtype=torch.float32),
-            mask=None if mask is None else box.cut(mask.convert("L"), Image.Resampling.BOX).float().div_(255),
-            conditioning=None if conditioning is None else box.cut(rgb(conditioning), Image.Resampling.BILINEAR),
+            mask=None if masked is None else box.cut(masked, Image.Resampling.BOX).float().div_(255),
+            conditioning=None if shown is None else box.cut(shown, Image.Resampling.BILINEAR),
         )
 
 

@@ -28,7 +28,7 @@ def _atlas() -> dict[tuple[str, str], np.ndarray]:
     if sheet is None:
         raise PocketError(f"the sprite atlas {DATA / 'atlas.webp'} is missing or unreadable; reinstall the package")
     sheet = cv2.cvtColor(sheet, cv2.COLOR_BGRA2RGBA)
-    names = json.loads((DATA / "atlas.json").read_text())["names"]
+    names = json.loads((DATA / "atlas.json").read_text("utf-8"))["names"]
     columns = sheet.shape[1] // CELL
     cells = {}
     for index, key in enumerate((look, name) for look in LOOKS for name in names):

@@ -111,14 +111,14 @@ def write(root: Path, name: str) -> Path:
         (folder / "masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png", optimize=True)
         Image.fromarray(masks[-1].astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png", optimize=True)
-        (folder / f"{index}.txt").write_text(f"{caption} {BACKGROUNDS[background][0]}\n")
+        (folder / f"{index}.txt").write_text(f"{caption} {BACKGROUNDS[background][0]}\n", "utf-8")
     facts = {
         "class": noun,
         "identifier": IDENTIFIER,
         "origin": ORIGINS["rendered" if name in TOYS else "drawn"],
         "prompts": [_prompt(prompt, noun).format(called) for prompt in HELD_OUT],
     }
-    (folder / "subject.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "subject.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
     return folder
 
 

@@ -55,7 +55,7 @@ def fitted(rgba: np.ndarray, side: int) -> np.ndarray:
 def main(noto_json: str, fluent_json: str) -> None:
     drawings = []
     for path in (noto_json, fluent_json):
-        icons = json.loads(Path(path).read_text())
+        icons = json.loads(Path(path).read_text("utf-8"))
         drawings += [drawing(icons, key) for key in CLASSES.values()]
     sheet = np.zeros((-(-len(drawings) // COLUMNS) * CELL, COLUMNS * CELL, 4), np.uint8)
     for index, cell in enumerate(drawings):
@@ -67,7 +67,7 @@ def main(noto_json: str, fluent_json: str) -> None:
         "noto": "Noto Emoji (Google), Apache-2.0, via @iconify-json/noto",
         "fluent": "Fluent Emoji (Microsoft), MIT, via @iconify-json/fluent-emoji",
     }
-    (DATA / "atlas.json").write_text(json.dumps({"origin": origin, "names": list(CLASSES)}, indent=1) + "\n")
+    (DATA / "atlas.json").write_text(json.dumps({"origin": origin, "names": list(CLASSES)}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def base(vae: AutoencoderKL, parts: Base) -> Path:
         # transformers loads in the dtype this names, diffusers in float32: left at float16, a plain
         # `from_pretrained(folder)` would mix the two and fail.
         config = folder / "text_encoder" / "config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+        config.write_text(
+            json.dumps({**json.loads(config.read_text("utf-8")), "dtype": "float32"}, indent=2) + "\n", "utf-8"
+        )
 
     return _replaced(VERSION, write, keep=("README.md", "sheet.webp"))
 
@@ -98,5 +100,5 @@ def write_manifest() -> dict:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             files[path.relative_to(DATA).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
     listed = {"version": VERSION, "files": files}
-    (DATA / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n")
+    (DATA / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
     return listed

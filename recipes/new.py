@@ -18,6 +18,7 @@ from recipes.common.photos import Photos, look
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
 from training.config import parse, require
 from training.errors import TrainingError, exit_on_error
+from training.text import read_text
 from training.pocket.captions import article
 
 __all__ = ["prepare"]
@@ -141,9 +142,9 @@ def _subject(file: Path, noun: str, identifier: str, *, pocket: bool) -> dict[st
         prompts = held_out(noun, identifier, pocket=pocket)
         return {"class": noun, "identifier": identifier, "origin": "the maker's photos", "prompts": prompts}
     try:
-        facts = json.loads(file.read_text("utf-8"))
+        facts = json.loads(read_text(file))
         found, prompts = (facts["identifier"], facts["class"]), facts["prompts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"{file} needs identifier, class and prompts ({error!r}); delete it to start anew"
         ) from error

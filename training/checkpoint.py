@@ -57,14 +57,15 @@ FREE = (
     "data.cache_folder",
 )
 
-# Where base and data lie: what they hold is a fact of its own.
-PLACES = (
-    "base",
-    *(f"data.{name}" for name in ("source", "kind", "split", "prompt", "masks", "conditioning", "minimum")),
-    *(f"data.{name}_column" for name in ("image", "caption", "mask", "conditioning")),
-    *(f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")),
-)
-CONTENT = ("base model", "content of the data")
+# Where base and data lie, by the fact that says what they hold.
+PLACES = {
+    "base model": ("base",),
+    "content of the data": (
+        *(f"data.{name}" for name in ("source", "kind", "split", "prompt", "masks", "conditioning", "minimum")),
+        *(f"data.{name}_column" for name in ("image", "caption", "mask", "conditioning")),
+        *(f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")),
+    ),
+}
 
 
 @dataclass(kw_only=True)
@@ -213,10 +214,10 @@ def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: lis
     """
     now = json.loads(json.dumps(facts))  # as it comes back from the file: tuples are lists there
     before, after = ({**item["settings"], **item, "settings": None} for item in (saved.facts, now))
-    free = [*FREE, "train.batch_size", "train.accumulation", *free]
-    changed = differences(before, after, free=(*free, *PLACES))
-    if any(before.get(name) != after.get(name) for name in CONTENT):  # then the place may tell why
-        changed = differences(before, after, free=tuple(free))
+    for fact, places in PLACES.items():
+        if before.get(fact) == after.get(fact):  # otherwise the place may tell why
+            free = [*free, *places]
+    changed = differences(before, after, free=(*FREE, "train.batch_size", "train.accumulation", *free))
     if changed:
         raise TrainingError(
             f"cannot resume from {path}, these have changed: {'; '.join(changed)}; take the old values "

@@ -139,7 +139,7 @@ def prepare(
     if cache != "off":
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
     captions = sorted({""}.union(*(_captions(stream) for stream in streams)))
-    if long := too_long(parts, captions):
+    if long := too_long(parts, [caption for caption in captions if caption]):
         say(long)
     unused = [token for token in method.tokens if not any(token in caption for caption in captions)]
     if unused:

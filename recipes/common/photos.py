@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from training.config import require
 __all__ = ["LEAST", "Photos", "look"]
 
 LEAST = 3  # photos that a subject is learnt from
-# Pictures that cannot be read here.
-FOREIGN = (".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".mp4", ".mov")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
@@ -30,8 +26,8 @@ class Photos:
     masks: Path | None
     turned: int
     """Photos that are turned upright by what their EXIF says."""
-    left_out: Mapping[str, int]
-    """Suffix -> files that cannot be read here."""
+    said: list[str]
+    """What is left out, repeated or resized."""
 
     def lines(self) -> list[str]:
         """What was seen, for the terminal."""
@@ -39,9 +35,7 @@ class Photos:
         first, last = (f"{width}x{height}" for width, height in (sizes[0], sizes[-1]))
         turned = f" ({self.turned} turned upright)" if self.turned else ""
         lines = [f"{len(sizes)} photos{turned}, {first if first == last else f'{first} to {last}'} pixels"]
-        if self.left_out:
-            named = ", ".join(f"{count} {suffix}" for suffix, count in self.left_out.items())
-            lines.append(f"left out: {named} (not read here; convert to .jpg or .png)")
+        lines += self.said
         lines.append("captions: those beside the photos" if self.prompt is None else f"caption: {self.prompt!r}")
         lines.append(f"masks: {self.masks}" if self.masks else "masks: none")
         return lines
@@ -61,20 +55,20 @@ def look(folder: Path, *, calls: str, prompt: str, minimum: int) -> Photos:
     """
     from training.data import images
 
-    captioned = any(folder.glob("*.txt")) or (folder / "metadata.jsonl").is_file()
+    found, said = images.scan(folder) if folder.is_dir() else images.Scan(), []
+    captioned = bool(found.captions or found.metadata)
     masks = folder / "masks" if (folder / "masks").is_dir() else None
-    source = images.folder(folder, prompt=None if captioned else prompt, masks=masks, minimum=minimum)
+    source = images.folder(folder, prompt=None if captioned else prompt, masks=masks, minimum=minimum, say=said.append)
     require(len(source) >= LEAST, f"{folder} has {len(source)} photo(s); three are the least a subject is learnt from")
     silent = [source.files[i].name for i in range(len(source)) if calls not in source.caption(i)]
     require(not silent, f"captions must name the subject as {calls!r}; those of {', '.join(silent[:5])} do not")
-    suffixes = Counter(file.suffix.lower() for file in sorted(folder.iterdir()) if file.is_file())
     return Photos(
         folder=folder,
         source=source,
         prompt=None if captioned else prompt,
         masks=masks,
         turned=sum(_is_turned(file) for file in source.files),
-        left_out={suffix: n for suffix, n in suffixes.items() if suffix in FOREIGN and suffix not in images.SUFFIXES},
+        said=said,
     )
 
 

@@ -301,6 +301,12 @@ def test_bases_that_cannot_be_trained_are_refused(base: Path, tmp_path: Path) ->
         models.load(tmp_path / "nowhere")
     with pytest.raises(TrainingError, match=r"model_index.json is missing"):
         models.load(tmp_path)
+    (tmp_path / "alone.safetensors").write_bytes(b"")
+    for single in (str(tmp_path / "alone.safetensors"), "models/alone.safetensors"):  # not a hub id
+        with pytest.raises(TrainingError, match=r"alone.safetensors is a single file; a base is a folder"):
+            models.load(single)
+    with pytest.raises(TrainingError, match=r"old.ckpt is a single pickled file, which is never loaded"):
+        models.load("models/old.ckpt")
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     (broken / "unet" / "diffusion_pytorch_model.safetensors").rename(broken / "unet" / "diffusion_pytorch_model.bin")
@@ -315,6 +321,8 @@ def test_bases_that_cannot_be_trained_are_refused(base: Path, tmp_path: Path) ->
 
 def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path: Path) -> None:
     parts = models.load(base)
+    for name in ("0.txt", "1.txt"):
+        (pictures / name).write_text("picture of words " * 100, "utf-8")
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     said: list[str] = []
     settings = config.TrainSettings(steps=100, dry_run=True, trackers=[])
@@ -325,4 +333,7 @@ def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path
     assert f"{trained:,} of" in text
     assert "memory: about" in text
     assert "of it caching" in text
+    assert [line.split(":")[0] for line in said if "longer than" in line] == [
+        f"1 of 4 captions are longer than the {parts.tokenizers[0].model_max_length} tokens that the text encoder reads"
+    ]
     assert not (tmp_path / "out").exists()

@@ -64,12 +64,12 @@ def _sort_in(found: Scan, item: Path) -> None:
     suffix = item.suffix.lower()
     if suffix in SUFFIXES:
         found.pictures.append(item)
-    elif suffix in CAPTION_FILES:
+    elif suffix in CAPTION_FILES and item.stem.lower() not in NOTES:
         if suffix == ".txt" or item.with_suffix("") not in found.captions:
             found.captions[item.with_suffix("")] = item
     elif item.name == "metadata.jsonl":
         found.metadata.append(item)
-    elif suffix not in KNOWN and not item.name.endswith(":Zone.Identifier"):
+    elif suffix not in (*KNOWN, *CAPTION_FILES) and not item.name.endswith(":Zone.Identifier"):
         found.others.append(item)
 
 
@@ -259,7 +259,7 @@ def _captions(
     problems += [
         f"{item.relative_to(root)} is a caption without image"
         for stem, item in found.captions.items()
-        if stem not in stems and item.stem.lower() not in NOTES
+        if stem not in stems
     ]
     every: list[tuple[str, ...]] = []
     for file in found.pictures:

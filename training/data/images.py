@@ -15,17 +15,18 @@ from PIL import Image
 
 from ..config import DataSettings
 from .annotators import annotator
-from .folders import Folder, folder, scan
-from .pictures import canny, condition, mask, rgb
+from .folders import Folder, Scan, folder, scan
+from .pictures import SUFFIXES, canny, condition, mask, rgb
 from .rows import Rows, dataset
 from .samples import Sample, Say, Source
 
 SPLITS = ("train", "val", "valid", "validation", "test", "dev")
 
 __all__ = [
+    "SUFFIXES",
     "Folder",
     "Rows",
-    "Sample",
+    "Sample", "Scan",
     "Source",
     "canny",
     "condition",

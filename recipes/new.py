@@ -18,8 +18,8 @@ from recipes.common.photos import Photos, look
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
 from training.config import parse, require
 from training.errors import TrainingError, exit_on_error
-from training.text import read_text
 from training.pocket.captions import article
+from training.text import read_text
 
 __all__ = ["prepare"]
 

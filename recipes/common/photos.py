@@ -55,7 +55,8 @@ def look(folder: Path, *, calls: str, prompt: str, minimum: int) -> Photos:
     """
     from training.data import images
 
-    found, said = images.scan(folder) if folder.is_dir() else images.Scan(), []
+    found = images.scan(folder) if folder.is_dir() else images.Scan()
+    said: list[str] = []
     captioned = bool(found.captions or found.metadata)
     masks = folder / "masks" if (folder / "masks").is_dir() else None
     source = images.folder(folder, prompt=None if captioned else prompt, masks=masks, minimum=minimum, say=said.append)

@@ -465,10 +465,10 @@ def test_what_was_seen_is_said(mine: Path, tmp_path: Path, done, call) -> None:
     turned = Image.new("RGB", (96, 64), "red")
     turned.getexif()[0x0112] = 6
     turned.save(mine / "9.jpg", exif=turned.getexif())
-    (mine / "IMG_1.HEIC").write_bytes(b"not read here")
+    (mine / "IMG_1.jxl").write_bytes(b"not read here")
     said = done("new", mine, "--class", "cat", "--out", tmp_path / "run", "--no-trial")
     assert "4 photos (1 turned upright), 64x64 to 64x96 pixels" in said
-    assert "left out: 1 .heic (not read here; convert to .jpg or .png)" in said
+    assert "1 file(s) that are no pictures are left out: IMG_1.jxl" in said
     assert "measured without masks" in said
     plan = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["measure"]
     assert plan["metrics"] == ["prompt accuracy", "similarity (judge)"]

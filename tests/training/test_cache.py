@@ -74,7 +74,7 @@ def test_an_interrupted_write_is_no_entry(base: Path, pictures: Path, tmp_path: 
     store = cache.Store(tmp_path / "cache")
 
     def full(path: Path, data: bytes) -> None:
-        path.write_text("half")
+        path.write_text("half", encoding="utf-8")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)

@@ -227,7 +227,7 @@ def test_fewer_class_images_than_there_are_are_used(base: Path, tmp_path: Path) 
     assert len(prior(base, folder, class_images=2).views) == 2
     assert len(prior(base, folder, class_images=3).views) == 3
     (folder / "manifest.json").write_text("{", "utf-8")
-    with pytest.raises(TrainingError, match=r"manifest.json cannot be read"):
+    with pytest.raises(TrainingError, match=r"manifest.json: not valid JSON"):
         prior(base, folder)
 
 

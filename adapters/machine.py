@@ -99,7 +99,7 @@ def _available() -> str:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     own = "" if limit == resource.RLIM_INFINITY else f", the process is limited to {limit / 2**30:.1f} GiB"
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return f"how much is free is not known{own}"

@@ -40,10 +40,19 @@ def fill(path: Path) -> None:
         (lambda: np.empty(2**50), r"out of memory \(.*[Uu]nable to allocate.*before is intact"),
         (lambda: bytearray(2**62), r"out of memory \(.* GiB free"),
         (lambda: append_line(Path("/dev/full"), "x"), r"No space left on device \(.* MiB free\).*write elsewhere"),
-        (lambda: Path("/dev/null/x").write_text("x"), r"Not a directory: '/dev/null/x'; a file is where a folder"),
-        (lambda: Path("/tmp", "n" * 300).write_text("x"), r"name too long: '/tmp/nnn.*…nnn.*'; use shorter names"),
+        (
+            lambda: Path("/dev/null/x").write_text("x", encoding="utf-8"),
+            r"Not a directory: '/dev/null/x'; a file is where a folder",
+        ),
+        (
+            lambda: Path("/tmp", "n" * 300).write_text("x", encoding="utf-8"),
+            r"name too long: '/tmp/nnn.*…nnn.*'; use shorter names",
+        ),
         (lambda: Path("/tmp").mkdir(), r"File exists: '/tmp'; something else has this name"),
-        (lambda: Path("/tmp/gone/x").write_text("x"), r"No such file or directory: '/tmp/gone/x'.*deleted meanwhile"),
+        (
+            lambda: Path("/tmp/gone/x").write_text("x", encoding="utf-8"),
+            r"No such file or directory: '/tmp/gone/x'.*deleted meanwhile",
+        ),
         (lambda: "caf\udce9.png".encode(), r"the name 'caf\\udce9.png' is not UTF-8; rename"),
     ],
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -228,6 +229,7 @@ class AttentionRecorder:
         self._consume = consume
         self._held: dict[str, dict[str, Tensor]] = {}
         self._handles: list[RemovableHandle] = []
+        self._thread: int | None = None
         # The same function objects at every step, so that torch.compile does not compile anew.
         self._takers = [
             (attention, name, eager(functools.partial(self._take, block, slots)))
@@ -245,6 +247,7 @@ class AttentionRecorder:
     def start(self) -> None:
         """Watch the next forward. Projections are looked up now: a LoRA loaded since the last call replaced them."""
         self.stop()
+        self._thread = threading.get_ident()
         for attention, name, taker in self._takers:
             module = getattr(attention, name, None)
             if module is not None:
@@ -259,6 +262,8 @@ class AttentionRecorder:
 
     def _take(self, block: Block, slots: tuple[str | None, ...], module: Any, args: tuple, output: Tensor) -> None:
         if not self._handles:  # compiled code may still call a hook that was removed
+            return
+        if self._thread != threading.get_ident():  # another pipeline's call of the same U-net
             return
         held = self._held.setdefault(block.name, {})
         for slot, part in zip(slots, output.detach().chunk(len(slots), dim=-1), strict=True):

@@ -9,6 +9,7 @@ ordinary pipeline. A modular pipeline's own `save_pretrained` leaves the guider 
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any, Literal
 
 from diffusers import UNet2DConditionModel
@@ -21,6 +22,7 @@ from .attention import eager
 from .config import CLASS_NAME, read_config, to_config
 from .errors import ScfgError
 from .guidance import Guidance
+from .pipelines import unwrapped
 from .session import RegionSession, Texts
 from .trace import Step
 from .words import Word
@@ -175,13 +177,14 @@ class SemanticGuider(BaseGuidance):
         self._release()
         if not self._guided or not self.guidance.active(self._fraction):
             return
-        unet: Any = getattr(denoiser, "_orig_mod", denoiser)
+        unet: Any = unwrapped(denoiser)
         supported = isinstance(unet, UNet2DConditionModel)
         if not supported:
             raise ScfgError(
                 f"{CLASS_NAME} needs a UNet2DConditionModel as denoiser, not {type(unet).__name__}; use it with SDXL "
                 f"modular pipelines"
             )
+        self._thread = threading.get_ident()
         self._handles = [
             unet.register_forward_pre_hook(eager(self._before), with_kwargs=True),
             unet.register_forward_hook(eager(self._after), with_kwargs=True, always_call=True),
@@ -213,6 +216,8 @@ class SemanticGuider(BaseGuidance):
             self._session.choose_half(texts[1])
 
     def _before(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._thread != threading.get_ident():  # another pipeline's call of the same U-net
+            return
         sample: Tensor = args[0] if args else kwargs["sample"]
         session, rows = self._session, slice(0, sample.shape[0])
         if self.is_conditional:
@@ -228,6 +233,8 @@ class SemanticGuider(BaseGuidance):
         )
 
     def _after(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._thread != threading.get_ident():
+            return
         if output is None:  # the U-net raised: nobody will clean up
             self._release()
         else:

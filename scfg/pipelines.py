@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import ScfgError
 
-__all__ = ["PipelineView", "unwrapped_unet"]
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["PipelineView", "pipelines_at_work", "unwrapped", "unwrapped_unet"]
 
 # Pipelines that call their U-net on other batches than [uncond | cond], or more than once per step, where a rewritten
 # half would mean something else than S-CFG.
@@ -36,7 +42,27 @@ _OTHER_PROTOCOL = (
 )
 
 
-def unwrapped_unet(pipe: Any) -> Any:
+def unwrapped(module: nn.Module | None) -> nn.Module | None:
+    """A module out of the wrapper that `torch.compile` puts around it, for hooks and for looking at its parts."""
+    return getattr(module, "_orig_mod", module)
+
+
+def pipelines_at_work(frame: FrameType | None) -> Iterator[DiffusionPipeline]:
+    """Pipelines whose methods are running on a stack, innermost first.
+
+    Several pipelines may share one U-net, and it is not told which of them calls it: only the stack knows.
+    """
+    from diffusers import DiffusionPipeline
+
+    while frame is not None:
+        code = frame.f_code
+        owner = frame.f_locals.get("self") if code.co_varnames[:1] == ("self",) else None
+        if isinstance(owner, DiffusionPipeline):
+            yield owner
+        frame = frame.f_back
+
+
+def unwrapped_unet(pipe: DiffusionPipeline) -> Any:
     """The U-net of a pipeline, out of the wrapper torch.compile puts around it.
 
     Raises:
@@ -44,8 +70,7 @@ def unwrapped_unet(pipe: Any) -> Any:
     """
     from diffusers import UNet2DConditionModel
 
-    wrapped = getattr(pipe, "unet", None)
-    unet: Any = getattr(wrapped, "_orig_mod", wrapped)
+    unet: Any = unwrapped(getattr(pipe, "unet", None))
     supported = isinstance(unet, UNet2DConditionModel)
     if not supported:
         raise ScfgError(
@@ -68,19 +93,25 @@ class PipelineView:
         guidance_scale: what the user says the scale is; needed where the pipeline has no property for it.
     """
 
-    def __init__(self, pipe: Any, guidance_scale: float | None) -> None:
+    def __init__(self, pipe: DiffusionPipeline, guidance_scale: float | None) -> None:
         self.pipe = pipe
         self.unet = unwrapped_unet(pipe)
         self._stated_scale = guidance_scale
         self._parameters = inspect.signature(type(pipe).__call__).parameters
         self._replaced: dict[str, Any] = {}
+        self._turn, self._thread = threading.Lock(), threading.get_ident()
         self.prompts: list[str] | None = None
         self._encoded_with_guidance: bool | None = None
         self._repaint_mask: Tensor | None = None
         self._check()
 
     def _check(self) -> None:
+        from diffusers import DiffusionPipeline
+
         name = type(self.pipe).__name__
+        known = isinstance(self.pipe, DiffusionPipeline)
+        if not known:
+            raise ScfgError(f"{name} is not a diffusers pipeline; semantic guidance needs a DiffusionPipeline")
         if "image_guidance_scale" in self._parameters:
             raise ScfgError(
                 f"{name} mixes text, image and unconditional predictions with two scales; semantic guidance of that "
@@ -102,6 +133,11 @@ class PipelineView:
     @property
     def _has_flag(self) -> bool:
         return hasattr(type(self.pipe), "do_classifier_free_guidance") and hasattr(type(self.pipe), "guidance_scale")
+
+    @property
+    def calling(self) -> bool:
+        """Whether the U-net, in whose forward this is asked, is called by this pipeline and not by another one."""
+        return next(pipelines_at_work(sys._getframe(1)), None) is self.pipe
 
     @property
     def guided(self) -> bool:
@@ -177,9 +213,13 @@ class PipelineView:
             self.prompts = [prompt] if isinstance(prompt, str) else prompt
             self._encoded_with_guidance = arguments.get("do_classifier_free_guidance")
 
+        def call_begins(arguments: dict[str, Any], result: Any) -> None:
+            """Nothing to note: listening is enough to find out about a second thread before it changes anything."""
+
         def mask_prepared(arguments: dict[str, Any], result: Any) -> None:
             self._repaint_mask = result[0]
 
+        self._listen("check_inputs", call_begins)
         self._listen("progress_bar", loop_begins)
         self._listen("encode_prompt", prompt_encoded)
         self._listen("prepare_mask_latents", mask_prepared)
@@ -202,6 +242,7 @@ class PipelineView:
 
         @functools.wraps(original)
         def listened(*args: Any, **kwargs: Any) -> Any:
+            self._take_turn()
             result = original(*args, **kwargs)
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -210,3 +251,21 @@ class PipelineView:
 
         self._replaced[name] = self.pipe.__dict__.get(name)
         setattr(self.pipe, name, listened)
+
+    def _take_turn(self) -> None:
+        """A pipeline keeps one call's state in itself, and so does what is attached to it: threads must take turns.
+
+        Raises:
+            ScfgError: another thread is in a call of this pipeline.
+        """
+        with self._turn:
+            here = threading.get_ident()
+            elsewhere = sys._current_frames().get(self._thread) if self._thread != here else None
+            if any(owner is self.pipe for owner in pipelines_at_work(elsewhere)):
+                name = type(self.pipe).__name__
+                raise ScfgError(
+                    f"this {name} is generating in another thread, and a guidance is attached to it; call it from one "
+                    f"thread at a time, or attach to a pipeline per thread, {name}(**pipe.components) with a scheduler "
+                    f"of its own"
+                )
+            self._thread = here

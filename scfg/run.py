@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arms import make_guidance
 from .attention import eager
+from .clean import clean_sample, require_clean, sigma_of
 from .errors import ScfgError
 from .guidance import Guidance
 from .pipelines import PipelineView
@@ -42,6 +43,8 @@ def attach(
 ) -> Run:
     """Guide a pipeline's images by `guidance` until the context is left or `.detach()` is called.
 
+    Other pipelines that share its U-net (`from_pipe`) are not guided, unless they are attached to as well.
+
     Args:
         pipe: a diffusers pipeline with a `UNet2DConditionModel`.
         guidance: settings, or a method's name.
@@ -54,7 +57,7 @@ def attach(
 
     Raises:
         ScfgError: the pipeline has no U-net or no classifier-free guidance of the kind S-CFG is defined for, is already
-            attached to, or a setting does not fit its U-net.
+            attached to, or its scheduler does not say what "prediction" is.
     """
     settings = make_guidance(guidance) if isinstance(guidance, str) else guidance
     if not isinstance(settings, Guidance):
@@ -93,6 +96,8 @@ class Run:
         self._pipe = pipe
         self._keeps_clean = "prediction" in (record or ())
         self._view = PipelineView(pipe, guidance_scale)
+        if self._keeps_clean:
+            require_clean(pipe.scheduler)
         self._session = RegionSession(
             guidance,
             record=record or (),
@@ -133,8 +138,9 @@ class Run:
     def _install(self) -> None:
         unet = self._view.unet
         hooks = (getattr(hook, "__wrapped__", hook) for hook in unet._forward_hooks.values())
-        if any(isinstance(getattr(hook, "__self__", None), Run) for hook in hooks):
-            raise ScfgError("this pipeline's U-net already has a guidance attached; detach it first")
+        runs = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Run)]
+        if any(run._pipe is self._pipe for run in runs):
+            raise ScfgError("this pipeline already has a guidance attached; detach it first")
         self._handles = [
             unet.register_forward_pre_hook(eager(self._before), with_kwargs=True),
             unet.register_forward_hook(eager(self._after), with_kwargs=True, always_call=True),
@@ -150,6 +156,8 @@ class Run:
         self._session.begin()
 
     def _before(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._view.calling:
+            return
         self._call = None
         if not self._view.guided:
             return
@@ -170,6 +178,8 @@ class Run:
         )
 
     def _after(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._view.calling:
+            return None
         call, self._call = self._call, None
         if call is None or output is None:  # not guided, or the U-net raised
             self._session.stop()
@@ -246,36 +256,21 @@ class Run:
         cond: Float[Tensor, "B C H W"],
         scaled: ScaleMap | None,
     ) -> None:
+        scheduler, clean = self._pipe.scheduler, None
+        if self._keeps_clean:
+            gamma = 1.0 if scaled is None else scaled.gamma
+            guided = uncond.float() + call.guidance_scale * gamma * (cond.float() - uncond.float())
+            sample = call.sample[call.cond, : self._view.channels]
+            clean = clean_sample(scheduler, call.timestep, sample, guided)
         self._session.note(
             cond,
             scaled,
             timestep=call.timestep,
             guidance_scale=call.guidance_scale,
-            alphas_cumprod=getattr(self._pipe.scheduler, "alphas_cumprod", None),
-            clean=self._clean(call, uncond.float(), cond.float(), scaled) if self._keeps_clean else None,
+            alphas_cumprod=getattr(scheduler, "alphas_cumprod", None),
+            scheduler_sigma=sigma_of(scheduler, call.timestep),
+            clean=clean,
         )
-
-    def _clean(
-        self,
-        call: _Call,
-        uncond: Float[Tensor, "B C H W"],
-        cond: Float[Tensor, "B C H W"],
-        scaled: ScaleMap | None,
-    ) -> Float[Tensor, "B C H W"]:
-        """Predicted clean sample after guidance, in the variance-preserving form that the U-net is called with."""
-        gamma = 1.0 if scaled is None else scaled.gamma
-        guided = uncond + call.guidance_scale * gamma * (cond - uncond)
-        sample = call.sample[call.cond, : self._view.channels].float()
-        scheduler = self._pipe.scheduler
-        index = int(torch.as_tensor(call.timestep).round().clamp(0, len(scheduler.alphas_cumprod) - 1))
-        alpha_bar = scheduler.alphas_cumprod[index].to(sample)
-        alpha, sigma = alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
-        kind = scheduler.config.prediction_type
-        if kind == "v_prediction":
-            return alpha * sample - sigma * guided
-        if kind == "sample":
-            return guided
-        return (sample - sigma * guided) / alpha
 
     def _check_scale(self) -> None:
         for name, stated in self.call_kwargs.items():

@@ -204,6 +204,7 @@ class RegionSession:
         timestep: Tensor | float,
         guidance_scale: float,
         alphas_cumprod: Tensor | None = None,
+        scheduler_sigma: float | None = None,
         clean: Float[Tensor, "B C H W"] | None = None,
     ) -> None:
         """Put this step into the trace.
@@ -214,6 +215,7 @@ class RegionSession:
             timestep: the scheduler's t.
             guidance_scale: s.
             alphas_cumprod: the scheduler's schedule, where it has one.
+            scheduler_sigma: sigma, where the scheduler steps along sigmas.
             clean: predicted clean sample, where it is recorded.
         """
         maps = self.regions if "regions" in self._record else None
@@ -227,6 +229,7 @@ class RegionSession:
                 effective_scale=ones if scaled is None else scaled.effective,
                 norms=None if scaled is None else scaled.norms,
                 alphas_cumprod=alphas_cumprod,
+                scheduler_sigma=scheduler_sigma,
                 regions=None if maps is None else maps.index,
                 foreground=None if maps is None else maps.foreground,
                 gamma=scaled.gamma if scaled is not None and "gamma" in self._record else None,

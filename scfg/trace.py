@@ -26,6 +26,7 @@ class Step:
         effective_scale: (B,), sum ||gamma * delta|| / sum ||delta||; times s it is the total guidance.
         norms: per-region area, mean ||delta||, mean ||u|| and gamma (B, R), in the prediction's own units.
         alphas_cumprod: the scheduler's schedule, where it has one.
+        scheduler_sigma: sigma of the U-net's input, where the scheduler steps along sigmas.
         regions: (B, h, w) owner of each position, if recorded.
         foreground: (B, h, w), if recorded and used.
         gamma: (B, 1, H, W), if recorded.
@@ -39,6 +40,7 @@ class Step:
     effective_scale: Float[Tensor, " B"]
     norms: RegionNorms | None = None
     alphas_cumprod: Tensor | None = None
+    scheduler_sigma: float | None = None
     regions: Int[Tensor, "B h w"] | None = None
     foreground: Bool[Tensor, "B h w"] | None = None
     gamma: Float[Tensor, "B 1 H W"] | None = None
@@ -46,7 +48,9 @@ class Step:
 
     @property
     def sigma(self) -> float | None:
-        """sigma_t = sqrt(1 - alpha_bar_t) of the variance-preserving process; ||u|| / sigma_t is the score's norm."""
+        """sigma_t of the U-net's input, x = alpha_t * x0 + sigma_t * noise; ||u|| / sigma_t is the score's norm."""
+        if self.scheduler_sigma is not None:
+            return self.scheduler_sigma
         if self.alphas_cumprod is None:
             return None
         last = len(self.alphas_cumprod) - 1

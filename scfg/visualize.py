@@ -106,9 +106,9 @@ def latents_to_images(pipe: Any, latents: Float[Tensor, "B C H W"]) -> list[Imag
     vae = getattr(pipe, "vae", None)
     decoded = latents
     if vae is not None:
-        parameter = next(vae.parameters())
         shift = getattr(vae.config, "shift_factor", None) or 0.0
-        decoded = vae.decode((latents / vae.config.scaling_factor + shift).to(parameter)).sample
+        scaled = latents / vae.config.scaling_factor + shift
+        decoded = vae.decode(scaled.to(pipe._execution_device, vae.dtype)).sample
     pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image[..., :3]) for image in pixels]
 

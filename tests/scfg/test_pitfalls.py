@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import accelerate
 import pytest
 import scfg_tiny as tiny
 import torch
@@ -24,7 +25,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 
-from scfg import METHODS, ScfgError, SemanticCFG, attach, make_guidance
+from scfg import METHODS, ScfgError, SemanticCFG, attach, make_guidance, visualize
 
 GUIDED = SemanticCFG()
 
@@ -232,14 +233,21 @@ def test_fused_projections(pipe):
     assert any((step.gamma != 1).any() for step in trace)
 
 
-def test_cpu_offload(pipe):
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-
-    want, _ = run(pipe)
-    add_hook_to_module(pipe.unet, AlignDevicesHook(execution_device="cpu", io_same_device=True))
-    got, _ = run(pipe)
+@pytest.mark.parametrize("how", ["sequential", "model"])
+def test_cpu_offload(how, pipe):
+    """What diffusers' `enable_sequential_cpu_offload` and `enable_model_cpu_offload` do, from the CPU to the CPU."""
+    want, trace = run(pipe, record=("gamma", "prediction"))
+    drawn = visualize.latents_to_images(pipe, trace[-1].prediction)
+    if how == "sequential":
+        for part in (pipe.unet, pipe.vae):
+            accelerate.cpu_offload(part, execution_device="cpu")
+        assert next(pipe.unet.parameters()).device.type == "meta"
+    else:
+        _, hook = accelerate.cpu_offload_with_hook(pipe.unet, "cpu")
+        accelerate.cpu_offload_with_hook(pipe.vae, "cpu", prev_module_hook=hook)
+    got, trace = run(pipe, record=("gamma", "prediction"))
     assert torch.equal(got, want)
-    remove_hook_from_module(pipe.unet)
+    assert visualize.latents_to_images(pipe, trace[-1].prediction) == drawn
 
 
 @pytest.mark.slow
@@ -362,11 +370,10 @@ def test_missing_maps_of_later_steps_reuse_the_last_regions(pipe):
 
 
 def test_attention_masks_are_refused(pipe):
-    context = torch.cat([tiny.embeddings()[name] for name in ("negative_prompt_embeds", "prompt_embeds")])
-    with attach(pipe, GUIDED):
-        bare(pipe)  # sets the pipeline's flags
-        with pytest.raises(ScfgError, match="encoder_attention_mask"):
-            pipe.unet(torch.cat([tiny.noise()] * 2), 1, context, encoder_attention_mask=torch.ones(2, tiny.TEXT))
+    masked = {"encoder_attention_mask": torch.ones(2, tiny.TEXT)}
+    pipe.unet.register_forward_pre_hook(lambda unet, args, kwargs: (args, kwargs | masked), with_kwargs=True)
+    with attach(pipe, GUIDED), pytest.raises(ScfgError, match="encoder_attention_mask"):
+        bare(pipe)
 
 
 # -- schedulers, windows and refreshing

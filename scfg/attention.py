@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ScfgError
+from .precision import widened
 
 __all__ = [
     "EXPLICIT_LIMIT",
@@ -49,7 +50,7 @@ LARGE_LATENT, LARGE_LATENT_RATIO = 64, 4
 def mean_attention(
     query: Float[Tensor, "B N C"], key: Float[Tensor, "B M C"], *, heads: int, scale: float
 ) -> Float[Tensor, "B N M"]:
-    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32, without gradients."""
+    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32 or wider, without gradients."""
     query, key = _split_heads(query, heads), _split_heads(key, heads)  # (B, heads, N|M, C / heads)
     total = query.new_zeros(query.shape[0], query.shape[2], key.shape[2])
     # Taken once for all heads: fresh memory of this size costs the CPU up to half of the whole time.
@@ -68,11 +69,11 @@ def apply_mean_attention(
     heads: int,
     scale: float,
 ) -> Float[Tensor, "B N T"]:
-    """mean over heads of softmax(scale * Q K^T) V in float32, by a fused kernel: nothing of size N x M is formed."""
+    """mean over heads of softmax(scale * Q K^T) V, fused, in float32 or wider: nothing of size N x M is formed."""
     query, key = _split_heads(query, heads), _split_heads(key, heads)
     width = query.shape[-1]
     pieces = []
-    for piece in value.float().split(width, dim=-1):
+    for piece in value.to(query.dtype).split(width, dim=-1):
         padded = F.pad(piece, (0, width - piece.shape[-1]))
         spread = padded[:, None].expand(-1, heads, -1, -1)  # (B, heads, M, width)
         out = F.scaled_dot_product_attention(query, key, spread, scale=scale).mean(dim=1)
@@ -81,7 +82,7 @@ def apply_mean_attention(
 
 
 def _split_heads(tokens: Float[Tensor, "B N C"], heads: int) -> Float[Tensor, "B heads N D"]:
-    return tokens.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    return widened(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

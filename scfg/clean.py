@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import ScfgError
+from .precision import widened
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -54,7 +55,7 @@ def clean_sample(
     sample: Float[Tensor, "B C H W"],
     prediction: Float[Tensor, "B C H W"],
 ) -> Float[Tensor, "B C H W"]:
-    """x0 as the scheduler computes it (before clipping), in float32.
+    """x0 as the scheduler computes it (before clipping), in float32 or wider.
 
     Args:
         scheduler: the pipeline's scheduler, at this step.
@@ -66,7 +67,7 @@ def clean_sample(
         ScfgError: x0 is not known with this scheduler.
     """
     require_clean(scheduler)
-    sample, prediction = sample.float(), prediction.float()
+    sample, prediction = widened(sample), widened(prediction)
     if _kind(scheduler) in _EDM:
         sigma, data = _own_sigma(scheduler, timestep).to(sample), scheduler.config.sigma_data
         return scheduler.precondition_outputs(sample * (sigma**2 + data**2).sqrt(), prediction, sigma)

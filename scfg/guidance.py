@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import ScfgError
+from .precision import widened
 from .regions import Regions
 from .scale import ScaleMap, classifier_score_norm, limit
 
@@ -43,8 +44,8 @@ class GuidanceInputs:
 
     @property
     def score_norm(self) -> Float[Tensor, "B H W"]:
-        """||c - u|| over channels, in float32."""
-        return classifier_score_norm(self.cond.float() - self.uncond.float())
+        """||c - u|| over channels, in float32 or wider."""
+        return classifier_score_norm(widened(self.cond) - widened(self.uncond))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from .config import CLASS_NAME, read_config, to_config
 from .errors import ScfgError
 from .guidance import Guidance
 from .pipelines import unwrapped
+from .precision import widened
 from .session import RegionSession, Texts
 from .trace import Step
 from .words import Word
@@ -209,7 +210,7 @@ class SemanticGuider(BaseGuidance):
         scaled = self._session.scale(uncond, cond, guidance_scale=self.guidance_scale, weight=self._weight)
         self._session.note(cond, scaled, timestep=self._timestep, guidance_scale=self.guidance_scale)
         delta = cond - uncond
-        return delta if scaled is None else (scaled.gamma * delta.float()).to(delta.dtype)
+        return delta if scaled is None else (scaled.gamma * widened(delta)).to(delta.dtype)
 
     def _choose_half(self, texts: tuple[Tensor, Tensor] | None) -> None:
         if self._guided and texts is not None and texts[1] is not None:

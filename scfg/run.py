@@ -23,6 +23,7 @@ from .clean import clean_sample, require_clean, sigma_of
 from .errors import ScfgError
 from .guidance import Guidance
 from .pipelines import PipelineView
+from .precision import widened
 from .scale import ScaleMap, rewrite
 from .session import RegionSession, Texts
 from .trace import RECORDABLE, Step
@@ -259,7 +260,7 @@ class Run:
         scheduler, clean = self._pipe.scheduler, None
         if self._keeps_clean:
             gamma = 1.0 if scaled is None else scaled.gamma
-            guided = uncond.float() + call.guidance_scale * gamma * (cond.float() - uncond.float())
+            guided = widened(uncond) + call.guidance_scale * gamma * (widened(cond) - widened(uncond))
             sample = call.sample[call.cond, : self._view.channels]
             clean = clean_sample(scheduler, call.timestep, sample, guided)
         self._session.note(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .precision import widened
 from .regions import one_hot, smooth
 
 __all__ = [
@@ -67,8 +68,8 @@ class ScaleMap:
 
 
 def classifier_score_norm(prediction: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
-    """Length over channels, in float32."""
-    return torch.linalg.vector_norm(prediction.float(), dim=1)
+    """Length over channels, in float32 or wider."""
+    return torch.linalg.vector_norm(widened(prediction), dim=1)
 
 
 def masked_mean(values: Float[Tensor, "B H W"], weight: Float[Tensor, "B H W"] | None) -> Float[Tensor, " B"]:
@@ -92,7 +93,7 @@ def region_norms(
     weight: Float[Tensor, "B H W"] | None,
 ) -> RegionNorms:
     """Means over regions as one product with the masks, which is deterministic on every device (a scatter is not)."""
-    masks = one_hot(labels, count).flatten(2)  # (B, R, H*W)
+    masks = one_hot(labels, count).flatten(2).to(delta_norm.dtype)  # (B, R, H*W)
     if weight is not None:
         masks = masks * weight.flatten(1)[:, None]
     area = masks.sum(dim=2)
@@ -169,8 +170,8 @@ def rewrite(
     keep_cond: bool,
 ) -> Float[Tensor, "B C H W"]:
     """The half that makes a pipeline's u + s * (c - u) equal u + s * gamma * delta: c', or u' with `keep_cond`."""
-    wide = uncond.float()
-    delta = cond.float() - wide
+    wide = widened(uncond)
+    delta = widened(cond) - wide
     if keep_cond:
         return (wide + scale / (scale - 1.0) * (1.0 - gamma) * delta).to(uncond.dtype)
     return (wide + gamma * delta).to(cond.dtype)

@@ -123,7 +123,7 @@ class Segmenter:
         return complete(attend, cross, completion=self.settings.completion, steps=self.settings.completion_steps)
 
     def _pairing(self, cross: Tensor) -> Float[Tensor, "T 2"]:
-        other = torch.ones(cross.shape[-1], device=cross.device)
+        other = torch.ones(cross.shape[-1], dtype=cross.dtype, device=cross.device)
         other[self._background] = 0.0
         return torch.stack([1.0 - other, other], dim=-1)
 

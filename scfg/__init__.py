@@ -8,6 +8,7 @@ from .arms import CFG, METHODS, Dose, Interval, Placebo, Pointwise, make_guidanc
 from .config import GuiderConfig, attach_config, read_config, to_config
 from .errors import ScfgError
 from .guidance import Guidance, GuidanceInputs
+from .places import WordMaps, place_of
 from .run import Run, attach
 from .semantic import SemanticCFG
 from .trace import Step
@@ -34,10 +35,12 @@ __all__ = [
     "SemanticGuider",
     "Step",
     "Word",
+    "WordMaps",
     "__version__",
     "attach",
     "attach_config",
     "make_guidance",
+    "place_of",
     "prompt_phrases",
     "prompt_words",
     "read_config",

@@ -238,7 +238,9 @@ class PipelineView:
         original = getattr(self.pipe, name, None)
         if original is None:
             return
-        signature = inspect.signature(original)
+        # The class's own signature: another listener may have put a function of any arguments into its place.
+        method = getattr(type(self.pipe), name, None)
+        signature = inspect.signature(original if method is None else functools.partial(method, self.pipe))
 
         @functools.wraps(original)
         def listened(*args: Any, **kwargs: Any) -> Any:

@@ -106,6 +106,12 @@ class RegionAverage:
         pair = self._pair_sum
         return None if pair is None else pair[:, 1] > pair[:, 0]
 
+    def shares(self) -> Float[Tensor, "B T h w"]:
+        """Each token's share of all tokens' maps at a position."""
+        if self._token_sum is None:
+            raise RuntimeError("no block's token maps were added")
+        return self._token_sum / self._token_sum.sum(dim=1, keepdim=True).clamp_min(RENORM_EPS)
+
     def regions(self) -> Regions:
         """Argmax over tokens; ties go to the first."""
         if self._token_sum is None:

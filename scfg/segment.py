@@ -71,7 +71,7 @@ class Segmenter:
         self._average = RegionAverage(finest.grid(*size), self.settings.smoothing_sigma)
         self._size, self._tokens, self._foreground = size, tokens, foreground
         self._background, self._groups = background, groups
-        self._seen = 0
+        self._seen: set[str] = set()
         self._active.start()
 
     @property
@@ -81,7 +81,7 @@ class Segmenter:
 
     def finish(self) -> RegionAverage | None:
         """What the forward gave; None where a block was silent or ran on another grid (caching, token merging)."""
-        all_seen = self._active is not None and self._seen == len(self._active.blocks)
+        all_seen = self._active is not None and len(self._seen) == len(self._active.blocks)
         self.stop()
         return self._average if all_seen else None
 
@@ -93,9 +93,10 @@ class Segmenter:
 
     def _consume(self, block: Block, projections: Projections) -> None:
         grid = block.grid(*self._size)
-        if projections.query.shape[1] != grid[0] * grid[1]:
+        # An adapter with a scope runs the U-net's blocks twice in one call: what it adapts comes first, and counts.
+        if projections.query.shape[1] != grid[0] * grid[1] or block.name in self._seen:
             return
-        self._seen += 1
+        self._seen.add(block.name)
         # Half precision ends here: softmax over up to N entries and spatial means need float32.
         with torch.no_grad(), torch.autocast(projections.query.device.type, enabled=False):
             if self._tokens is not None:

@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from .errors import AdapterError
+from .measuring import words
 from .measuring.gains import Gains
+from .measuring.plane import sentences
 
 __all__ = ["Card", "escape", "render", "slug"]
 
@@ -36,6 +38,8 @@ class Card:
     tags: Sequence[str] = ()
     limits: Sequence[str] = ()
     """What it does badly, one sentence each."""
+    weight: float = 1.0
+    """The weight that it was measured with, where it was not its full one."""
     command: str = ""
     """The exact command that made it."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -44,6 +48,13 @@ class Card:
     def __post_init__(self) -> None:
         if not self.title.strip() or not self.base_model.strip():
             raise AdapterError(f"title={self.title!r}, base_model={self.base_model!r}: both are needed for a card")
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors, which many readers of model cards do not know."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def escape(text: object) -> str:
@@ -65,8 +76,9 @@ def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequen
         has: names of the files beside it.
         notes: further remarks on compatibility.
     """
+    head = yaml.dump(_head(card, kinds, gains), Dumper=_Plain, sort_keys=False, allow_unicode=True, width=1000)
     parts = [
-        f"---\n{yaml.safe_dump(_head(card, kinds, gains), sort_keys=False, allow_unicode=True, width=1000)}---",
+        f"---\n{head}---",
         f"# {escape(card.title)}",
         escape(card.description),
         _gains_section(gains, has),
@@ -74,12 +86,20 @@ def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequen
         _list("## Compatibility", notes),
         _list(
             "## Limits",
-            [escape(limit) for limit in card.limits] or ["None were written down, which is not to say there are none."],
+            _harm(gains) + [escape(limit) for limit in card.limits]
+            or ["None were written down, which is not to say there are none."],
         ),
         _facts(card),
         f"## Licence\n\n{escape(card.licence)}; the base model's own licence applies to what is made with it.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _harm(gains: Gains | None) -> list[str]:
+    """What a reader must know first: this adapter was measured, and makes pictures worse."""
+    if gains is None or gains.adapter is None or gains.adapter.word != "harm":
+        return []
+    return [f"**It does harm by its own measure.** {escape(gains.adapter.sentence)}"]
 
 
 def _head(card: Card, kinds: Sequence[str], gains: Gains | None) -> dict[str, Any]:
@@ -107,11 +127,16 @@ def _results(gains: Gains) -> list[dict[str, Any]]:
     for arm in gains.arms:
         metrics = []
         for name, value in arm["metrics"].items():
-            args = {key: value[key] for key in ("low", "high", "clusters", "method")}
-            metrics.append({"type": slug(name), "name": name, "value": value["mean"], "args": args})
+            args = {"low": _rounded(value["low"]), "high": _rounded(value["high"]), "clusters": value["clusters"]}
+            args["method"] = value["method"]
+            metrics.append({"type": slug(name), "name": name, "value": _rounded(value["mean"]), "args": args})
         task = {"type": "text-to-image", "name": arm["name"]}
         rows.append({"task": task, "dataset": dataset, "metrics": metrics})
     return rows
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
@@ -124,39 +149,44 @@ def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
         cells = []
         for metric in design.higher_is_better:
             value = arm["metrics"][metric]
-            cells.append(f"{value['mean']:.4g} ({value['low']:.4g} to {value['high']:.4g})")
+            cells.append(f"{words.number(metric, value)} ({words.interval(metric, value)})")
         table.append(f"| {escape(arm['name'])} | " + " | ".join(cells) + f" | {arm['seconds']:.3g} |")
     counts = gains.counts
-    words = (
+    verdicts = [*([gains.adapter] if gains.adapter else []), gains.verdict]
+    how = (
         f"{counts['pairs']} pairs: {counts['prompts']} prompts, {counts['seeds']} seeds, {counts['subjects']} "
         f"subject(s); intervals ({design.confidence:.0%}) over {counts['clusters']} {counts['cluster']}s. Primary "
         f"metric {escape(design.primary)}, least effect worth having {design.minimum_effect:g}, both declared before "
         "the run."
     )
     return "\n\n".join(
-        [
+        part
+        for part in [
             "## Measured gains",
-            f"**{escape(gains.verdict.sentence)}**",
+            *(f"**{escape(said)}**" for said in (words.adapter(gains), words.guidance(gains)) if said),
             "\n".join(table),
-            words,
+            _list("Against the front of plain guidance:", [escape(said) for said in sentences(gains.plane)]),
+            how,
+            _list("The verdicts in numbers:", [escape(verdict.sentence) for verdict in verdicts]),
             "Every number can be recomputed from `per_image.csv` by `python -m adapters verify .`"
             + ("; `report.html` shows the pairs, the curves and the worst cases." if "report.html" in has else "."),
         ]
+        if part
     )
 
 
 def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
-    words = ", ".join(f"`{escape(word)}`" for word in card.trigger_words)
+    triggers = ", ".join(f"`{escape(word)}`" for word in card.trigger_words)
     lines = [
         "## How to use",
-        f"Trigger words: {words}" if words else "",
+        f"Trigger words: {triggers}" if triggers else "",
         "```python",
         "from diffusers import DiffusionPipeline",
         "",
     ]
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({_quoted(card.base_model)})")
     if "pytorch_lora_weights.safetensors" in has:
-        lines.append('pipe.load_lora_weights(".")  # this folder')
+        lines += _lora(card)
     elif "controlnet" in kinds:
         lines[3] = "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline"
         load = f"StableDiffusionControlNetPipeline.from_pretrained({_quoted(card.base_model)}, controlnet=control)"
@@ -165,11 +195,13 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
         lines.append('pipe.unet = type(pipe.unet).from_pretrained(".")  # this folder')
     else:
         lines.append("import adapters  # plain diffusers does not read this kind")
-        lines.append('adapters.load(pipe, ".")')
+        lines.append(f'adapters.load(pipe, "."{"" if card.weight == 1 else f", weight={card.weight:g}"})')
     if "learned_embeds.safetensors" in has:
         lines += ["from safetensors.torch import load_file", 'tokens = load_file("learned_embeds.safetensors")']
         lines.append("pipe.load_textual_inversion([{word: row} for word, row in tokens.items()], token=list(tokens))")
     lines.append("```")
+    weight = "" if card.weight == 1 else f", weight={card.weight:g}"
+    guidance = "lambda config: scfg.attach_config(pipe, config)"
     if "guider_config.json" in has:
         lines += [
             "",
@@ -179,11 +211,21 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
             "import adapters, scfg",
             *_fresh(card, kinds),
             "",
-            'with adapters.load(pipe, ".", guidance=lambda config: scfg.attach_config(pipe, config)) as attached:',
+            f'with adapters.load(pipe, "."{weight}, guidance={guidance}) as attached:',
             f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}, {_more(kinds)}).images[0]",
             "```",
         ]
     return "\n".join(lines)
+
+
+def _lora(card: Card) -> list[str]:
+    if card.weight == 1:
+        return ['pipe.load_lora_weights(".")  # this folder']
+    weight = f"{card.weight:g}"
+    return [
+        'pipe.load_lora_weights(".", adapter_name="this")  # this folder',
+        f'pipe.set_adapters("this", {weight})  # the weight that measured best',
+    ]
 
 
 def _fresh(card: Card, kinds: Sequence[str]) -> list[str]:

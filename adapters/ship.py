@@ -17,7 +17,7 @@ from .adapter import Adapter
 from .card import Card, render, slug
 from .errors import AdapterError, FileError, FormatError
 from .measuring import report
-from .measuring.gains import Gains
+from .measuring.gains import FORMAT, Gains
 from .measuring.sample import Shot, write
 from .measuring.table import Row, write_csv
 from .source import GUIDER_FILE, MODEL_FILE, MODELS, open_source, read_adapter, tokens_of
@@ -208,7 +208,7 @@ def _gains(
     weights = {p.name: files.sha256(p) for p in sorted(stage.glob("*.safetensors"))}
     identity = {"weights": weights, "base": dict(base), "command": card.command, "facts": dict(facts)}
     # In the design's order, which is that of the contrasts.
-    text = json.dumps({"format": 1, "identity": identity, **gains.to_dict()}, indent=2, allow_nan=False)
+    text = json.dumps({"format": FORMAT, "identity": identity, **gains.to_dict()}, indent=2, allow_nan=False)
     (stage / "gains.json").write_text(text + "\n", "utf-8")
     (stage / "per_image.csv").write_bytes(write_csv(rows).encode())
 

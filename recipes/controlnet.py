@@ -42,7 +42,7 @@ def run(settings: Settings) -> Path | None:
         settings.measure is None or settings.measure.targets is not None,
         "measure of a ControlNet needs measure.targets and measure.control",
     )
-    check(settings)
+    check(settings, controlnet=True)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, seed=settings.train.seed)

@@ -28,6 +28,7 @@ QUICK = {
     "measure.seeds": [1],
     "measure.overlays": 1,
     "tune.scales": [4.0, 6.0],
+    "tune.weights": [1.0],
     "tune.seeds": [101],
     "sampling.steps": 8,
 }

@@ -40,7 +40,7 @@ def run(settings: Settings) -> Path | None:
         "a release holds the U-net alone: with dreambooth.text_encoder the pipeline in `dreambooth` is the result; "
         "leave measure out",
     )
-    check(settings)
+    check(settings, whole=True)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     prior = class_prior(parts, settings, pictures)

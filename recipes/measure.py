@@ -5,20 +5,21 @@ accelerate launch recipes/measure.py --config recipes/configs/measure/pocket_sub
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, adapted, pipeline, size_of, without_control
-from recipes.common.cli import launch, say
-from recipes.common.comparison import BASE, arms_of, digest_of
+from recipes.common.base import adapted, pipeline, size_of, without_control
+from recipes.common.cli import launch, named, say
+from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve
 from recipes.common.draw import draw
+from recipes.common.guidance import guided
 from recipes.common.results import write_results
-from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings
-from recipes.common.units import Case, cases
-from training.config import BaseSettings, require
+from recipes.common.settings import MeasureSettings, SamplingSettings
+from recipes.common.units import Case
+from training.config import BaseSettings, resolved
 
 __all__ = ["Settings", "run"]
 
@@ -50,90 +51,80 @@ class Settings:
 def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
     import adapters
-    from adapters.measuring.metrics import Drift
-    from recipes.common import metrics as metrics_by_name
     from training.ranks import state
 
-    plan, out = settings.measure, Path(settings.out)
-    pocket = settings.base.path == POCKET
-    arms = arms_of(plan, settings.tuned)
+    out = Path(settings.out)
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
-    units = cases(plan, settings.adapter, size=size_of(pipe, settings.sampling))
-    judges = [metrics_by_name.metrics(plan, case, pocket=pocket) for case in units]
-    _check(settings, units, [metric.name for metric in judges[0]])
+    comparison = resolve(
+        settings.measure,
+        base=settings.base,
+        adapter=settings.adapter,
+        weight=settings.weight,
+        controlnet=settings.controlnet,
+        tuned=settings.tuned,
+        size=size_of(pipe, settings.sampling),
+    )
+    for arm in comparison.arms.values():
+        with named(f"measure.arms, {arm.name!r}"), guided(pipe, arm.guidance)():
+            pass
     if settings.dry_run:
-        for case in units:
-            with adapted(pipe, case.adapter, settings.weight):
-                say(f"would draw {len(case.prompts) * len(plan.seeds)} pictures an arm of {case.name or 'the task'}")
+        _would(pipe, comparison)
         return None
     rows: list[Any] = []
     shots: dict[str, list[Any]] = {}
-    for case, metrics in zip(units, judges, strict=True):
-        made = _sample(pipe, case, arms, settings)
-        metrics = [replace(one, base=made[BASE]) if isinstance(one, Drift) else one for one in metrics]
+    for case in comparison.units:
+        classes = _classes(pipe, case, comparison, settings)
+        made = _sample(pipe, case, comparison.arms.values(), settings)
         if state().is_main_process:
+            metrics = comparison.judges(case, made.get(BASE, ()), classes)
             rows += adapters.measuring.table.tabulate(made, metrics, subject=partial(_name_of, case))
             shots = {name: [*shots.get(name, []), *taken] for name, taken in made.items()}
-    drift = _drift(pipe, units[0], settings) if plan.drift_prompts and settings.adapter else None
+    drift = _drift(pipe, comparison, settings) if settings.measure.drift_prompts and settings.adapter else {}
     if state().is_main_process:
-        write_results(pipe, settings, units, judges[0], rows, shots, drift, out)
+        write_results(pipe, comparison, settings.sampling, rows, shots, drift, out, record=resolved(settings))
     state().wait_for_everyone()
     return out
 
 
-def _check(settings: Settings, units: Sequence[Case], names: Sequence[str]) -> None:
-    """What the comparison would lack in the end is said before anything is sampled."""
-    from recipes.common import metrics as metrics_by_name
-
-    plan = settings.measure
-    require(
-        (settings.controlnet is None) == (plan.targets is None),
-        "controlnet and measure.targets belong together: the network, and what its conditions are made from",
-    )
-    for what, name in (("primary", plan.primary), ("referee", plan.referee)):
-        require(name is None or name in names, f"measure.{what} {name!r} is none of the metrics {', '.join(names)}")
-    require(sum(len(case.prompts) for case in units) >= 2, "a comparison needs at least two prompts or targets")
-    if plan.frechet:
-        metrics_by_name.check_frechet(plan)
+def _would(pipe: Any, comparison: Comparison) -> None:
+    """A dry run: every adapter is put on as every arm would have it, and what would be drawn is said."""
+    for case in comparison.units:
+        for weight in {arm.weight: None for arm in comparison.arms.values() if not arm.bare}:
+            with adapted(pipe, case.adapter, weight):
+                pass
+        count = len(case.prompts) * len(comparison.plan.seeds)
+        say(f"would draw {count} pictures an arm of {case.name or 'the task'}")
 
 
-def _sample(pipe: Any, case: Case, arms: Mapping[str, GuidanceSettings], settings: Settings) -> dict[str, list[Any]]:
-    plan = settings.measure
-    folder = Path(settings.out) / "pictures" / case.name
-    take = partial(_timed, case=case, settings=settings, inputs=case.given)
-    shots = {}
-    if plan.base_arm:
-        first = replace(arms[plan.baseline], method="cfg", options={})
-        bare = partial(_timed, case=case, settings=settings, inputs=None)
-        shots[BASE] = bare(without_control(pipe), BASE, first, folder, None)
-    for weight in {settings.weight if arm.weight is None else arm.weight: None for arm in arms.values()}:
+def _sample(pipe: Any, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
+    """Arm -> its pictures of a unit; the adapter is put on once for all arms that have it at one weight."""
+    arms, shots = list(arms), {}
+    for arm in (arm for arm in arms if arm.bare):
+        shots[arm.name] = _timed(without_control(pipe), arm, case, settings)
+    for weight in {arm.weight: None for arm in arms if not arm.bare}:
         with adapted(pipe, case.adapter, weight):
-            for name, arm in arms.items():
-                if (settings.weight if arm.weight is None else arm.weight) == weight:
-                    shots[name] = take(pipe, name, arm, folder, f"{digest_of(case.adapter)} {weight:g}")
-    order = [*([BASE] if plan.base_arm else []), *arms]
-    return {name: shots[name] for name in order}
+            for arm in (arm for arm in arms if not arm.bare and arm.weight == weight):
+                shots[arm.name] = _timed(pipe, arm, case, settings)
+    return {arm.name: shots[arm.name] for arm in arms}
 
 
-def _timed(
-    pipe: Any,
-    name: str,
-    arm: GuidanceSettings,
-    folder: Path,
-    weights: str | None,
-    *,
-    case: Case,
-    settings: Settings,
-    inputs: Any,
-) -> list[Any]:
+def _classes(pipe: Any, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:
+    """The base's pictures of the class, where a metric asks for them."""
+    if not comparison.asks_for_class:
+        return []
+    return _timed(without_control(pipe), replace(comparison.bare, name="class"), case.of_class, settings)
+
+
+def _timed(pipe: Any, arm: Arm, case: Case, settings: Settings) -> list[Any]:
     from adapters.card import slug
 
-    place = folder / slug(name)
-    shots = draw(
-        pipe, case.prompts, settings.measure.seeds, arm, settings.sampling, place, weights, arm=name, inputs=inputs
-    )
+    place = Path(settings.out) / "pictures" / case.name / slug(arm.name)
+    weights = None if arm.bare else f"{digest_of(case.adapter)} {arm.weight:g}"
+    inputs = None if arm.bare else case.given
+    seeds, sampling = settings.measure.seeds, settings.sampling
+    shots = draw(pipe, case.prompts, seeds, arm.guidance, sampling, place, weights, arm=arm.name, inputs=inputs)
     seconds = sum(shot.seconds for shot in shots) / len(shots)
-    say(f"{case.name:>12} {name:>14}: {len(shots)} pictures, {seconds:.2f} s each")
+    say(f"{case.name:>12} {arm.name:>14}: {len(shots)} pictures, {seconds:.2f} s each")
     return shots
 
 
@@ -141,22 +132,19 @@ def _name_of(case: Case, shot: Any) -> str:
     return case.name
 
 
-def _drift(pipe: Any, case: Case, settings: Settings) -> dict[str, float]:
+def _drift(pipe: Any, comparison: Comparison, settings: Settings) -> dict[str, float]:
     """Mean distance of the adapter's pictures to the base's, of prompts that do not name the subject."""
     from adapters.measuring.metrics import Drift
     from recipes.common import metrics as metrics_by_name
 
-    plan = settings.measure
+    plan, case = settings.measure, comparison.units[0]
     other = replace(case, prompts=list(plan.drift_prompts), conditions={}, targets={}, name=f"{case.name}-unrelated")
-    arms = {name: arm for name, arm in arms_of(plan, settings.tuned).items() if name in (plan.arm, plan.baseline)}
-    shots = _sample(pipe, other, arms, replace(settings, measure=replace(plan, base_arm=True)))
-    where = next(
-        (name for name in ("dino", "clip") if name in plan.spaces),
-        "judge" if settings.base.path == POCKET else "colour",
-    )
+    arms = (comparison.baseline, comparison.arm)
+    shots = _sample(pipe, other, (comparison.bare, *arms), settings)
+    where = next((name for name in ("dino", "clip") if name in plan.spaces), "judge" if comparison.pocket else "colour")
     features = metrics_by_name.space(where, plan.spaces.get(where))
     metric = Drift(name=f"drift ({where})", features=features, base=shots[BASE])
-    return {f"drift ({where}) of {name}": float(metric(shots[name]).mean()) for name in arms}
+    return {f"drift ({where}) of {arm.name}": float(metric(shots[arm.name]).mean()) for arm in arms}
 
 
 if __name__ == "__main__":

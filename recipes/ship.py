@@ -6,13 +6,13 @@ accelerate launch recipes/ship.py --base.path pocket --adapter runs/dog/lora --m
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipes.common.base import POCKET, pipeline
 from recipes.common.cli import launch, say
-from recipes.common.comparison import BASE, arms_of
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
 from recipes.common.units import cases
@@ -45,10 +45,12 @@ def run(settings: Settings) -> Path | None:
     if not state().is_main_process:
         return None
     measured = Path(settings.measured) if settings.measured else None
-    plan, gains, rows, shots, guider, facts = _measured(measured)
+    plan, gains, rows, shots, best, facts = _measured(measured)
+    if gains is not None and gains.adapter is not None and gains.adapter.word in ("harm", "no detectable change"):
+        say(f"note: what ships does not help by its own measure, and its card says so. {gains.adapter.sentence}")
     pipe = pipeline(settings.base, SamplingSettings())
     weights = Path(settings.adapter).expanduser()
-    card = _card(settings, plan)
+    card = _card(settings, plan, 1.0 if best is None or best.weight is None else best.weight)
     folder = adapters.ship.ship(
         Path(settings.out) / "release",
         weights=weights,
@@ -57,7 +59,7 @@ def run(settings: Settings) -> Path | None:
         gains=gains,
         rows=rows,
         shots=shots,
-        guider=guider,
+        guider=None if best is None else guider_of(best),
         models=adapters.base.modules_of(pipe),
         config=_config(weights),
         facts=facts,
@@ -73,7 +75,7 @@ def run(settings: Settings) -> Path | None:
 
 
 def _measured(folder: Path | None) -> tuple[Any, ...]:
-    """Plan, gains, rows, shots, the guider that measured best, and the facts of a comparison."""
+    """Plan, gains, rows, shots, the guidance that ships, and the facts of a comparison."""
     import adapters
     from recipes import measure
     from training.config import parse
@@ -86,19 +88,19 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     made = parse(measure.Settings, ["--config", str(folder / "settings.yaml")])
     gains = adapters.measuring.verify.recompute(folder)
     rows = adapters.measuring.table.read_csv(folder / "per_image.csv")
-    arms = arms_of(made.measure, made.tuned)
     # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
-    best = arms[made.measure.arm if gains.verdict.word == "gain" else made.measure.baseline]
-    guider = guider_of(best)
+    arm = gains.design.arm if gains.verdict.word == "gain" else gains.design.baseline
+    best = GuidanceSettings(**gains.design.notes["guidance"][arm])
     facts = json.loads((folder / "gains.json").read_text("utf-8"))["facts"]
-    return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, arms), guider, facts
+    names = [arm["name"] for arm in gains.arms]
+    return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts
 
 
-def _shots(folder: Path, plan: MeasureSettings, arms: dict[str, GuidanceSettings]) -> dict[str, list[Any]]:
+def _shots(folder: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str, list[Any]]:
     """The sampled pictures by arm, as far as they are still there, in the order of the prompts."""
     import adapters
 
-    found: dict[str, list[Any]] = {name: [] for name in (BASE, *arms)}
+    found: dict[str, list[Any]] = {name: [] for name in arms}
     listed = [prompt for case in cases(plan, None) for prompt in case.prompts] if not plan.targets else None
     for shot in adapters.measuring.sample.shots_in(folder):
         if shot.arm in found and (listed is None or shot.prompt in listed):
@@ -110,7 +112,7 @@ def _shots(folder: Path, plan: MeasureSettings, arms: dict[str, GuidanceSettings
     return {name: shots for name, shots in found.items() if shots}
 
 
-def _card(settings: Settings, plan: MeasureSettings) -> Any:
+def _card(settings: Settings, plan: MeasureSettings, weight: float) -> Any:
     import adapters
     from training.pocket import VERSION, base_hash
 
@@ -134,6 +136,7 @@ def _card(settings: Settings, plan: MeasureSettings) -> Any:
         trigger_words=ship.trigger_words or ([calls] if calls else []),
         prompts=case.prompts[:3] if case and settings.measured else [],
         limits=limits,
+        weight=weight,
         command=f"python recipes/measure.py --config {settings.measured}/settings.yaml" if settings.measured else "",
         facts=facts,
     )

@@ -19,7 +19,7 @@ from PIL import Image
 
 from recipes.common.base import POCKET, adapted, pipeline
 from recipes.common.cli import explained, launch, say
-from recipes.common.guidance import arguments_of, effective_scales, guidance_of, guided, guider_of
+from recipes.common.guidance import EFFECTIVE, arguments_of, effective_scales, guidance_of, guided, guider_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -145,7 +145,7 @@ def _shot(
             negative_prompt=sampling.negative_prompt,
             common=arguments_of(pipe, guidance),
         )
-        numbers = effective_scales(run)[0] if run is not None else {"effective scale": guidance.scale}
+        numbers = effective_scales(run)[0] if run is not None else {EFFECTIVE: guidance.scale}
         mapped = run is not None and any(step.regions is not None and step.gamma is not None for step in run.trace)
         return replace(shot, numbers=numbers), strip(run, pipe, columns=COLUMNS) if mapped else None
 

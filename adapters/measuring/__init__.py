@@ -5,6 +5,20 @@
 
 from __future__ import annotations
 
-from . import archive, gains, metrics, plot, report, sample, stats, table, tune, verify
+from . import archive, effect, gains, metrics, plane, plot, report, sample, stats, table, tune, verify, words
 
-__all__ = ["archive", "gains", "metrics", "plot", "report", "sample", "stats", "table", "tune", "verify"]
+__all__ = [
+    "archive",
+    "effect",
+    "gains",
+    "metrics",
+    "plane",
+    "plot",
+    "report",
+    "sample",
+    "stats",
+    "table",
+    "tune",
+    "verify",
+    "words",
+]

@@ -13,16 +13,18 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from ..errors import GainsError
-from . import stats
+from . import effect, plane, stats
+from .design import Contrast, Design, Verdict
 from .table import Row
 
 __all__ = [
+    "FORMAT",
     "Contrast",
     "Design",
     "Gains",
@@ -33,93 +35,30 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Design:
-    """What was decided before the run."""
-
-    arm: str
-    """The arm the verdict is about."""
-    baseline: str
-    """What it is compared with."""
-    primary: str
-    """The metric that decides."""
-    minimum_effect: float
-    """The smallest difference worth calling a gain, in the primary metric's unit; > 0."""
-    higher_is_better: Mapping[str, bool]
-    """Every metric that is compared, and which way is up."""
-    referee: str | None = None
-    """A metric in another feature space that must agree in sign before anything is called a gain."""
-    cluster: Literal["auto", "subject", "prompt"] = "auto"
-    """auto: subjects where there are at least six, else prompts (then nothing is claimed about other subjects)."""
-    confidence: float = 0.95
-    sweeps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Per method, guidance scale (as text) -> arm: what curves are drawn through."""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    """Anything worth writing down: held-out statement, tuning budget, command, versions."""
-
-    def __post_init__(self) -> None:
-        if self.arm == self.baseline:
-            raise GainsError(f"arm and baseline are both {self.arm!r}")
-        if not self.minimum_effect > 0:
-            raise GainsError(f"minimum_effect={self.minimum_effect}: declare a difference > 0 that would matter")
-        for name in (self.primary, self.referee):
-            if name is not None and name not in self.higher_is_better:
-                raise GainsError(f"{name!r} is not in higher_is_better ({sorted(self.higher_is_better)})")
-        if not 0.5 <= self.confidence < 1:
-            raise GainsError(f"confidence={self.confidence}: expected 0.5 <= confidence < 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """One arm against the baseline on one metric; `difference` is arm minus baseline."""
-
-    arm: str
-    baseline: str
-    metric: str
-    higher_is_better: bool
-    difference: float
-    low: float
-    high: float
-    method: str
-    clusters: int
-    pairs: int
-    failures: int
-    """Pairs left out because the metric could not judge one of their images."""
-    check: tuple[float, float]
-    """Bootstrap-t interval."""
-    p: float
-    p_holm: float | None
-    """None for the primary contrast, which needs no correction."""
-    wins: int
-    ties: int
-    losses: int
-    detectable: float
-
-    @property
-    def better(self) -> tuple[float, float, float]:
-        """(difference, low, high) with up meaning better."""
-        if self.higher_is_better:
-            return self.difference, self.low, self.high
-        return -self.difference, -self.high, -self.low
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    word: Literal["gain", "no detectable gain", "trade-off", "harm"]
-    sentence: str
+FORMAT = 2
+"""Of gains.json: 1 had the verdict on the guidance alone, and no plane."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gains:
     """Everything `gains.json` says about the comparison."""
 
-    design: Design
+    adapter: Verdict | None
+    """What the adapter does to its base; None where the base alone was not drawn, or nothing stands on it."""
     verdict: Verdict
+    """What the guidance adds to plain guidance."""
+    design: Design
     arms: list[dict[str, Any]]
+    effects: list[Contrast]
+    """The baseline against the base alone, on the metrics that decide about the adapter."""
     contrasts: list[Contrast]
+    plane: dict[str, Any] | None
+    """Every arm as a point of identity and accuracy, and the front of plain guidance; see `plane.draw`."""
     curves: dict[str, list[dict[str, Any]]]
     worst: list[dict[str, Any]]
     """The five pairs that lost most on the primary metric."""
+    best: list[dict[str, Any]]
+    """The five that gained most."""
     counts: dict[str, Any]
 
     @property
@@ -144,13 +83,13 @@ def _plain(value: Any) -> Any:
 
 
 def compare(rows: Sequence[Row], design: Design) -> Gains:
-    """Compare every arm with the baseline on every metric of the design and give the verdict on `design.arm`.
+    """Compare the baseline with the base, and every arm with the baseline, and give the verdicts on both.
 
     Raises `GainsError` where arms do not join on (subject, prompt, seed, hash of the initial latents), or a metric is
     missing.
     """
     tables = _by_arm(rows)
-    for name in (design.arm, design.baseline):
+    for name in (design.arm, design.baseline, *filter(None, [design.base]), *design.plain):
         if name not in tables:
             raise GainsError(f"no images of arm {name!r}; there are {sorted(tables)}")
     reference = tables[design.baseline]
@@ -159,21 +98,26 @@ def compare(rows: Sequence[Row], design: Design) -> Gains:
     cluster = _cluster(reference, design)
     arms = [_arm_summary(name, table, design, cluster) for name, table in tables.items()]
     contrasts = [
-        _contrast(table, reference, name, metric, design, cluster)
+        _contrast(table, reference, (name, design.baseline), metric, design, cluster)
         for name, table in tables.items()
         if name != design.baseline
         for metric in design.higher_is_better
     ]
+    effects = _effects(tables, design, cluster)
     contrasts = _with_holm(contrasts, design)
     curves = {method: curve(rows, sweep, design) for method, sweep in design.sweeps.items()}
     primary = next(c for c in contrasts if (c.arm, c.metric) == (design.arm, design.primary))
     return Gains(
+        adapter=effect.verdict(effects, design) if effects else None,
         design=design,
         verdict=_verdict(primary, contrasts, design),
         arms=arms,
+        effects=effects,
         contrasts=contrasts,
+        plane=_plane(tables, arms, design, cluster),
         curves=curves,
-        worst=_worst(tables[design.arm], reference, design),
+        worst=_pairs(tables[design.arm], reference, design)[:5],
+        best=_pairs(tables[design.arm], reference, design)[:-6:-1],
         counts={
             "pairs": len(reference),
             "clusters": primary.clusters,
@@ -254,17 +198,55 @@ def _arm_summary(name: str, table: Mapping[Any, Row], design: Design, cluster: s
     return summary
 
 
+def _effects(tables: Mapping[str, Mapping[Any, Row]], design: Design, cluster: str) -> list[Contrast]:
+    """The adapter with plain guidance against the base; none where the base was not drawn."""
+    if design.base is None:
+        return []
+    ours, theirs = tables[design.baseline], tables[design.base]
+    level = replace(design, confidence=effect.confidence(design))
+    names = (design.baseline, design.base)
+    return [_contrast(ours, theirs, names, metric, level, cluster) for metric in effect.metrics(design)]
+
+
+def _plane(
+    tables: Mapping[str, Mapping[Any, Row]], arms: Sequence[Mapping[str, Any]], design: Design, cluster: str
+) -> dict[str, Any] | None:
+    """The plane of identity and accuracy; None where they are not both measured."""
+    if design.identity is None or design.accuracy is None:
+        return None
+
+    def gap(arm: str, edge: plane.Edge) -> stats.Interval:
+        """Interval of how far an arm lies above an edge of the front, pair by pair."""
+        values = {
+            key: sum(
+                weight * (_number(row, metric) - sum(s * _number(tables[p][key], metric) for p, s in edge.shares))
+                for metric, weight in edge.normal.items()
+            )
+            for key, row in tables[arm].items()
+        }
+        means = _cluster_means(_finite(values, f"{arm} against the front"), cluster)
+        return stats.interval(means, confidence=design.confidence)
+
+    return plane.draw(arms, design, gap)
+
+
 def _contrast(
-    table: Mapping[Any, Row], reference: Mapping[Any, Row], arm: str, metric: str, design: Design, cluster: str
+    table: Mapping[Any, Row],
+    reference: Mapping[Any, Row],
+    names: tuple[str, str],
+    metric: str,
+    design: Design,
+    cluster: str,
 ) -> Contrast:
+    """One arm against another on one metric; `names` are theirs, of `table` and of `reference`."""
     raw = {key: _number(row, metric) - _number(reference[key], metric) for key, row in table.items()}
-    pairs = _finite(raw, f"{arm} against {design.baseline}, {metric}")
+    pairs = _finite(raw, f"{names[0]} against {names[1]}, {metric}")
     means = _cluster_means(pairs, cluster)
     result = stats.interval(means, confidence=design.confidence)
     up = 1 if design.higher_is_better[metric] else -1
     return Contrast(
-        arm=arm,
-        baseline=design.baseline,
+        arm=names[0],
+        baseline=names[1],
         metric=metric,
         higher_is_better=design.higher_is_better[metric],
         difference=result.mean,
@@ -295,10 +277,11 @@ def _with_holm(contrasts: Sequence[Contrast], design: Design) -> list[Contrast]:
     return [replace(c, p_holm=adjusted.get((c.arm, c.metric))) for c in order]
 
 
-def _worst(table: Mapping[Any, Row], reference: Mapping[Any, Row], design: Design) -> list[dict[str, Any]]:
+def _pairs(table: Mapping[Any, Row], reference: Mapping[Any, Row], design: Design) -> list[dict[str, Any]]:
+    """Every pair's difference on the primary metric, the largest loss first."""
     up = 1 if design.higher_is_better[design.primary] else -1
     gaps = {k: up * (row.numbers[design.primary] - reference[k].numbers[design.primary]) for k, row in table.items()}
-    order = sorted((gap, key) for key, gap in gaps.items() if math.isfinite(gap))[:5]
+    order = sorted((gap, key) for key, gap in gaps.items() if math.isfinite(gap))
     return [
         {"subject": key[0], "prompt": key[1], "seed": key[2], "latents": key[3], "difference": up * gap}
         for gap, key in order

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page that opens with the verdict.
+"""`report.html`: one self-contained page that opens with two sentences: on the adapter, and on the guidance.
 
 Readable without JavaScript (pairs stand side by side) and on a phone; with JavaScript each pair lies under a slider
 that the arrow keys move. Nothing is fetched: pictures are data URIs, and a content security policy allows exactly one
@@ -16,14 +16,17 @@ from typing import Any
 
 from PIL import Image
 
+from . import words
 from .gains import Contrast, Gains
+from .plane import sentences
 from .plot import plot
 from .sample import Shot
 
 __all__ = ["render"]
 
-SIDE = 512
+SIDE, SHARP = 512, 128
 Overlay = Callable[[Shot], Mapping[str, Image.Image]]
+Joined = dict[tuple[str, int, str], tuple[Shot | None, Shot, Shot]]
 
 _SCRIPT = """
 document.documentElement.classList.add("live");
@@ -53,6 +56,11 @@ th[scope=row], td.text { min-width: 8rem; white-space: normal; overflow-wrap: an
 figure { margin: 0; } figcaption { font-size: .85rem; margin-top: .4rem; }
 .pictures { display: grid; grid-template-columns: 1fr 1fr; gap: .25rem; }
 .pictures div { position: relative; } .pictures img { width: 100%; height: auto; display: block; }
+img.sharp { image-rendering: pixelated; }
+.references { display: grid; grid-template-columns: repeat(4, minmax(0, 8rem)); gap: .5rem; }
+.references img { width: 100%; height: auto; display: block; }
+.base { position: relative; margin-bottom: .25rem; } .base img { width: 50%; height: auto; display: block; }
+dt { font-weight: bold; } dd { margin: 0 0 .4rem 1rem; }
 .tag { position: absolute; bottom: .3rem; left: .3rem; padding: 0 .4rem; font-size: .75rem; background: #000b;
   color: #fff; }
 .pair input { display: none; width: 100%; margin: .5rem 0 0; min-height: 2rem; accent-color: var(--mark); }
@@ -78,6 +86,7 @@ def render(
     overlay: Overlay | None = None,
     pairs: int = 12,
     facts: Mapping[str, Any] | None = None,
+    references: Sequence[Image.Image] = (),
 ) -> str:
     """The page as text.
 
@@ -86,27 +95,31 @@ def render(
         overlay: shot -> named pictures (regions, gamma) shown below its pair; asked for the design's arm only.
         pairs: how many pairs are shown, spread evenly; the worst five follow below.
         facts: further lines of the last table.
+        references: the subject's own pictures; the first four are shown.
     """
     joined = _joined(gains, shots)
-    worst = [(w["prompt"], w["seed"], w["latents"]) for w in gains.worst]
+    ends = {name: [(w["prompt"], w["seed"], w["latents"]) for w in pairs_of] for name, pairs_of in _ends(gains).items()}
     shown = list(joined)[:: max(1, len(joined) // pairs)][:pairs]  # spread over all prompts
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
     body = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="verdict"><strong>{escape(gains.verdict.sentence)}</strong></p>',
-        f"<p>{escape(_design(gains))}</p>",
+        *(f'<p class="verdict">{escape(said)}</p>' for said in (words.adapter(gains), words.guidance(gains)) if said),
+        _how_to_read(gains),
+        _references(references),
         "<h2>Pairs: same prompt, same seed, same noise</h2>",
         _gallery(gains, joined, shown, overlay),
-        "<h2>Arms</h2>",
+        _plane(gains),
+        "<h2>Every way to sample</h2>",
         _arms(gains),
-        "<h2>Differences from the baseline</h2>",
-        _contrasts(gains),
+    ]
+    for name, keys in ends.items():
+        body += [f"<h2>The five pairs that {name} most</h2>", _ends_table(gains, name)]
+        body.append(_gallery(gains, joined, [key for key in keys if key in joined], overlay))
+    body += [
         _curves(gains),
-        "<h2>The five pairs that lost most</h2>",
-        f"<p>Largest losses of {escape(gains.design.arm)} on {escape(gains.design.primary)}.</p>",
-        _worst_table(gains),
-        _gallery(gains, joined, [key for key in worst if key in joined], overlay),
+        "<h2>Statistics</h2>",
+        _statistics(gains),
         "<h2>How it was made</h2>",
         _facts({**(facts or {}), **gains.design.notes}),
         f"<pre>{escape(command)}</pre>" if command else "",
@@ -121,10 +134,12 @@ def render(
     )
 
 
-def _joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> dict[tuple[str, int, str], tuple[Shot, Shot]]:
+def _joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> Joined:
+    """(prompt, seed, latents) -> pictures of the base, where there is one, of the baseline and of the arm."""
+    bare = {shot.key: shot for shot in shots.get(gains.design.base or "", ())}
     ours = {shot.key: shot for shot in shots.get(gains.design.arm, ())}
     theirs = {shot.key: shot for shot in shots.get(gains.design.baseline, ())}
-    return {key: (theirs[key], ours[key]) for key in ours if key in theirs}
+    return {key: (bare.get(key), theirs[key], ours[key]) for key in ours if key in theirs}
 
 
 def _design(gains: Gains) -> str:
@@ -137,28 +152,95 @@ def _design(gains: Gains) -> str:
     )
 
 
+def _ends(gains: Gains) -> dict[str, list[dict[str, Any]]]:
+    return {name: found for name, found in (("gained", gains.best), ("lost", gains.worst)) if found}
+
+
+def _how_to_read(gains: Gains) -> str:
+    design, counts = gains.design, gains.counts
+    lines = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>"
+        for name, said in {
+            **words.arms(gains),
+            design.primary: "the measure that decides about the guidance",
+            "pair": "two pictures of the same prompt that began with the same noise; only what is compared differs",
+            "interval": f"where the true mean lies, in {design.confidence:.0%} of such studies",
+        }.items()
+    )
+    count = f"{counts['prompts']} prompts, {counts['seeds']} pictures each, drawn in {len(gains.arms)} ways."
+    return f"<details><summary>How to read this: {escape(count)}</summary><dl>{lines}</dl></details>"
+
+
+def _references(references: Sequence[Image.Image]) -> str:
+    if not references:
+        return ""
+    pictures = "".join(
+        f"<div>{_picture(image, f'The subject, picture {number}')}</div>"
+        for number, image in enumerate(references[:4], start=1)
+    )
+    return f'<h2>The subject</h2><div class="references">{pictures}</div>'
+
+
+def _plane(gains: Gains) -> str:
+    """Identity against accuracy as a figure, and the same in words and a table."""
+    drawn = gains.plane
+    if drawn is None:
+        return ""
+    x, y, means = drawn["identity"], drawn["accuracy"], {arm["name"]: arm["metrics"] for arm in gains.arms}
+
+    def point(name: str) -> tuple[float, float, float, float, str]:
+        value = means[name][y]
+        return means[name][x]["mean"], value["mean"], value["mean"], value["mean"], name
+
+    series = {"front of plain guidance": [point(name) for name in drawn["front"]]}
+    for one in drawn["points"]:
+        if one["arm"] not in drawn["front"]:
+            series[one["arm"]] = [point(one["arm"])]
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(drawn))
+    rows = [[name, *(f"{words.number(m, means[name][m])}" for m in (x, y))] for name in means]
+    table = _table("The points of the figure", ["point", x, y], rows)
+    return (
+        "<h2>The subject against the prompt</h2><p>Up and to the right is better. Plain guidance reaches the line by "
+        "its scale and the adapter's weight alone; what does not lie above it adds nothing.</p>"
+        f"<div class=curves>{plot(series, x, y)}</div><ul>{said}</ul>"
+        f"<details><summary>The figure as a table</summary>{table}</details>"
+    )
+
+
+def _statistics(gains: Gains) -> str:
+    """Verdicts in numbers, what was declared, and every difference: for readers who want to check."""
+    verdicts = [*([gains.adapter] if gains.adapter else []), gains.verdict]
+    said = "".join(f"<p>{escape(verdict.sentence)}</p>" for verdict in verdicts)
+    effects = "<h3>The adapter against its base</h3>" + _contrasts(gains.effects) if gains.effects else ""
+    return (
+        f"<details><summary>Verdicts in numbers, and every difference with its interval</summary>{said}"
+        f"<p>{escape(_design(gains))}</p>{effects}<h3>Every arm against {escape(gains.design.baseline)}</h3>"
+        f"{_contrasts(gains.contrasts)}</details>"
+    )
+
+
 def _uri(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
-    small.save(data, "WEBP", quality=90, method=4, lossless=max(small.size) <= 128)
+    small.save(data, "WEBP", quality=90, method=4, lossless=max(small.size) <= SHARP)
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _picture(image: Image.Image, alt: str) -> str:
-    return f'<img src="{_uri(image)}" width="{image.width}" height="{image.height}" alt="{escape(alt)}" loading="lazy">'
+    sharp = ' class="sharp"' if max(image.size) <= SHARP else ""
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img{sharp} src="{_uri(image)}" {size} alt="{escape(alt)}" loading="lazy">'
 
 
-def _gallery(
-    gains: Gains, joined: Mapping[Any, tuple[Shot, Shot]], keys: Sequence[Any], overlay: Overlay | None
-) -> str:
+def _gallery(gains: Gains, joined: Joined, keys: Sequence[Any], overlay: Overlay | None) -> str:
     if not keys:
         return "<p>No pictures were kept.</p>"
     figures = [_pair(gains, *joined[key], overlay) for key in keys]
     return f'<div class="pairs">{"".join(figures)}</div>'
 
 
-def _pair(gains: Gains, before: Shot, after: Shot, overlay: Overlay | None) -> str:
+def _pair(gains: Gains, base: Shot | None, before: Shot, after: Shot, overlay: Overlay | None) -> str:
     names = gains.design.baseline, gains.design.arm
     sides = "".join(
         f"<div>{_picture(shot.image, f'{name}: {shot.prompt}, seed {shot.seed}')}"
@@ -170,8 +252,16 @@ def _pair(gains: Gains, before: Shot, after: Shot, overlay: Overlay | None) -> s
         f"<details><summary>{escape(name)}</summary>{_picture(picture, f'{name}: {after.prompt}')}</details>"
         for name, picture in (overlay(after) if overlay is not None else {}).items()
     )
+    bare = (
+        ""
+        if base is None
+        else (
+            f'<div class="base">{_picture(base.image, f"base: {base.prompt}, seed {base.seed}")}'
+            f'<span class="tag">{escape(str(gains.design.base))}</span></div>'
+        )
+    )
     return (
-        f'<figure class="pair"><div class="pictures">{sides}</div>'
+        f'<figure class="pair">{bare}<div class="pictures">{sides}</div>'
         f'<input type="range" min="0" max="100" value="50" aria-label="{escape(label)}">'
         f"<figcaption>{escape(after.prompt)} · seed {after.seed}</figcaption>{extra}</figure>"
     )
@@ -196,13 +286,15 @@ def _arms(gains: Gains) -> str:
     rows = []
     for arm in gains.arms:
         values = [arm["metrics"][m] for m in metrics]
-        cells = [f"{v['mean']:.4g} ({v['low']:.4g} to {v['high']:.4g})" for v in values]
+        cells = [
+            f"{words.number(name, v)} ({words.interval(name, v)})" for name, v in zip(metrics, values, strict=True)
+        ]
         extra = [f"{arm['recorded'][name]:.4g}" if name in arm["recorded"] else "" for name in recorded]
         rows.append([arm["name"], *cells, f"{arm['seconds']:.3g}", *extra])
     return _table("Every arm with its means and intervals", [*head, *recorded], rows)
 
 
-def _contrasts(gains: Gains) -> str:
+def _contrasts(contrasts: Sequence[Contrast]) -> str:
     head = [
         "arm",
         "metric",
@@ -215,7 +307,7 @@ def _contrasts(gains: Gains) -> str:
         "detectable",
         "failures",
     ]
-    return _table("Differences from the baseline", head, [_line(c) for c in gains.contrasts], text=[1])
+    return _table("Differences, arm by arm", head, [_line(c) for c in contrasts], text=[1])
 
 
 def _line(c: Contrast) -> list[str]:
@@ -233,9 +325,10 @@ def _line(c: Contrast) -> list[str]:
     ]
 
 
-def _worst_table(gains: Gains) -> str:
-    rows = [[w["prompt"], str(w["seed"]), f"{w['difference']:+.4g}"] for w in gains.worst]
-    return _table("Worst five", ["prompt", "seed", "difference"], rows)
+def _ends_table(gains: Gains, name: str) -> str:
+    head = ["prompt", "seed", f"difference in {gains.design.primary}"]
+    rows = [[w["prompt"], str(w["seed"]), f"{w['difference']:+.3g}"] for w in _ends(gains)[name]]
+    return _table(f"The five that {name} most", head, rows)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

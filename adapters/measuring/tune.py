@@ -17,11 +17,31 @@ from ..errors import GainsError
 from .metrics import Metric, score
 from .sample import Shot
 
-__all__ = ["KEEP", "Tuned", "check", "search"]
+__all__ = ["KEEP", "Joint", "Tuned", "check", "search"]
 
 KEEP = 1 / 3  # share of candidates that go on to the next round
 
 Try = Callable[[Mapping[str, Any], Sequence[str], Sequence[int]], Sequence[Shot]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """The harmonic mean of several metrics' means, each over its reference: high only where all of them are."""
+
+    metrics: Sequence[Metric]
+    references: Mapping[str, float]
+    """Metric -> what its mean is divided by."""
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            if not metric.higher_is_better or not self.references.get(metric.name, 0) > 0:
+                raise GainsError(f"joint: {metric.name!r} needs higher to be better, and a reference > 0")
+
+    @property
+    def name(self) -> str:
+        parts = [name if value == 1 else f"{name} / {value:g}" for name, value in self.references.items()]
+        return f"harmonic mean of {' and '.join(parts)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +59,7 @@ class Tuned:
 def search(
     candidates: Sequence[Mapping[str, Any]],
     sample: Try,
-    objective: Metric,
+    objective: Metric | Joint,
     *,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -53,6 +73,7 @@ def search(
     Args:
         candidates: settings, each a plain mapping (method, scale, reference, clamps, start, stop, adapter weight, …).
         sample: (settings, prompts, seeds) -> images.
+        objective: a metric, whose mean over the images counts, or several that count together.
         prompts: prompts to tune on; they must differ from the held-out prompts, which are passed only for this check.
         seeds: seeds to tune with; they must differ from the held-out seeds.
         keep: share of candidates that go on to the next round, in which each gets 1/keep times the seeds.
@@ -72,8 +93,9 @@ def search(
         for candidate in left:
             shots = sample(candidate, prompts, seeds[:n])
             images += len(shots)
-            values = [None if math.isnan(v) else float(f"{v:.4g}") for v in score(objective, shots)]
-            results.append({"settings": candidate, "mean": _mean(values), "values": values})
+            values = _values(objective, shots)
+            references = objective.references if isinstance(objective, Joint) else {}
+            results.append({"settings": candidate, "mean": _mean(values, references), "values": values})
         rounds.append({"seeds": n, "results": results})
         left = _better(results, keep, higher_is_better=objective.higher_is_better)
         if len(left) == 1 or n == len(seeds):
@@ -81,15 +103,25 @@ def search(
         n = min(len(seeds), math.ceil(n / keep))
 
 
-def check(rounds: Sequence[Mapping[str, Any]], *, higher_is_better: bool, keep: float = KEEP) -> dict[str, Any]:
-    """The winner, recomputed from every image's number; raises `GainsError` where a round does not follow."""
+def check(
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    higher_is_better: bool,
+    references: Mapping[str, float] | None = None,
+    keep: float = KEEP,
+) -> dict[str, Any]:
+    """The winner, recomputed from every image's number; `references` are those of a joint objective.
+
+    Raises:
+        GainsError: a round does not follow from the one before.
+    """
     left: list[dict[str, Any]] = []
     for number, made in enumerate(rounds):
         results = made["results"]
         if number and [result["settings"] for result in results] != left:
             raise GainsError(f"round {number + 1} did not try the better ones of the round before")
         for result in results:
-            mean = _mean(result["values"])
+            mean = _mean(result["values"], references or {})
             if not math.isclose(mean, result["mean"], rel_tol=1e-9, abs_tol=1e-12):
                 raise GainsError(f"{result['settings']} has a mean of {mean!r}, not {result['mean']!r}")
         left = _better(results, keep, higher_is_better=higher_is_better)
@@ -98,7 +130,17 @@ def check(rounds: Sequence[Mapping[str, Any]], *, higher_is_better: bool, keep: 
     return left[0]
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _values(objective: Metric | Joint, shots: Sequence[Shot]) -> Any:
+    """Every image's number to four digits, null where it could not be judged; of a joint objective by metric."""
+    if isinstance(objective, Joint):
+        return {metric.name: _values(metric, shots) for metric in objective.metrics}
+    return [None if math.isnan(value) else float(f"{value:.4g}") for value in score(objective, shots)]
+
+
+def _mean(values: Any, references: Mapping[str, float]) -> float:
+    if isinstance(values, Mapping):
+        parts = [_mean(values[name], {}) / reference for name, reference in references.items()]
+        return len(parts) / sum(1 / part for part in parts) if min(parts) > 0 else 0.0
     judged = [value for value in values if value is not None]
     if not judged:
         raise GainsError("no image of a candidate could be judged; tune on other prompts, or by another metric")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from .table import read_csv
 
 __all__ = ["difference", "recompute", "verify"]
 
+_SINCE_2 = {  # fields that format 2 of gains.json added
+    "gains": {"adapter", "effects", "plane", "best"},
+    "design": {"base", "identity", "accuracy", "tolerance", "plain"},
+}
 TOLERANCE = 1e-9  # relative; sums may be ordered differently by another numpy
 
 
@@ -33,14 +38,25 @@ def _verified(path: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
     if "gains.json" in manifest["files"]:
         stored = files.read_json(path / "gains.json")
-        ours = recompute(path).to_dict()
+        gains = recompute(path)
+        ours = _as_stored(gains.to_dict(), stored)
         if changed := difference(ours, {name: stored.get(name) for name in ours}, "gains"):
             raise GainsError(f"{path}: {changed}; gains.json does not follow from per_image.csv")
-        summary["verdict"] = ours["verdict"]["sentence"]
+        if gains.adapter is not None:
+            summary["adapter"] = gains.adapter.sentence
+        summary["verdict"] = gains.verdict.sentence
         summary["numbers"] = _count(ours)
     if "tuned.json" in manifest["files"]:
         summary["tuned"] = _tuned(path)
     return summary
+
+
+def _as_stored(ours: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours without what an older format does not say."""
+    if stored.get("format") != 1:
+        return ours
+    design = {name: value for name, value in ours["design"].items() if name not in _SINCE_2["design"]}
+    return {name: value for name, value in ours.items() if name not in _SINCE_2["gains"]} | {"design": design}
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
@@ -48,7 +64,10 @@ def _tuned(folder: Path) -> dict[str, Any]:
     try:
         record = files.read_json(folder / "tuned.json")
         up, best = record["higher is better"], record["best"]
-        found = {name: tune.check(rounds, higher_is_better=up) for name, rounds in record["rounds"].items()}
+        joint = record.get("references")
+        found = {
+            name: tune.check(rounds, higher_is_better=up, references=joint) for name, rounds in record["rounds"].items()
+        }
         ours = {name: {k: v for k, v in found[name].items() if k != "adapter"} for name in best}
         ours |= {"adapter": found["checkpoint"]["adapter"]} if "checkpoint" in found else {}
         best = best | ({"adapter": record["adapter"]} if "checkpoint" in found else {})
@@ -65,7 +84,8 @@ def recompute(folder: Path) -> Gains:
     """The comparison, from `per_image.csv` and the design in `gains.json`."""
     stored = files.read_json(folder / "gains.json")
     design = stored.get("design") if isinstance(stored, dict) else None
-    if not isinstance(design, dict) or set(design) != {f.name for f in fields(Design)}:
+    names = {f.name for f in fields(Design)}
+    if not isinstance(design, dict) or set(design) not in (names, names - _SINCE_2["design"]):
         raise FileError(f"{folder / 'gains.json'}: no complete design in it")
     try:
         return compare(read_csv(folder / "per_image.csv"), Design(**design))

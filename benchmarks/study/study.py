@@ -361,11 +361,11 @@ class _Run:
 
 
 def comparable(record: str) -> Any:
-    """A record without nulls and with today's paths, so that a later setting or a moved file spoils no older result."""
+    """A record with today's paths and without nulls and falses: a later setting or a moved file spoils no older one."""
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: filled(item) for name, item in value.items() if item is not None}
+            return {name: filled(item) for name, item in value.items() if item is not None and item is not False}
         if isinstance(value, list):
             return [filled(item) for item in value]
         return MOVED.get(value, value) if isinstance(value, str) else value

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.comparison import BASE, EFFECTIVE
+from recipes.common.comparison import BASE
+from recipes.common.guidance import EFFECTIVE
 from recipes.common.results import at_equal_scale
 from training.pocket import base_hash
 
@@ -74,7 +75,9 @@ def table(gains: Any, rows: Sequence[Any]) -> str:
         if not arm["name"].startswith((design.baseline, BASE)):
             own = replace(design, arm=arm["name"], higher_is_better=shown)
             pair = [row for row in rows if row.arm in (arm["name"], plain)]
-            found = [adapters.measuring.gains.compare(pair, replace(own, baseline=plain, sweeps={}))]
+            found = [
+                adapters.measuring.gains.compare(pair, replace(own, baseline=plain, sweeps={}, base=None, plain=()))
+            ]
             found += [at_equal_scale(rows, own)] if design.sweeps else []
         differences = [_difference(one, metric) for metric in judges for one in found]
         effective = arm["recorded"].get(EFFECTIVE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from recipes import measure, ship, tune
 from recipes.common.training import Training
+from recipes.common.tuned import Tuned
 
 __all__ = ["finish"]
 
@@ -30,7 +31,8 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
                 out=settings.out,
             )
         )
-        tuned, adapter = str(found), tune.chosen(found) or adapter
+        assert found is not None
+        tuned, adapter = str(found), Tuned.read(found).adapter or adapter
         folder = found
     measured = None
     if settings.measure is not None:

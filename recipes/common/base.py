@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ from recipes.common.settings import SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
 
-__all__ = ["POCKET", "adapted", "base_folder", "load_parts", "pipeline", "size_of", "without_control"]
+__all__ = [
+    "POCKET",
+    "adapted",
+    "base_folder",
+    "load_parts",
+    "pipeline",
+    "pipeline_arguments",
+    "size_of",
+    "without_control",
+]
 
 POCKET = "pocket"
 SCHEDULERS = {
@@ -79,6 +89,23 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
         for network in filter(None, (getattr(pipe, name, None) for name in ("unet", "vae", "controlnet"))):
             network.to(memory_format=torch.channels_last)
     return pipe.to(state().device)
+
+
+def pipeline_arguments(base: BaseSettings, *, controlnet: str | None = None) -> tuple[str, set[str]]:
+    """The class of a base's pipeline and what it takes when it is called; no weights are read."""
+    import diffusers
+
+    try:
+        index = diffusers.DiffusionPipeline.load_config(base_folder(base), revision=base.revision)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"base {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    name = str(index.get("_class_name"))
+    if controlnet:
+        name = name.replace("Pipeline", "ControlNetPipeline")
+    kind = getattr(diffusers, name, None)
+    require(kind is not None, f"base {base.path}: diffusers has no {name}")
+    assert kind is not None
+    return name, set(signature(kind.__call__).parameters)
 
 
 def size_of(pipe: Any, sampling: SamplingSettings) -> tuple[int, int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ __all__ = [
     "alone",
     "explained",
     "launch",
+    "named",
     "quiet",
     "say",
     "shipped_configs",
@@ -135,6 +136,16 @@ def explained() -> tuple[type[Exception], ...]:
     from training.pocket import PocketError
 
     return adapters.AdapterError, scfg.ScfgError, PocketError
+
+
+@contextmanager
+def named(flag: str) -> Iterator[None]:
+    """Whatever a room finds wrong inside is said of a flag."""
+    errors: tuple[type[Exception], ...] = (TrainingError, *explained())
+    try:
+        yield
+    except errors as error:
+        raise TrainingError(f"{flag}: {error}") from error
 
 
 def quiet() -> None:

@@ -10,7 +10,10 @@ from typing import Any
 from recipes.common.settings import GuidanceSettings
 from training.config import require
 
-__all__ = ["arguments_of", "effective_scales", "guidance_of", "guided", "guider_of"]
+__all__ = ["EFFECTIVE", "arguments_of", "effective_scales", "guidance_of", "guided", "guider_of"]
+
+EFFECTIVE = "effective scale"
+"""What the table calls the guidance scale that an image was pushed by on average."""
 
 
 def arguments_of(pipe: Any, guidance: GuidanceSettings) -> dict[str, Any]:
@@ -59,4 +62,4 @@ def effective_scales(run: Any) -> list[dict[str, float]]:
     import torch
 
     steps = [step.guidance_scale * step.effective_scale.float().cpu() for step in run.trace]
-    return [{"effective scale": value} for value in torch.stack(steps).mean(0).tolist()]
+    return [{EFFECTIVE: value} for value in torch.stack(steps).mean(0).tolist()]

@@ -35,7 +35,7 @@ from adapters.measuring.sample import Shot
 from training.config import require
 from training.data import images
 from training.errors import TrainingError
-from training.pocket import judge, scenes
+from training.pocket import PocketError, captions, judge, scenes
 from training.pocket.control import Scenes
 from training.pocket.metrics import (
     PARTS,
@@ -49,22 +49,43 @@ from training.pocket.metrics import (
 )
 
 from .base import POCKET
+from .cli import named
 from .settings import MeasureSettings
 from .units import Case
 
 __all__ = [
     "PROMPT",
     "SUBJECT",
-    "check_frechet",
+    "check",
     "defaults",
     "frechet",
+    "judged",
     "metrics",
+    "of_subject",
+    "pictures",
     "prompt_accuracy",
     "space",
     "subject_similarity",
 ]
 
 IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
+
+
+# How far each goes in whatever it measures, for the two that say what an adapter does for a subject.
+OF_SUBJECT = re.compile(r"identity|identity \(\w+\)|subject similarity|(masked )?similarity \(\w+\)")
+OF_PROMPT = (PROMPT, "alignment (clip)")
+
+
+def of_subject(settings: MeasureSettings, names: Sequence[str]) -> tuple[str | None, str | None]:
+    """The metrics among `names` that say whether it is the subject, and how far the prompt is kept.
+
+    Both null where there is no subject, or one of them is not measured and not named.
+    """
+    if not settings.subjects:
+        return None, None
+    identity = settings.identity or next((name for name in names if OF_SUBJECT.fullmatch(name)), None)
+    accuracy = settings.accuracy or next((name for name in names if name in OF_PROMPT), None)
+    return (identity, accuracy) if identity and accuracy else (None, None)
 
 
 def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
@@ -79,12 +100,74 @@ def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
     return ["alignment (clip)", *(["similarity (dino)", "similarity (clip)"] if settings.subjects else [])]
 
 
-def metrics(settings: MeasureSettings, case: Case, *, pocket: bool) -> list[Metric]:
-    """The metrics of the settings, made for one case."""
-    return [_metric(name, settings, case) for name in defaults(settings, pocket=pocket)]
+def metrics(
+    settings: MeasureSettings,
+    case: Case,
+    *,
+    pocket: bool,
+    base: Sequence[Shot] = (),
+    classes: Sequence[Shot] = (),
+) -> list[Metric]:
+    """The metrics of the settings, made for one case.
+
+    Args:
+        base: the base's own pictures of its prompts, for drift.
+        classes: the base's pictures of the class, of the same prompts without the identifier, for identity.
+    """
+    return [_metric(name, settings, case, base) for name in defaults(settings, pocket=pocket)]
 
 
-def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
+def check(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> dict[str, bool]:
+    """The metrics by name, and whether higher is better; all of them are made once, which says what one lacks.
+
+    Raises:
+        TrainingError: an unknown or repeated metric, or what one needs and the comparison does not have.
+    """
+    names = defaults(settings, pocket=pocket)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    require(twice is None, f"measure.metrics: {twice!r} is there twice")
+    made = [metrics(settings, case, pocket=pocket) for case in units]
+    for name in names:
+        require(
+            not name.startswith("diversity") or len(settings.seeds) > 1,
+            f"measure.metrics: {name} compares pictures of one prompt: give measure.seeds two at least",
+        )
+        require(
+            name not in ("canny F1", "class IoU", "MS-SSIM") or settings.targets is not None,
+            f"measure.metrics: {name} needs conditions: set measure.targets and measure.control",
+        )
+        wanted = {"class IoU": "canny", "canny F1": "segmentation"}.get(name)
+        require(
+            wanted is None or settings.control != wanted, f"measure.metrics: {name} does not fit conditions of {wanted}"
+        )
+        said = [judged(name, case, prompt) for case in units for prompt in case.prompts]
+        require(sum(said) >= 2, f"measure.metrics: {name} needs two prompts that say so; {sum(said)} of {len(said)} do")
+    if settings.frechet:
+        check_frechet(settings)
+    return {metric.name: metric.higher_is_better for metric in made[0]}
+
+
+def judged(name: str, case: Case, prompt: str) -> bool:
+    """Whether a metric has anything to judge in a prompt.
+
+    Raises:
+        TrainingError: the metric reads prompts of the pocket world, and this is none.
+    """
+    if name != PROMPT and name not in PARTS:
+        return True
+    try:
+        said = captions.parse(without_word(prompt, case.identifier))
+    except PocketError as error:
+        raise TrainingError(f"measure.metrics: {name} cannot judge the prompt {prompt!r}: {error}") from error
+    there = {
+        "colour accuracy": any(noun.colour for noun in said.nouns),
+        "relation accuracy": said.relation is not None,
+        "background accuracy": said.background is not None,
+    }
+    return there.get(name, True)
+
+
+def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot]) -> Metric:
     plain: dict[str, Callable[[], Metric]] = {
         PROMPT: lambda: prompt_accuracy(case.identifier),
         **{part: partial(prompt_accuracy, case.identifier, part) for part in PARTS},
@@ -114,16 +197,16 @@ def _metric(name: str, settings: MeasureSettings, case: Case) -> Metric:
         return kinds.Diversity(name=name, features=features)
     if what == "drift":
         require(settings.base_arm, f"{name} compares with the base's own pictures: set measure.base_arm true")
-        return kinds.Drift(name=name, features=features, base=[])  # which recipes/measure.py samples first
+        return kinds.Drift(name=name, features=features, base=base)
     if what == "kernel distance":
         return kinds.Kid(name=name, features=features, references=_reference(settings.reference, name))
-    pictures, masks = _pictures(_folder(name, case))
+    shown, masks = pictures(_folder(name, case))
     if what == "similarity":
-        return kinds.Similarity(name=name, features=features, references=pictures)
+        return kinds.Similarity(name=name, features=features, references=shown)
     require(masks is not None, f"{name} needs {case.folder}/masks")
     label = label_of(name, case.noun)
     found_in = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
-    return kinds.Similarity(name=name, features=features, references=pictures, reference_masks=masks, mask=found_in)
+    return kinds.Similarity(name=name, features=features, references=shown, reference_masks=masks, mask=found_in)
 
 
 @lru_cache(maxsize=8)
@@ -144,7 +227,8 @@ def space(name: str, path: str | None = None) -> Any:
     )
     assert path is not None
     device = str(state().device)
-    return Clip(name=path, device=device) if name == "clip" else Vit(name=path, device=device)
+    with named(f"measure.spaces.{name}"):
+        return Clip(name=path, device=device) if name == "clip" else Vit(name=path, device=device)
 
 
 def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
@@ -178,7 +262,7 @@ def _reference(reference: str | None, what: str) -> list[Image.Image]:
     if reference == POCKET:
         drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
         return [drawn[i].image for i in range(len(drawn))]
-    return _pictures(Path(reference))[0]
+    return pictures(Path(reference))[0]
 
 
 # ---------------------------------------------------------------------------------------------- small things
@@ -204,7 +288,7 @@ def _target(what: str, case: Case, shot: Shot) -> Image.Image:
     return case.targets[shot.prompt].resize(shot.image.size, Image.Resampling.LANCZOS)
 
 
-def _pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
+def pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
     """The pictures of a folder, and their masks where it has a folder `masks`."""
     masks = folder / "masks"
     source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1, say=_silent)
@@ -216,10 +300,10 @@ def _pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]
 def _masked(what: str, case: Case) -> tuple[list[Image.Image], list[np.ndarray]]:
     """The subject's pictures and their masks."""
     folder = _folder(what, case)
-    pictures, masks = _pictures(folder)
+    shown, masks = pictures(folder)
     require(masks is not None, f"{what} needs {folder / 'masks'}, white where the subject is")
     assert masks is not None
-    return pictures, masks
+    return shown, masks
 
 
 def _resized(mask: Tensor, size: tuple[int, int]) -> np.ndarray:

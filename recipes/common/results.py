@@ -5,33 +5,30 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recipes.common.base import POCKET, adapted, base_folder
-from recipes.common.comparison import EFFECTIVE, arms_of
+from recipes.common.base import adapted
+from recipes.common.comparison import Comparison
 from recipes.common.draw import sheet
-from recipes.common.guidance import arguments_of, guided
-from recipes.common.settings import MeasureSettings
-from recipes.common.units import Case
-from training.config import resolved, write
-
-if TYPE_CHECKING:
-    from recipes.measure import Settings
+from recipes.common.guidance import EFFECTIVE, arguments_of, guided
+from recipes.common.settings import SamplingSettings
+from training.config import write
 
 __all__ = ["at_equal_scale", "table", "write_results"]
 
 
 def write_results(
     pipe: Any,
-    settings: Settings,
-    units: Sequence[Case],
-    metrics: Sequence[Any],
+    comparison: Comparison,
+    sampling: SamplingSettings,
     rows: list[Any],
     shots: Mapping[str, Sequence[Any]],
-    drift: dict[str, float] | None,
+    drift: Mapping[str, float],
     out: Path,
+    *,
+    record: Mapping[str, Any],
 ) -> None:
     """Compare the rows and write `measured/` whole or not at all; prints the table and the verdict.
 
@@ -41,61 +38,74 @@ def write_results(
         shots: arm -> its pictures.
         drift: further facts, by name.
         out: receives `measured/`.
+        record: the settings of the recipe, written beside the results.
     """
     import adapters
-    from recipes.common import metrics as metrics_by_name
+    from adapters.measuring.gains import FORMAT
 
-    plan = settings.measure
-    names = [metric.name for metric in metrics]
-    swept = _sweeps(plan, settings.tuned)
-    design = adapters.Design(
-        arm=plan.arm,
-        baseline=plan.baseline,
-        primary=plan.primary or names[0],
-        referee=plan.referee,
-        minimum_effect=plan.minimum_effect,
-        higher_is_better={metric.name: metric.higher_is_better for metric in metrics},
-        sweeps=swept,
-        notes={
-            "held out": "prompts and seeds were neither trained nor tuned on",
-            "guidance": {name: asdict(arm) for name, arm in arms_of(plan, settings.tuned).items()},
-        },
-    )
+    design = comparison.design()
     gains = adapters.measuring.gains.compare(rows, design)
-    facts = {**_facts(pipe, settings), **(drift or {}), **_tuning(settings.tuned)}
-    if swept:
+    facts = {**_facts(pipe, record["base"]["path"], sampling), **drift}
+    facts |= comparison.tuned.facts() if comparison.tuned else {}
+    if design.sweeps:
         equal = at_equal_scale(rows, design)
         facts["at equal effective scale"] = equal if isinstance(equal, str) else equal.verdict.sentence
-    if plan.frechet:
-        facts |= {
-            f"Fréchet distance ({plan.frechet}), {name}": f"{distance:.4g} (n = {len(taken)})"
-            for name, taken in shots.items()
-            for distance in [metrics_by_name.frechet(plan, taken)]
-        }
-    what = " and ".join(filter(None, (settings.controlnet, settings.adapter))) or "no adapter"
-    title = f"{what} on {settings.base.path}"
+    facts |= _frechet(comparison, shots)
     page = adapters.measuring.report.render(
-        gains, shots, title=title, facts=facts, overlay=_overlay(pipe, settings, units), command=_command(out)
+        gains,
+        shots,
+        title=title(comparison, record),
+        facts=facts,
+        overlay=_overlay(pipe, comparison, sampling),
+        references=_pictures_of(comparison),
+        command=f"python recipes/measure.py --config {out / 'measured' / 'settings.yaml'}",
     )
     with adapters.files.write_folder(out / "measured") as stage:
         (stage / "per_image.csv").write_bytes(adapters.measuring.table.write_csv(rows).encode())
-        (stage / "gains.json").write_text(
-            json.dumps({"format": 1, "facts": facts, **gains.to_dict()}, indent=1), "utf-8"
-        )
+        text = json.dumps({"format": FORMAT, "facts": facts, **gains.to_dict()}, indent=1)
+        (stage / "gains.json").write_text(text, "utf-8")
         (stage / "report.html").write_text(page, "utf-8")
         sheet(shots).save(stage / "sheet.png")
-        write(resolved(settings), stage / "settings.yaml")
-    print(f"\n{table(gains)}\n\n{gains.verdict.word}: {gains.verdict.sentence}")
-    if swept:
-        print(f"at equal effective scale: {facts['at equal effective scale']}")
+        write(dict(record), stage / "settings.yaml")
+    print("\n" + "\n".join(headlines(gains)))
+    if design.sweeps:
+        print(f"At equal effective scale: {facts['at equal effective scale']}")
+    print(f"\n{table(gains)}\n")
     print(f"Open {out / 'measured' / 'report.html'}; pictures side by side: {out / 'measured' / 'sheet.png'}")
 
 
-def _command(out: Path) -> str:
-    return f"python recipes/measure.py --config {out / 'measured' / 'settings.yaml'}"
+def headlines(gains: Any) -> list[str]:
+    """What the adapter does to its base, what the guidance adds, and what lies above the front of plain guidance."""
+    from adapters.measuring import plane
+
+    first = [f"Adapter: {gains.adapter.sentence}"] if gains.adapter else []
+    return [*first, f"Guidance: {gains.verdict.sentence}", *plane.sentences(gains.plane)]
 
 
-def _facts(pipe: Any, settings: Settings) -> dict[str, Any]:
+def title(comparison: Comparison, record: Mapping[str, Any]) -> str:
+    """What was measured, in words: the subjects or the network, and the base."""
+    called = [case.calls for case in comparison.units if case.calls]
+    if len(called) > 3:
+        what = f"{len(called)} subjects"
+    elif called:
+        what = ", ".join(called)
+    elif comparison.plan.control:
+        what = f"ControlNet ({comparison.plan.control})"
+    else:
+        what = Path(record["adapter"]).name if record["adapter"] else "no adapter"
+    return f"{what} on {Path(record['base']['path']).name}"
+
+
+def _pictures_of(comparison: Comparison) -> list[Any]:
+    """A few pictures of the subjects, as what the report's are to be held against."""
+    from recipes.common import metrics
+
+    folders = [case.folder for case in comparison.units if case.folder is not None]
+    found = [metrics.pictures(folder)[0] for folder in folders[:4]]
+    return [picture for several in found for picture in several[: 4 // len(found)]]
+
+
+def _facts(pipe: Any, base: str, sampling: SamplingSettings) -> dict[str, Any]:
     import torch
 
     import adapters
@@ -106,51 +116,26 @@ def _facts(pipe: Any, settings: Settings) -> dict[str, Any]:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return {
-        "base": str(base_folder(settings.base)) if settings.base.path != POCKET else POCKET,
+        "base": base,
         "base weights": adapters.describe(pipe)["weights"],
         "scheduler": type(pipe.scheduler).__name__,
-        "steps": settings.sampling.steps,
+        "steps": sampling.steps,
         "device": device,
         "dtype": str(pipe.unet.dtype).removeprefix("torch."),
         "peak memory of the process, MiB": round(peak),
     }
 
 
-def _tuning(tuned: str | None) -> dict[str, str]:
-    """What the search tried and found, in words: the curve behind the guider."""
-    if tuned is None:
+def _frechet(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict[str, str]:
+    """Every arm's Fréchet distance to the reference, where one is asked for."""
+    from recipes.common import metrics
+
+    plan = comparison.plan
+    if plan.frechet is None:
         return {}
-    found = json.loads((Path(tuned) / "tuned.json").read_text("utf-8"))
-    facts = {"tuned on": f"{len(found['prompts'])} prompts, seeds {found['seeds']}, {found['metric']}"}
-    for name, rounds in found["rounds"].items():
-        if name == "checkpoint":
-            facts["checkpoint tried"] = "; ".join(
-                f"{Path(one['settings']['adapter']).name}: {one['mean']:.3f}" for one in rounds[0]["results"]
-            )
-            continue
-        tried = [
-            f"scale {one['settings']['scale']:g}{_more(one['settings'])}: {one['mean']:.3f}"
-            for one in rounds[0]["results"]
-        ]
-        facts[f"tuning {name}, {found['pictures'][name]} pictures"] = "; ".join(tried)
-    return facts
-
-
-def _more(settings: Mapping[str, Any]) -> str:
-    """What else a candidate was, beside its scale."""
-    parts = [f"{key} {value}" for key, value in settings["options"].items()]
-    parts += [f"weight {settings['weight']:g}"] if settings["weight"] not in (None, 1.0) else []
-    return "".join(f", {part}" for part in parts)
-
-
-def _sweeps(plan: MeasureSettings, tuned: str | None) -> dict[str, dict[str, str]]:
-    """Per method, guidance scale -> arm; the arm itself is a point of its curve."""
-    if not plan.sweep:
-        return {}
-    arms = arms_of(plan, tuned)
     return {
-        name: {f"{arms[arm].scale:g}": arm for arm in arms if arm == name or arm.startswith(f"{name} @ ")}
-        for name in (plan.baseline, plan.arm)
+        f"Fréchet distance ({plan.frechet}), {name}": f"{metrics.frechet(plan, taken):.4g} (n = {len(taken)})"
+        for name, taken in shots.items()
     }
 
 
@@ -166,37 +151,35 @@ def at_equal_scale(rows: Sequence[Any], design: Any) -> Any:
     except adapters.GainsError as error:
         return f"not known: {error}"
     pair = [row for row in rows if row.arm == design.arm] + equal
-    return adapters.measuring.gains.compare(pair, replace(design, baseline=label, sweeps={}))
+    return adapters.measuring.gains.compare(pair, replace(design, baseline=label, sweeps={}, base=None, plain=()))
 
 
-def _overlay(pipe: Any, settings: Settings, units: Sequence[Case]) -> Callable[[Any], dict[str, Any]]:
+def _overlay(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> Callable[[Any], dict[str, Any]]:
     """Regions and gamma over the steps of the report's first pairs, drawn by sampling them once more."""
     import adapters
     from scfg.trace import RECORDABLE
     from scfg.visualize import strip
 
-    plan, left = settings.measure, [settings.measure.overlays]
-    arm = arms_of(plan, settings.tuned)[plan.arm]
+    arm, left = comparison.arm, [comparison.plan.overlays]
 
     def overlay(shot: Any) -> dict[str, Any]:
-        case = next(case for case in units if shot.prompt in case.prompts)
-        if left[0] <= 0 or arm.method != "semantic":
+        case = next(case for case in comparison.units if shot.prompt in case.prompts)
+        if left[0] <= 0 or arm.guidance.method != "semantic":
             return {}
         left[0] -= 1
-        maps = guided(pipe, arm, record=RECORDABLE)
-        weight = settings.weight if arm.weight is None else arm.weight
-        with adapted(pipe, case.adapter, weight), maps() as run:
+        maps = guided(pipe, arm.guidance, record=RECORDABLE)
+        with adapted(pipe, case.adapter, arm.weight), maps() as run:
             adapters.measuring.sample.images(
                 pipe,
                 [shot.prompt],
                 [shot.seed],
-                guidance_scale=arm.scale,
-                steps=settings.sampling.steps,
-                height=settings.sampling.height,
-                width=settings.sampling.width,
-                negative_prompt=settings.sampling.negative_prompt,
+                guidance_scale=arm.guidance.scale,
+                steps=sampling.steps,
+                height=sampling.height,
+                width=sampling.width,
+                negative_prompt=sampling.negative_prompt,
                 inputs=case.inputs,
-                common=arguments_of(pipe, arm),
+                common=arguments_of(pipe, arm.guidance),
             )
             return {"regions and gamma over the steps": strip(run, pipe)}
 

@@ -5,7 +5,10 @@ Importing this loads no torch, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from training.config import require
@@ -37,7 +40,8 @@ class GuidanceSettings:
     """`guidance_rescale` of the pipeline's call (Lin et al. 2023), from 0 to 1; null: the pipeline's own, none."""
 
     def __post_init__(self) -> None:
-        require(self.scale >= 1, f"guidance scale must be at least 1, got {self.scale}")
+        require(1 <= self.scale < inf, f"guidance scale must be at least 1, got {self.scale}")
+        require(self.weight is None or abs(self.weight) <= 100, f"weight must be from -100 to 100, got {self.weight}")
         require(self.rescale is None or 0 <= self.rescale <= 1, f"rescale must be from 0 to 1, got {self.rescale}")
 
 
@@ -63,6 +67,22 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             require(getattr(self, name) >= 1, f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+
+
+def _seeds(flag: str, seeds: Sequence[int]) -> None:
+    """Seeds that a generator takes, each once."""
+    require(bool(seeds), f"{flag} is empty; give at least one seed")
+    for seed in seeds:
+        require(0 <= seed < 2**63, f"{flag}: a seed must be from 0 to 2^63 - 1, got {seed}")
+        require(seeds.count(seed) == 1, f"{flag}: {seed} is there twice; a picture would count twice")
+
+
+def _numbers(flag: str, values: Sequence[float], least: float, most: float = inf) -> None:
+    """Numbers in a range, each once."""
+    for value in values:
+        said = f"at least {least:g}" if most == inf else f"from {least:g} to {most:g}"
+        require(least <= value <= most and value < inf, f"{flag} must be {said}, got {value}")
+        require(values.count(value) == 1, f"{flag}: {value:g} is there twice")
 
 
 def _arms() -> dict[str, GuidanceSettings]:
@@ -102,6 +122,9 @@ class MeasureSettings:
     """The arm it is compared with."""
     sweep: list[float] = field(default_factory=list)
     """Further guidance scales for arm and baseline: the curves, and the comparison at equal effective scale."""
+    weights: list[float] | None = None
+    """Further weights of the adapter for the baseline, at each of its scales: with the sweep they make the front of
+    plain guidance in the plane of identity and accuracy."""
     metrics: list[str] = field(default_factory=list)
     """Metrics by name, see docs/gains.md; default: by task and base."""
     spaces: dict[str, str] = field(default_factory=dict)
@@ -111,7 +134,14 @@ class MeasureSettings:
     referee: str | None = None
     """A metric in another feature space that must agree in sign."""
     minimum_effect: float = 0.02
-    """Least difference worth calling a gain, in the primary metric's unit."""
+    """Least difference worth calling a gain, in the primary metric's unit (for an adapter, in that of `identity`)."""
+    identity: str | None = None
+    """The metric that says whether it is this subject; default: identity, or else a similarity, where one is measured.
+    With `accuracy` it says what the adapter does to its base."""
+    accuracy: str | None = None
+    """The metric that says how far the prompt is kept; default: prompt accuracy or alignment (clip)."""
+    tolerance: float | None = None
+    """Loss of `accuracy` that a gain of identity may cost; default: `minimum_effect`."""
     frechet: str | None = None
     """Feature space of a Fréchet distance to `reference`, per arm; believe it from 1,000 pictures on."""
     reference: str | None = None
@@ -122,8 +152,20 @@ class MeasureSettings:
     """Pairs of the report that show regions and gamma over the steps."""
 
     def __post_init__(self) -> None:
-        require(bool(self.seeds), "measure.seeds is empty; give at least one seed")
-        require(self.minimum_effect > 0, f"measure.minimum_effect must be > 0, got {self.minimum_effect}")
+        _seeds("measure.seeds", self.seeds)
+        _numbers("measure.sweep", self.sweep, 1)
+        _numbers("measure.weights", self.weights or [], -100, 100)
+        _numbers("measure.scale", [] if self.scale is None else [self.scale], 1)
+        for flag, least in (("limit", 1), ("skip", 0), ("overlays", 0)):
+            value = getattr(self, flag)
+            require(value is None or value >= least, f"measure.{flag} must be at least {least}, got {value}")
+        require(0 < self.minimum_effect < inf, f"measure.minimum_effect must be > 0, got {self.minimum_effect}")
+        require(
+            self.tolerance is None or 0 < self.tolerance < inf, f"measure.tolerance must be > 0, got {self.tolerance}"
+        )
+        require(self.arm != self.baseline, f"measure.arm and measure.baseline are both {self.arm!r}")
+        for prompt in self.drift_prompts:
+            require("{}" not in prompt, f"measure.drift_prompts: {prompt!r} names the subject; give unrelated prompts")
         for name in (self.arm, self.baseline):
             require(name in self.arms, f"measure: {name!r} is none of the arms {', '.join(self.arms)}")
         require(
@@ -150,16 +192,28 @@ class TuneSettings:
     """Guidance scales tried for every method."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Further fields of the guidance and the values tried, such as {"stop": [0.6, 1.0]}; only for `measure.arm`."""
-    weights: list[float] = field(default_factory=lambda: [1.0])
-    """Weights of the adapter tried."""
+    weights: list[float] | None = None
+    """Weights of the adapter tried; default: .6, .8 and 1 where `metric` is joint and there is an adapter, else 1."""
     snapshots: str | None = None
     """Folder of `train.snapshot_every`: also finds the best checkpoint. Default: the one beside the adapter."""
     metric: str | None = None
-    """What is maximised; default: `measure.primary`."""
+    """What is maximised: a metric, or joint, the harmonic mean of `measure.identity` and `measure.accuracy`, each over
+    its reference. Default: joint for subjects, else `measure.primary`."""
+    references: dict[str, float] | None = None
+    """Metric -> what its mean is divided by in the joint one; default: 1, which fits shares, and for CLIP and DINO the
+    published marks of real photos."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "scales", "weights"):
-            require(bool(getattr(self, name)), f"tune.{name} is empty; give at least one value")
+        _seeds("tune.seeds", self.seeds)
+        for name, least, most in (("scales", 1, inf), ("weights", -100, 100)):
+            values = getattr(self, name)
+            require(values is None or bool(values), f"tune.{name} is empty; give at least one value")
+            _numbers(f"tune.{name}", values or [], least, most)
+        for name, tried in self.grid.items():
+            require(bool(tried), f"tune.grid: {name} has no values to try")
+        require(self.limit is None or self.limit >= 1, f"tune.limit must be at least 1, got {self.limit}")
+        for name, value in (self.references or {}).items():
+            require(0 < value < inf, f"tune.references: {name} must be > 0, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,3 +236,14 @@ class ShipSettings:
     """Hub id (owner/name) to upload to."""
     private: bool = True
     """Whether a new repository on the Hub is private."""
+
+    def __post_init__(self) -> None:
+        for name in ("title", "licence"):
+            value = getattr(self, name)
+            require(value is None or bool(value.strip()), f"ship.{name} is empty; write one, or leave it out")
+        for name in ("trigger_words", "limits"):
+            require(all(word.strip() for word in getattr(self, name)), f"ship.{name}: one of them is empty")
+        require(
+            self.push is None or re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", self.push) is not None,
+            f"ship.push must be owner/name, got {self.push!r}",
+        )

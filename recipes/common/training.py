@@ -8,8 +8,9 @@ from typing import Any
 
 from recipes.common.base import POCKET
 from recipes.common.cli import say
+from recipes.common.comparison import TO_COME, WHOLE_TO_COME, resolve
+from recipes.common.search import resolve_search
 from recipes.common.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
-from recipes.common.units import cases
 from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
 
 __all__ = ["Training", "check", "class_prior", "data", "record", "train"]
@@ -49,11 +50,22 @@ def record(settings: Training) -> dict[str, Any]:
     return {name: value for name, value in resolved(settings).items() if name not in LATER}
 
 
-def check(settings: Training) -> None:
-    """What the later stages would find wrong with subjects and prompts is said before training."""
-    if settings.measure is not None and settings.measure.targets is None:
-        found = cases(settings.measure, None)
-        require(sum(len(case.prompts) for case in found) >= 2, "a comparison needs at least two prompts")
+def check(settings: Training, *, controlnet: bool = False, whole: bool = False) -> None:
+    """What the later stages would find wrong is said before training.
+
+    Args:
+        controlnet: what trains is a ControlNet, not an adapter.
+        whole: what trains is the U-net itself.
+    """
+    from recipes.common import metrics
+
+    if settings.measure is None:
+        return
+    network, adapter = (TO_COME, None) if controlnet else (None, WHOLE_TO_COME if whole else TO_COME)
+    comparison = resolve(settings.measure, base=settings.base, adapter=adapter, controlnet=network)
+    if settings.tune is not None:
+        resolve_search(settings.tune, comparison, adapter=adapter)
+    metrics.space.cache_clear()  # networks of metrics would keep their memory while training
 
 
 def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:

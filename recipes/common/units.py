@@ -45,6 +45,12 @@ class Case:
         """What the subject is called in prompts."""
         return f"{self.identifier} {self.noun}".strip()
 
+    @property
+    def of_class(self) -> Case:
+        """The same prompts without the identifier, which ask for anything of the class; for the base alone."""
+        prompts = [" ".join(word for word in prompt.split() if word != self.identifier) for prompt in self.prompts]
+        return replace(self, prompts=list(dict.fromkeys(prompts)), adapter=None, conditions={}, targets={})
+
     def inputs(self, prompt: str, seed: int) -> dict[str, Any]:
         """What the pipeline is given beside a prompt: its condition, where there are conditions."""
         return {"image": self.conditions[prompt]} if self.conditions else {}

@@ -90,7 +90,7 @@ def test_accessible_names_and_order(page):
 def test_all_pairs_are_there(page):
     tags = tags_of(page)
     pictures = [a for t, a in tags if t == "img" and "seed" in (a["alt"] or "")]
-    assert len(pictures) == 2 * (3 + 3)  # the gallery, and again among the worst five
+    assert len(pictures) == 2 * (3 + 3 + 3)  # the gallery, the best five and the worst five
 
 
 def test_plot_survives_degenerate_data():
@@ -119,7 +119,7 @@ def test_in_a_browser(page, tmp_path):
     file.write_text(page, "utf-8")
     live = chromium(tmp_path, "--dump-dom", file.as_uri())
     assert '<html lang="en" class="live">' in live
-    assert live.count('style="--cut: 50%;"') == 6
+    assert live.count('style="--cut: 50%;"') == 9
     assert "<title>owned</title>" not in live
     assert "&lt;script&gt;" in live
     bare = tmp_path / "bare.html"  # what a reader without JavaScript gets

@@ -32,6 +32,7 @@ ON_DOG = ["--base.path=pocket", f"--data.source={DOG}", "--data.resolution=64"]
 LORA = [*ON_DOG, *TRAIN, "--train.snapshot_every=2", "--train.learning_rate=1e-2", "--lora.rank=2"]
 LORA.append("--dreambooth.identifier=sks")
 TUNE = ["--tune.prompts=['a {} on the sand', 'a {} in the snow']", "--tune.seeds=[101]", "--tune.scales=[4.0]"]
+TUNE += ["--tune.weights=[1.0]"]
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -88,7 +89,7 @@ def test_tuning_tries_every_snapshot_and_names_one(run: Path, lora: Path, measur
     assert tried[tuned["adapter"]] == max(tried.values())
     for name in ("CFG", "S-CFG"):
         assert {item["settings"]["adapter"] for item in tuned["rounds"][name][0]["results"]} == {tuned["adapter"]}
-    assert tuned["metric"] == "prompt accuracy"
+    assert tuned["metric"] == "harmonic mean of subject similarity and prompt accuracy"
     assert tuned["pictures"] == {"checkpoint": 6, "CFG": 2, "S-CFG": 2}
 
 
@@ -284,7 +285,7 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
     assert len(rows) == 3 * 2
     assert all(np.isfinite(float(row["canny F1"])) for row in rows)
     assert adapters.measuring.verify.verify(tmp_path / "release")["kind"] == "controlnet"
-    assert f"<title>{tmp_path / 'controlnet'} on pocket" in (tmp_path / "measured" / "report.html").read_text("utf-8")
+    assert "<title>ControlNet (canny) on pocket" in (tmp_path / "measured" / "report.html").read_text("utf-8")
     card = (tmp_path / "release" / "README.md").read_text("utf-8")
     assert f"StableDiffusionControlNetPipeline.from_pretrained('{VERSION}', controlnet=control)" in card
 

@@ -51,7 +51,7 @@ def _pretrained(kind: Any, name: str | Path) -> Any:
     try:
         return kind.from_pretrained(name, use_safetensors=True)
     except OSError as error:
-        raise FileError(f"{name}: no such model here or on the Hub ({str(error)[:160]})") from error
+        raise FileError(f"{name}: no such model here or on the Hub ({' '.join(str(error).split())[:160]})") from error
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,106 @@
+"""What a comparison found, for a reader in a hurry: short sentences, shares in percent, and no digits too many."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .gains import Gains
+
+__all__ = ["adapter", "arms", "guidance", "interval", "number"]
+
+_SHARES = re.compile(r"identity|.*accuracy|.* share|.*\bIoU|.*\bF1.*")
+_ADAPTER = {
+    "gain": "The adapter draws its subject, and the pictures keep to their prompts as the base's do.",
+    "unclear": "The adapter draws its subject. Whether the pictures keep to their prompts as before is not clear.",
+    "trade-off": "The adapter has a price: of subject and prompt one is better than with the base, the other worse.",
+    "harm": "The adapter does harm: its pictures are worse than the base's.",
+    "no detectable change": "The adapter is not shown to draw its subject.",
+}
+_ALONE = {
+    "gain": "With the adapter the pictures are better than the base's.",
+    "unclear": "With the adapter the pictures may be better than the base's; a second measure disagrees.",
+    "harm": "The adapter does harm: its pictures are worse than the base's.",
+    "no detectable change": "With the adapter the pictures are not shown to be better or worse than the base's.",
+}
+_GUIDANCE = {
+    "gain": "{arm} makes the pictures better than plain guidance does.",
+    "trade-off": "{arm} makes the pictures better in one way and worse in another than plain guidance does.",
+    "harm": "{arm} makes the pictures worse than plain guidance does.",
+    "no detectable gain": "{arm} is not shown to make the pictures better than plain guidance does.",
+}
+_METHODS = {
+    "cfg": "plain classifier-free guidance, as every pipeline has it",
+    "semantic": "S-CFG: guidance whose strength is levelled between the regions that the prompt's words occupy",
+    "dose": "control: plain guidance, everywhere as strong as S-CFG is on average",
+    "placebo": "control: S-CFG's strengths, handed to the wrong regions",
+    "pointwise": "control: strength levelled at every point, without regions",
+    "interval": "plain guidance in a part of the steps only",
+}
+
+
+def adapter(gains: Gains) -> str:
+    """What the adapter does to its base, with the means of what decides; empty where it was not compared."""
+    if gains.adapter is None:
+        return ""
+    design, means = gains.design, {arm["name"]: arm["metrics"] for arm in gains.arms}
+    said = (_ALONE if design.identity is None else _ADAPTER)[gains.adapter.word]
+    names = [design.primary] if design.identity is None else [design.identity, str(design.accuracy)]
+    before, after = means[str(design.base)], means[design.baseline]
+    moved = [f"{name} {number(name, before[name])} before, {number(name, after[name])} with it" for name in names]
+    return f"{said} {_sentence('; '.join(moved))}"
+
+
+def guidance(gains: Gains) -> str:
+    """What the guidance adds to plain guidance, with the means of what decides."""
+    design, means = gains.design, {arm["name"]: arm["metrics"] for arm in gains.arms}
+    name = design.primary
+    said = _GUIDANCE[gains.verdict.word].format(arm=design.arm)
+    plain, own = number(name, means[design.baseline][name]), number(name, means[design.arm][name])
+    return f"{said} {_sentence(f'{name} {plain} with {design.baseline}, {own} with {design.arm}')}"
+
+
+def arms(gains: Gains) -> dict[str, str]:
+    """Arm -> what it is, in a line."""
+    told, notes = {}, gains.design.notes.get("guidance", {})
+    for arm in gains.arms:
+        name = arm["name"]
+        if name == gains.design.base or (name == "base" and name not in notes):
+            told[name] = "the base model without the adapter, plain guidance"
+        elif name in notes:
+            told[name] = _arm(notes[name])
+    return told
+
+
+def _arm(guidance: Mapping[str, Any]) -> str:
+    said = [_METHODS.get(guidance["method"], guidance["method"]), f"scale {guidance['scale']:g}"]
+    said += [f"adapter weight {guidance['weight']:g}"] if guidance.get("weight") not in (None, 1.0) else []
+    said += [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
+    return ", ".join(said)
+
+
+def number(metric: str, value: Mapping[str, Any]) -> str:
+    """A mean with the digits that its interval bears; shares in percent."""
+    if _SHARES.fullmatch(metric):
+        return f"{round(100 * value['mean'])} %"
+    return f"{value['mean']:.{_decimals(value)}f}"
+
+
+def interval(metric: str, value: Mapping[str, Any]) -> str:
+    """The interval of a mean, with equally many digits; that of a share stays between 0 and 100 %."""
+    if _SHARES.fullmatch(metric):
+        low, high = (min(max(100 * value[end], 0), 100) for end in ("low", "high"))
+        return f"{round(low)} to {round(high)} %"
+    digits = _decimals(value)
+    return f"{value['low']:.{digits}f} to {value['high']:.{digits}f}"
+
+
+def _decimals(value: Mapping[str, Any]) -> int:
+    half = (value["high"] - value["low"]) / 2
+    return 3 if half <= 0 else min(max(1 - math.floor(math.log10(half)), 0), 5)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."

@@ -1,0 +1,206 @@
+"""A search for the guidance, weight and checkpoint that measure best, resolved before anything is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from recipes.common.base import POCKET
+from recipes.common.cli import named
+from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, whole
+from recipes.common.prompts import texts
+from recipes.common.settings import TuneSettings
+from recipes.common.units import Case, cases
+from training.config import require
+
+__all__ = ["JOINT", "Search", "resolve_search"]
+
+TUNING = 50_000  # so many of the pocket world's held-out scenes are left to reports
+JOINT = "joint"
+WEIGHTS = (0.6, 0.8, 1.0)  # a trained subject often keeps more of the prompt below its full weight
+# Real photos of the subjects against each other (DINO, CLIP-I) and Stable Diffusion's DreamBooth against its prompts
+# (CLIP-T), all from Ruiz et al. 2023, table 1: what a mean is worth there.
+REFERENCES = {"similarity (dino)": 0.774, "similarity (clip)": 0.885, "alignment (clip)": 0.305}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is tried, on what, and what is maximised."""
+
+    units: Sequence[Case]
+    candidates: Mapping[str, list[dict[str, Any]]]
+    """Arm -> what is tried for it; baseline and arm have equally many."""
+    checkpoints: list[dict[str, Any]]
+    """The checkpoints, each with the baseline's guidance, so that the choice does not favour the arm."""
+    objective: Callable[[Sequence[Sequence[Any]]], Any]
+    """Makes what is maximised, from the base's pictures of every unit's class (empty where none are asked for)."""
+    references: Mapping[str, float]
+    """Metric -> what its mean is divided by, where the objective is joint."""
+    held_out: Sequence[str]
+    """Prompts of the report."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those of all units."""
+        return [prompt for case in self.units for prompt in case.prompts]
+
+
+def resolve_search(
+    search: TuneSettings, comparison: Comparison, *, adapter: str | None = None, size: tuple[int, int] | None = None
+) -> Search:
+    """The search that the settings describe, for a comparison to come.
+
+    Args:
+        adapter: what is tuned for; `TO_COME` where it is yet to be trained.
+        size: see `comparison.resolve`.
+
+    Raises:
+        TrainingError: anything that the search would lack later, with the flag.
+    """
+    from recipes.common import metrics
+
+    held = set(comparison.prompts)
+    units = _units(search, comparison, held, size)
+    for case in units:
+        require(bool(case.prompts), "tune has no prompts; set tune.prompts, tune.prompt_file or tune.targets")
+        for prompt in case.prompts:
+            require(prompt not in held, f"tune.prompts: {prompt!r} is held out for the report and cannot be tuned on")
+            for name in comparison.higher_is_better:
+                with named("tune.prompts"):
+                    metrics.judged(name, case, prompt)
+    shared = sorted(set(search.seeds) & set(comparison.plan.seeds))
+    require(not shared, f"tune.seeds: {shared[:1]} is held out for the report and cannot be tuned on")
+    wanted = search.metric or (JOINT if comparison.identity else comparison.primary)
+    references = _references(search, comparison) if wanted == JOINT else {}
+    require(
+        wanted == JOINT or wanted in comparison.higher_is_better,
+        f"tune.metric {wanted!r} is none of {JOINT}, {', '.join(comparison.higher_is_better)}",
+    )
+    kind = whole(units[0].adapter)
+    for weight in search.weights or ():
+        require(kind is None or weight == 1, f"tune.weights {weight:g}: a whole {kind} has no weight; leave it at 1")
+    scalable = wanted == JOINT and adapter is not None and kind is None
+    weights = search.weights or (WEIGHTS if scalable else (1.0,))
+    names = (comparison.plan.baseline, comparison.plan.arm)
+    return Search(
+        units=units,
+        candidates={name: _candidates(search, comparison, name, weights) for name in names},
+        checkpoints=_checkpoints(search, comparison, adapter),
+        objective=partial(_objective, units, comparison, wanted, references),
+        references=references,
+        held_out=comparison.prompts,
+    )
+
+
+def _units(search: TuneSettings, comparison: Comparison, held: set[str], size: tuple[int, int] | None) -> list[Case]:
+    """What is tuned on: every subject with the search's prompts, its prompts alone, or its own targets."""
+    plan = comparison.plan
+    require(
+        (plan.targets is None) == (search.targets is None),
+        "controlnet, measure.targets and tune.targets belong together: the network, and what its conditions are made "
+        "from in the report and in the search",
+    )
+    if search.targets is None:
+        return [
+            replace(case, prompts=texts(search.prompts, search.prompt_file, name=case.calls))
+            for case in comparison.units
+        ]
+    skip = TUNING if search.targets == POCKET else None
+    more = replace(plan, targets=search.targets, limit=search.limit, skip=skip)
+    case = cases(more, comparison.units[0].adapter, size=size)[0]
+    return [replace(case, prompts=[prompt for prompt in case.prompts if prompt not in held])]
+
+
+def _references(search: TuneSettings, comparison: Comparison) -> dict[str, float]:
+    """What the two metrics of the joint one are divided by."""
+    identity, accuracy, up = comparison.identity, comparison.accuracy, comparison.higher_is_better
+    require(
+        identity is not None and accuracy is not None,
+        "tune.metric joint needs a subject, and metrics for it and for its prompts: see measure.identity and accuracy",
+    )
+    assert identity is not None
+    assert accuracy is not None
+    given = search.references or {}
+    for name in given:
+        require(name in (identity, accuracy), f"tune.references: {name!r} is neither {identity!r} nor {accuracy!r}")
+    for name in (identity, accuracy):
+        require(up[name], f"tune.metric joint: of {name!r} less is better; name others in measure.identity, accuracy")
+    return {name: given.get(name, REFERENCES.get(name, 1.0)) for name in (identity, accuracy)}
+
+
+def _candidates(
+    search: TuneSettings, comparison: Comparison, name: str, weights: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
+    from recipes.common.guidance import guidance_of
+
+    arm = comparison.plan.arms[name]
+    grid = [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
+    scales = list(search.scales)
+    if name == comparison.plan.baseline:  # the grid is the arm's alone
+        if len(grid) > 1:
+            low, high, count = min(scales), max(scales), len(scales) * len(grid)
+            scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
+        grid = [{}]
+    tried = [
+        replace(arm, scale=scale, options={**arm.options, **more}, weight=weight)
+        for weight in weights
+        for scale in scales
+        for more in grid
+    ]
+    for guidance in tried:
+        with named(f"tune.grid, for {name!r}"):
+            guidance_of(guidance)
+    return [asdict(guidance) for guidance in tried]
+
+
+def _checkpoints(search: TuneSettings, comparison: Comparison, adapter: str | None) -> list[dict[str, Any]]:
+    """The adapter and its earlier checkpoints, where the training kept some."""
+    if adapter in (None, TO_COME, WHOLE_TO_COME):
+        return []
+    assert adapter is not None
+    beside = Path(search.snapshots or Path(adapter).parent / "snapshots")
+    folders = [str(folder) for folder in sorted(beside.glob("step-*"))]
+    require(bool(folders) or search.snapshots is None, f"tune.snapshots: no step-* folders in {search.snapshots}")
+    plan = comparison.plan
+    plain = plan.arms[plan.baseline]
+    guidance = asdict(replace(plain, scale=plan.scale or plain.scale))
+    return [{**guidance, "adapter": one} for one in (*folders, adapter)]
+
+
+def _objective(
+    units: Sequence[Case],
+    comparison: Comparison,
+    wanted: str,
+    references: Mapping[str, float],
+    classes: Sequence[Sequence[Any]],
+) -> Any:
+    """What is maximised, over all units: one metric, or the harmonic mean of several."""
+    from adapters.measuring.tune import Joint
+
+    known = [
+        {metric.name: metric for metric in comparison.judges(case, classes=own)}
+        for case, own in zip(units, classes, strict=True)
+    ]
+    if wanted == JOINT:
+        return Joint(metrics=[_over(units, known, name) for name in references], references=references)
+    return _over(units, known, wanted)
+
+
+def _over(units: Sequence[Case], known: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """A metric over all units: each picture by its own unit's, the shots being in the units' order."""
+    from adapters.measuring.metrics import Measure, score
+
+    def measure(shots: Sequence[Any]) -> list[float]:
+        seeds = len(shots) // sum(len(case.prompts) for case in units)
+        values: list[float] = []
+        for case, metrics in zip(units, known, strict=True):
+            own = shots[len(values) :][: seeds * len(case.prompts)]
+            values += score(metrics[name], own).tolist()
+        return values
+
+    return Measure(name, known[0][name].higher_is_better, measure)

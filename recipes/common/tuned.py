@@ -1,0 +1,96 @@
+"""What a search found, as `tuned.json` keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.common.settings import GuidanceSettings
+from training.errors import TrainingError
+
+__all__ = ["Tuned"]
+
+FILE = "tuned.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A search's winners, and everything they follow from."""
+
+    best: Mapping[str, GuidanceSettings]
+    """Arm -> the guidance that measured best for it."""
+    adapter: str | None
+    """The adapter, or its checkpoint, that measured best; null where none was tuned."""
+    metric: str
+    """What was maximised."""
+    higher_is_better: bool = True
+    references: Mapping[str, float] = field(default_factory=dict)
+    """Metric -> what its mean was divided by, where the harmonic mean of several was maximised."""
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    rounds: Mapping[str, list[dict[str, Any]]]
+    """Arm, or `checkpoint` -> the rounds of its search, with every picture's number."""
+    pictures: Mapping[str, int]
+    """The same -> pictures that were drawn for it."""
+
+    def write(self, folder: Path) -> None:
+        """Write `tuned.json` into a folder."""
+        record = {
+            "metric": self.metric,
+            "higher is better": self.higher_is_better,
+            "references": dict(self.references),
+            "best": {name: asdict(guidance) for name, guidance in self.best.items()},
+            "adapter": self.adapter,
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "rounds": dict(self.rounds),
+            "pictures": dict(self.pictures),
+        }
+        (folder / FILE).write_text(json.dumps(record, indent=1), "utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Tuned:
+        """What `write` wrote, also before there were references.
+
+        Raises:
+            TrainingError: the file is not there, or is not what recipes/tune.py wrote.
+        """
+        file = Path(folder) / FILE
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            return cls(
+                best={name: GuidanceSettings(**values) for name, values in found["best"].items()},
+                adapter=found["adapter"],
+                metric=found["metric"],
+                higher_is_better=found["higher is better"],
+                references=found.get("references", {}),
+                prompts=found["prompts"],
+                seeds=found["seeds"],
+                rounds=found["rounds"],
+                pictures=found["pictures"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TrainingError(f"tuned: {file} is not what recipes/tune.py wrote ({error!r})") from error
+
+    def facts(self) -> dict[str, str]:
+        """What the search tried and found, in words: the curve behind the guider."""
+        facts = {"tuned on": f"{len(self.prompts)} prompts, seeds {list(self.seeds)}, {self.metric}"}
+        for name, rounds in self.rounds.items():
+            results = [(one["settings"], one["mean"]) for one in rounds[0]["results"]]
+            if name == "checkpoint":
+                tried = [f"{Path(settings['adapter']).name}: {mean:.3f}" for settings, mean in results]
+                facts["checkpoint tried"] = "; ".join(tried)
+                continue
+            tried = [f"scale {settings['scale']:g}{_more(settings)}: {mean:.3f}" for settings, mean in results]
+            facts[f"tuning {name}, {self.pictures[name]} pictures"] = "; ".join(tried)
+        return facts
+
+
+def _more(settings: Mapping[str, Any]) -> str:
+    """What else a candidate was, beside its scale."""
+    parts = [f"{key} {value}" for key, value in settings["options"].items()]
+    parts += [f"weight {settings['weight']:g}"] if settings["weight"] not in (None, 1.0) else []
+    return "".join(f", {part}" for part in parts)

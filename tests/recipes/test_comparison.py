@@ -1,0 +1,262 @@
+"""A comparison is resolved before anything runs: what it says, and everything that it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from recipes.common.comparison import resolve
+from recipes.common.search import JOINT, resolve_search
+from recipes.common.settings import GuidanceSettings, MeasureSettings, ShipSettings, TuneSettings
+from recipes.common.tuned import Tuned
+from training.config import BaseSettings
+from training.errors import TrainingError
+
+ROOT = Path(__file__).resolve().parents[2]
+DOG = ROOT / "recipes" / "subjects" / "dog"
+POCKET = BaseSettings(path="pocket")
+PROMPTS = ["a red car", "a dog"]
+
+
+def of(**more: object):
+    weight = more.pop("weight", 1.0)
+    return resolve(MeasureSettings(**{"prompts": PROMPTS, **more}), base=POCKET, weight=weight)  # type: ignore[arg-type]
+
+
+def test_arms_have_nothing_left_to_fill_in() -> None:
+    arms = {"CFG": GuidanceSettings(method="cfg"), "S-CFG": GuidanceSettings(weight=0.5), "x": GuidanceSettings()}
+    found = of(arms=arms, scale=4.0, sweep=[2.0, 4.0], weight=0.8)
+    assert [(arm.name, arm.guidance.scale, arm.weight, arm.bare) for arm in found.arms.values()] == [
+        ("base", 4.0, 0.0, True),
+        ("CFG", 4.0, 0.8, False),
+        ("S-CFG", 4.0, 0.5, False),
+        ("x", 4.0, 0.8, False),
+        ("CFG @ 2", 2.0, 0.8, False),
+        ("S-CFG @ 2", 2.0, 0.5, False),
+    ]
+    assert found.sweeps == {"CFG": {"4": "CFG", "2": "CFG @ 2"}, "S-CFG": {"4": "S-CFG", "2": "S-CFG @ 2"}}
+    assert (found.primary, found.identity, found.accuracy) == ("prompt accuracy", None, None)
+
+
+def test_a_curve_is_of_arms_that_differ_in_scale_alone_whatever_they_are_called() -> None:
+    arms = {
+        "CFG": GuidanceSettings(method="cfg", scale=4.0),
+        "S-CFG": GuidanceSettings(scale=4.0),
+        "weak": GuidanceSettings(method="cfg", scale=2.0),
+        "CFG @ 3": GuidanceSettings(method="cfg", scale=3.0, weight=0.5),
+    }
+    assert of(arms=arms).sweeps == {"CFG": {"4": "CFG", "2": "weak"}, "S-CFG": {"4": "S-CFG"}}
+
+
+def tuned(folder: Path, **change: object) -> Path:
+    folder.mkdir()
+    values = {
+        "best": {"S-CFG": GuidanceSettings(scale=3.0, options={"stop": 0.5}, weight=0.6)},
+        "adapter": None,
+        "metric": "prompt accuracy",
+        "prompts": ["a cat"],
+        "seeds": [101],
+        "rounds": {},
+        "pictures": {},
+    }
+    Tuned(**{**values, **change}).write(folder)  # type: ignore[arg-type]
+    return folder
+
+
+def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
+    folder = tuned(tmp_path / "tuned")
+    assert Tuned.read(folder).best["S-CFG"].options == {"stop": 0.5}
+    found = resolve(MeasureSettings(prompts=PROMPTS), base=POCKET, tuned=str(folder)).arms
+    assert (found["S-CFG"].guidance.scale, found["S-CFG"].weight, found["CFG"].guidance.scale) == (3.0, 0.6, 7.5)
+    placebo = found["placebo"].guidance
+    assert (placebo.method, placebo.scale, placebo.options, placebo.weight) == ("placebo", 3.0, {"stop": 0.5}, 0.6)
+    for change, said in (
+        ({"prompts": ["a dog"]}, "measure.prompts: ['a dog'] was tuned on"),
+        ({"seeds": [2]}, r"measure.seeds: \[2\] was tuned on"),
+        ({"best": {"other": GuidanceSettings()}}, "the search was for other"),
+    ):
+        place = tuned(tmp_path / f"not {said[:9]} {len(list(tmp_path.iterdir()))}", **change)
+        with pytest.raises(TrainingError, match=said.replace("['a dog']", r"\['a dog'\]")):
+            resolve(MeasureSettings(prompts=PROMPTS), base=POCKET, tuned=str(place))
+
+
+def test_a_subject_is_tuned_for_both_its_metrics_with_equally_many_tries() -> None:
+    plan = MeasureSettings(subjects=[str(DOG)], metrics=["subject similarity", "prompt accuracy"])
+    found = resolve(plan, base=POCKET, adapter="(to be trained)")
+    assert (found.identity, found.accuracy) == ("subject similarity", "prompt accuracy")
+    search = TuneSettings(prompts=["a {} in the snow"], grid={"stop": [0.5, 1.0]})
+    made = resolve_search(search, found, adapter="(to be trained)")
+    assert {name: len(tried) for name, tried in made.candidates.items()} == {"CFG": 18, "S-CFG": 18}
+    assert {one["weight"] for one in made.candidates["CFG"]} == {0.6, 0.8, 1.0}
+    assert made.objective([[]]).name == "harmonic mean of subject similarity and prompt accuracy"
+    alone = resolve_search(TuneSettings(prompts=["a {} in the snow"], metric="prompt accuracy"), found)
+    assert (alone.objective([[]]).name, {one["weight"] for one in alone.candidates["CFG"]}) == (
+        "prompt accuracy",
+        {1.0},
+    )
+    assert JOINT not in found.higher_is_better
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+# Field -> values that no comparison can be made with; every field of the three stages is here or under FREE.
+WRONG: dict[str, list[object]] = {
+    "measure.subjects": [["gone"], [str(DOG.parent)]],
+    "measure.prompts": [["a zebra", "a dog"], ["a {}", "a dog"], ["a dog"]],
+    "measure.prompt_file": ["gone.txt"],
+    "measure.targets": ["pocket"],
+    "measure.control": ["canny", "canyn"],
+    "measure.limit": [0, 1, -2],
+    "measure.skip": [-1],
+    "measure.seeds": [[], [1, 1], [-1], [2**64], ["x"]],
+    "measure.arms": [
+        {"CFG": {"method": "cfg"}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_maxx": 2}}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_max": -2}}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"method": "scfg"}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"scale": 0.5}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"scale": "inf"}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"weight": "nan"}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"rescale": 2}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {}, "s cfg": {}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {}, "base": {}},
+    ],
+    "measure.scale": [0.5, "inf", "nan"],
+    "measure.arm": ["SCFG", "CFG"],
+    "measure.baseline": ["cfg", "S-CFG"],
+    "measure.weights": [[0.5], ["nan"], [1000]],
+    "measure.sweep": [[0.5], [2, 2], ["inf"]],
+    "measure.metrics": [
+        ["beauty"],
+        ["prompt accuracy", "prompt accuracy"],
+        ["alignment (clip)"],
+        ["similarity (dino)"],
+        ["subject similarity"],
+        ["canny F1"],
+        ["class IoU"],
+        ["relation accuracy"],
+        ["diversity (judge)"],
+        ["kernel distance (judge)"],
+    ],
+    "measure.spaces": [{"clip": "gone/clip"}],
+    "measure.primary": ["promt accuracy"],
+    "measure.referee": ["beauty", "prompt accuracy"],
+    "measure.minimum_effect": [0, -1, "nan", "inf"],
+    "measure.identity": ["beauty"],
+    "measure.accuracy": ["beauty"],
+    "measure.tolerance": [0, "nan"],
+    "measure.frechet": ["judge", "inception"],
+    "measure.reference": ["gone"],
+    "measure.drift_prompts": [["a {} there"]],
+    "measure.overlays": [-1],
+    "tune.prompts": [["a red car"], ["a zebra"], []],
+    "tune.prompt_file": ["gone.txt"],
+    "tune.targets": ["pocket"],
+    "tune.limit": [0],
+    "tune.seeds": [[], [1], [101, 101]],
+    "tune.scales": [[], [0.5], ["nan"], [3, 3]],
+    "tune.grid": [{"stopp": [1]}, {"stop": []}, {"stop": [3]}],
+    "tune.weights": [[], ["nan"], [1, 1], [1000]],
+    "tune.snapshots": ["gone"],
+    "tune.metric": ["beauty", "joint"],
+    "tune.references": [{"prompt accuracy": 0}],
+    "ship.title": [" "],
+    "ship.licence": [""],
+    "ship.trigger_words": [[""]],
+    "ship.limits": [[" "]],
+    "ship.push": ["me", "a/b/c"],
+}
+FREE = {"measure.base_arm", "ship.description", "ship.compact", "ship.private"}  # any value of their type will do
+MORE = {  # what a value needs beside it to be looked at
+    "measure.reference": ["--measure.frechet=judge"],
+    "measure.spaces": ["--measure.metrics=['alignment (clip)']"],
+    "tune.snapshots": [f"--adapter={ROOT / 'recipes' / 'zoo' / 'bird'}"],
+    "measure.metrics": ["--measure.seeds=[1]"],
+}
+
+
+def test_no_field_of_the_stages_is_left_out() -> None:
+    stages = {"measure": MeasureSettings, "tune": TuneSettings, "ship": ShipSettings}
+    every = {f"{name}.{item.name}" for name, kind in stages.items() for item in fields(kind)}
+    assert every == set(WRONG) | FREE
+    assert not set(WRONG) & FREE
+
+
+@pytest.fixture(scope="module")
+def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A subject folder without masks."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("subject")
+    Image.open(DOG / "0.png").save(folder / "0.png")
+    (folder / "subject.json").write_text((DOG / "subject.json").read_text("utf-8"), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_an_impossible_value_is_refused_before_anything_is_drawn(
+    field: str, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.common.draw.draw", None)  # to draw would end with a traceback
+    stage = field.split(".")[0]
+    recipe = "ship" if stage == "ship" else "tune" if stage == "tune" else "measure"
+    common = {
+        "measure": [f"--measure.prompts={json.dumps(PROMPTS)}", "--dry_run=true"],
+        "tune": [f"--measure.prompts={json.dumps(PROMPTS)}", "--tune.prompts=['a cat']", "--dry_run=true"],
+        "ship": [f"--adapter={ROOT / 'recipes' / 'zoo' / 'bird'}"],
+    }[stage]
+    for value in WRONG[field]:
+        given = value if isinstance(value, str) else json.dumps(value)
+        out = tmp_path / "out"
+        said = call(recipe, "--base.path=pocket", *common, *MORE.get(field, []), f"--{field}={given}", f"--out={out}")
+        assert said.code == 2, f"{field}={given} was taken: {said.out}"
+        assert said.err.startswith("error: ")
+        assert len(said.err.splitlines()) == 1, said.err
+        assert not out.exists(), f"{field}={given} left something behind"
+
+
+def test_what_is_wrong_is_said_with_arm_and_flag(call: Callable, tmp_path: Path, wordless: Path) -> None:
+    def said(*arguments: str) -> str:
+        common = ["--base.path=pocket", "--measure.prompts=['a dog', 'a {} there']", "--dry_run=true"]
+        return call("measure", *common, *arguments, f"--out={tmp_path / 'out'}").err
+
+    arms = json.dumps({"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_maxx": 2}}})
+    assert "measure.arms, 'S-CFG': guidance 'semantic' has no setting gamma_maxx" in said(f"--measure.arms={arms}")
+    subject = [f"--measure.subjects=['{wordless}']", "--measure.prompts=['a {} in the snow', 'a {} at night']"]
+    assert f"{wordless / 'masks'}" in said(*subject, "--measure.metrics=['subject similarity']")
+    gone = tmp_path / "gone" / "lora"
+    subject[0] = f"--measure.subjects=['{DOG}']"
+    assert f"adapter: {gone}: no such file or folder" in said(*subject, f"--adapter={gone}")
+
+
+@pytest.mark.parametrize("change", ["--measure.weights=[0.5]", "--tune.weights=[0.5]"])
+def test_a_whole_network_has_no_weight_and_is_not_trained_for_one(change: str, call: Callable, tmp_path: Path) -> None:
+    config = ROOT / "recipes" / "configs" / "dreambooth" / "pocket_dog.yaml"
+    more = ["--tune.prompts=['a {} in the snow']", "--measure.minimum_effect=0.1"]
+    said = call("dreambooth", f"--config={config}", *more, change, f"--out={tmp_path / 'out'}", "--train.dry_run=true")
+    assert said.code == 2, said.out
+    assert "a whole unet has no weight" in said.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--measure.primary=typo", "measure.primary 'typo' is none of the metrics"),
+        ("--tune.metric=typo", "tune.metric 'typo' is none of joint"),
+        ('--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_maxx": 2}}}', "measure.arms, 'S-CFG'"),
+        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG'"),
+        ("--ship.push=me", "ship.push must be owner/name"),
+        ("--measure.metrics=['alignment (clip)']", "set measure.spaces.clip"),
+    ],
+)
+def test_a_training_is_not_begun_for_it(change: str, named: str, call: Callable, tmp_path: Path) -> None:
+    config = ROOT / "recipes" / "configs" / "dreambooth_lora" / "pocket_dog.yaml"
+    said = call("dreambooth_lora", f"--config={config}", change, f"--out={tmp_path / 'out'}", "--train.dry_run=true")
+    assert said.code == 2, said.out
+    assert named in said.err
+    assert not (tmp_path / "out").exists()

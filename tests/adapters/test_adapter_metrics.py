@@ -85,6 +85,8 @@ def test_identity_by_hand():
     assert metrics.score(absent, shots[:1]) == [-0.5]
     with pytest.raises(GainsError, match=r"i: the base's pictures of the class are as like .* not tell them apart"):
         metrics.Identity(name="i", likeness=likeness, own=own, classes=lambda: [shot(subject[0])])(shots)
+    with pytest.raises(GainsError, match="i: the base draws the class in none of these prompts"):
+        metrics.Identity(name="i", likeness=likeness, own=own, classes=list)(shots)
     with pytest.raises(GainsError, match="two pictures of the subject"):
         metrics.Identity(name="i", likeness=likeness, own=own[:1, :1], classes=list)
 

@@ -21,6 +21,8 @@ from ..errors import TrainingError
 
 __all__ = ["Draws", "Feed", "Stream", "seed_of"]
 
+RING = 2
+
 
 def seed_of(*numbers: int | str) -> int:
     """A 63-bit seed from any numbers and words; near inputs give unrelated seeds."""
@@ -163,7 +165,7 @@ class Feed:
             elif stream.asked is not None:
                 if "mask" not in entry:
                     raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
-                item |= {"asked": stream.asked[index], "inside": (entry["mask"] > 0).float()}
+                item |= {"asked": stream.asked[index], "inside": _widened(entry["mask"])}
         if draws.noise_offset:
             item["noise"] = noise + draws.noise_offset * torch.randn((channels, 1, 1), generator=random)
         if not draws.masks:
@@ -219,6 +221,12 @@ class Feed:
             finally:
                 for future in waiting:
                     future.cancel()
+
+
+def _widened(mask: Tensor) -> Tensor:
+    """1 in the mask and `RING` latents around it, (1, h, w): beside the subject the base would go on with its class."""
+    side = 2 * RING + 1
+    return torch.nn.functional.max_pool2d((mask > 0).float()[None], side, stride=1, padding=RING)[0]
 
 
 def interleave(position: int, share: float) -> tuple[int, int]:

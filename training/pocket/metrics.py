@@ -120,8 +120,15 @@ def identity(
         cosines[~regions.flatten(1).any(1)] = torch.nan
         return cosines.double().numpy()
 
+    def drawn() -> list[Shot]:
+        """The base's pictures in which the judge sees the class; the others are no standard."""
+        shots = list(classes())
+        prompts = [without_word(shot.prompt, identifier) for shot in shots]
+        _, named = subject_regions(to_pixels([shot.image for shot in shots]), prompts, noun)
+        return [shot for shot, there in zip(shots, named.tolist(), strict=True) if there]
+
     own = (wanted @ wanted.T).double().numpy()
-    return Identity(name=MARGIN if margin else IDENTITY, likeness=likeness, own=own, classes=classes, margin=margin)
+    return Identity(name=MARGIN if margin else IDENTITY, likeness=likeness, own=own, classes=drawn, margin=margin)
 
 
 def subject_regions(images: Tensor, prompts: Sequence[str], noun: str) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,10 @@ class Identity:
         Raises:
             GainsError: the space does not tell the subject from its class.
         """
-        found, count = self.likeness(self.classes()), len(self.own)
+        shots, count = self.classes(), len(self.own)
+        if not shots:
+            raise GainsError(f"{self.name}: the base draws the class in none of these prompts, so there is no standard")
+        found = self.likeness(shots)
         seen = found[~np.isnan(found).any(axis=1)]
         high = (self.own.sum() - np.trace(self.own)) / (count * (count - 1))
         low = float(seen.mean()) if len(seen) else 0.0

@@ -194,8 +194,10 @@ class DreamBoothSettings:
     class_prompt: str | None = None
     """Prompt of the class images, such as "a photo of a dog"."""
     identifier: str | None = None
-    """Word that only the subject's captions have, such as sks: without it a caption is what the base would say. With it
-    and no class_prompt, preserve: base takes the subject's own pictures instead of class images."""
+    """Word that only the subject's captions have, such as sks: without it a caption is what the base would say. With
+    it, preserve: base takes the subject's own pictures under such captions too; alone, if class_prompt is null."""
+    own_share: float = 0.5
+    """Share of the class samples that are the subject's own pictures, where there are class images as well."""
     class_prompt_file: str | None = None
     """Captions of the class images instead, one a line, {} standing for class_prompt: image i is drawn of the i-th."""
     class_folder: str | None = None
@@ -218,6 +220,7 @@ class DreamBoothSettings:
             f"dreambooth.class_prompt_file {self.class_prompt_file}: its {{}} needs dreambooth.class_prompt",
         )
         asks = self.surroundings == "base" or self.company > 0
+        require(0 <= self.own_share < 1, f"dreambooth.own_share must be in [0, 1), got {self.own_share}")
         require(0 <= self.company < 1, f"dreambooth.company must be in [0, 1), got {self.company}")
         require(
             not asks or self.preserve == "base",

@@ -100,6 +100,10 @@ class Prior:
     views: Views
     to_base: bool = False
     """Whether `views` are trained towards the base's own prediction rather than their pictures."""
+    own: Views | None = None
+    """The subject's own pictures under their class captions, beside `views`; always towards the base's prediction."""
+    own_share: float = 0.0
+    """Their share of the class samples."""
     ratio: float = 1.0
     """Class samples per instance sample."""
     weight: float = 1.0
@@ -140,10 +144,21 @@ def prior(
     if settings.preserve == "off" or (settings.preserve == "pictures" and settings.class_prompt is None):
         return None
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
-    if settings.class_prompt is None:
-        views = _own(data, rename, settings, words or {})
-    else:
+    named = settings.preserve == "base" and (settings.identifier is not None or bool(words))
+    own = (
+        data.captioned([rename(one.caption) for one in map(data.source.__getitem__, range(len(data.source)))])
+        if named
+        else None
+    )
+    if settings.class_prompt is not None:
         views = _class_views(parts, settings, data.sizes[0][0], Path(settings.class_folder or folder), seed, batch_size)
+    elif own is not None:
+        views, own = own, None
+    else:
+        raise TrainingError(
+            "dreambooth.preserve: base needs samples of the class: set dreambooth.class_prompt (class images), or "
+            "dreambooth.identifier (the subject's own pictures, their captions without it); off trains without them"
+        )
     placed = None
     if settings.company:
         assert region is not None
@@ -154,6 +169,8 @@ def prior(
     return Prior(
         views=views,
         to_base=settings.preserve == "base",
+        own=own if settings.own_share else None,
+        own_share=settings.own_share if own is not None else 0.0,
         ratio=settings.prior_ratio,
         weight=settings.prior_weight,
         class_caption=rename,
@@ -161,17 +178,6 @@ def prior(
         placed=placed,
         placed_share=settings.company,
     )
-
-
-def _own(data: Views, rename: Callable[[str], str], settings: DreamBoothSettings, words: Mapping[str, str]) -> Views:
-    """The subject's own pictures under the captions of their class."""
-    if settings.identifier is None and not words:
-        raise TrainingError(
-            "dreambooth.preserve: base needs samples of the class: set dreambooth.class_prompt (class images), or "
-            "dreambooth.identifier (the subject's own pictures, their captions without it); off trains without them"
-        )
-    captions = [data.source[number].caption for number in range(len(data.source))]
-    return data.captioned([rename(caption) for caption in captions])
 
 
 def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, str]) -> str:

@@ -220,14 +220,19 @@ def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encode
     own = [stream(data, 1 - prior.placed_share, prior.surroundings)]
     if prior.placed is not None:
         own.append(stream(prior.placed, prior.placed_share, prior.surroundings))
-    kept = Stream(
-        entries=entries(prior.views),
-        share=prior.ratio,
-        weight=prior.weight * total / prior.ratio,
-        preserved=prior.to_base,
-        several=prior.views.several(),
-    )
-    return [*own, kept]
+    weight = prior.weight * total / prior.ratio
+    kept = [
+        Stream(
+            entries=entries(views),
+            share=prior.ratio * share,
+            weight=weight,
+            preserved=prior.to_base,
+            several=views.several(),
+        )
+        for views, share in ((prior.views, 1 - prior.own_share), (prior.own, prior.own_share))
+        if views is not None
+    ]
+    return [*own, *kept]
 
 
 def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:

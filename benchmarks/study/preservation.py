@@ -55,6 +55,7 @@ PROMPTS, SEEDS, STEPS = ALONE + COMPANY, (11, 12), 10
 PLAIN = {
     "dreambooth.surroundings": "picture",
     "dreambooth.company": 0,
+    "dreambooth.own_share": 0,
     "objective.caption_dropout": 0,
     "train.ema": None,
     "train.learning_rate": 1e-3,

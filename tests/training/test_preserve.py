@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from training import company, config, controlnet, dreambooth, loop, lora, models
+from training import company, config, controlnet, dreambooth, loop, lora, models, prepare
 from training.data import crops, images
 from training.data.batches import Draws, Feed, Stream
+from training.data.cache import Live
 from training.errors import TrainingError
 from training.estimate import estimate
 from training.method import Method, Stepper, base_prediction
@@ -214,6 +215,12 @@ def test_a_subject_is_placed_where_the_base_drew_its_class(base: Path, tmp_path:
     made = dreambooth.prior(parts, chosen, data, folder=tmp_path / "class", region=square)
     assert made is not None
     assert made.placed is not None
+    assert made.own is not None
+    streams = prepare._streams(data, made, lambda found: Live(found, parts.factor))
+    assert [stream.share for stream in streams] == [0.5, 0.5, 0.5, 0.5]  # own, placed, class images, own as the class
+    assert [stream.weight for stream in streams] == [2, 2, 2, 2]
+    assert [stream.preserved for stream in streams] == [False, False, True, True]
+    assert streams[3].entries.captions == ["a dog", "a dog at night", "an owl and a dog"]
     captions = [made.placed.caption(index) for index in range(len(made.placed))]
     assert captions == ["a sks dog on grass", "a sks dog at night"] * 2
     drawn = np.asarray(made.views.source[0].image)

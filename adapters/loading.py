@@ -73,7 +73,8 @@ def load(
         name: peft's name for it; by default one that is free.
         merged: added into the weights instead of beside them, whose bits are put back on detach (the last one first):
             faster, the same up to rounding.
-        scope: where, when and how strongly it acts while sampling; it then stays beside the weights.
+        scope: where, when and how strongly it acts while sampling; it then stays beside the weights. None: as the
+            folder's guider says, where `guidance` applies that.
 
     The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
     have left. A pipeline may be compiled or offloaded; a DoRA on a sequentially offloaded one is always merged.
@@ -91,12 +92,13 @@ def load(
     _check_identity(pipe, opened)
     attached = Attached(name or _free_name(pipe), weight)
     try:
-        scope = scope or Scope()
+        attached.guider = _guider(opened)
+        scope = scope or _shipped_scope(attached.guider if guidance else None)
         before = getattr(pipe, "unet", None)
         attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
         if not scope.neutral:
             attached._undo.enter_context(_within(pipe, scope, opened, attached, before))
-        _guide(attached, opened, guidance)
+        _guide(attached, guidance, str(opened.path))
     except BaseException:
         attached.detach()
         raise
@@ -186,17 +188,25 @@ def _names(model: torch.nn.Module) -> Collection[str]:
     return getattr(model, "peft_config", {})
 
 
-def _guide(attached: Attached, source: Source, guidance: Guidance | None) -> None:
+def _guider(source: Source) -> dict[str, Any] | None:
     path = source.file(GUIDER_FILE)
-    if path is None:
+    return None if path is None else dict(files.read_json(path))
+
+
+def _shipped_scope(guider: dict[str, Any] | None) -> Scope:
+    return Scope.from_config(guider["scope"]) if guider and guider.get("scope") else Scope()
+
+
+def _guide(attached: Attached, guidance: Guidance | None, where: str) -> None:
+    if attached.guider is None:
         return
-    attached.guider = files.read_json(path)
     if guidance is None:
         summary = json.dumps(attached.guider)[:160]
         warnings.warn(
-            f"{source.path} ships the guidance it was measured with ({summary}); it is not applied, "
+            f"{where} ships the guidance it was measured with ({summary}); it is not applied, "
             "pass guidance=... to apply it",
             stacklevel=3,
         )
     else:
-        attached.run = attached._undo.enter_context(guidance(dict(attached.guider or {})))
+        own = {name: value for name, value in attached.guider.items() if name != "scope"}
+        attached.run = attached._undo.enter_context(guidance(own))

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import adapted, pipeline, size_of, without_control
+from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import launch, named, say
-from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve
+from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
 from recipes.common.guidance import guided
 from recipes.common.results import write_results
@@ -89,21 +89,21 @@ def run(settings: Settings) -> Path | None:
 def _would(pipe: Any, comparison: Comparison) -> None:
     """A dry run: every adapter is put on as every arm would have it, and what would be drawn is said."""
     for case in comparison.units:
-        for weight in {arm.weight: None for arm in comparison.arms.values() if not arm.bare}:
-            with adapted(pipe, case.adapter, weight):
+        for arm in {arm.worn: arm for arm in comparison.arms.values() if not arm.bare}.values():
+            with named(f"measure.arms, {arm.name!r}"), worn(pipe, case, arm):
                 pass
         count = len(case.prompts) * len(comparison.plan.seeds)
         say(f"would draw {count} pictures an arm of {case.name or 'the task'}")
 
 
 def _sample(pipe: Any, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
-    """Arm -> its pictures of a unit; the adapter is put on once for all arms that have it at one weight."""
+    """Arm -> its pictures of a unit; the adapter is put on once for all arms that wear it alike."""
     arms, shots = list(arms), {}
     for arm in (arm for arm in arms if arm.bare):
         shots[arm.name] = _timed(without_control(pipe), arm, case, settings)
-    for weight in {arm.weight: None for arm in arms if not arm.bare}:
-        with adapted(pipe, case.adapter, weight):
-            for arm in (arm for arm in arms if not arm.bare and arm.weight == weight):
+    for first in {arm.worn: arm for arm in reversed(arms) if not arm.bare}.values():
+        with worn(pipe, case, first):
+            for arm in (arm for arm in arms if not arm.bare and arm.worn == first.worn):
                 shots[arm.name] = _timed(pipe, arm, case, settings)
     return {arm.name: shots[arm.name] for arm in arms}
 
@@ -119,7 +119,7 @@ def _timed(pipe: Any, arm: Arm, case: Case, settings: Settings) -> list[Any]:
     from adapters.card import slug
 
     place = Path(settings.out) / "pictures" / case.name / slug(arm.name)
-    weights = None if arm.bare else f"{digest_of(case.adapter)} {arm.weight:g}"
+    weights = None if arm.bare else f"{digest_of(case.adapter)} {arm.worn}"
     inputs = None if arm.bare else case.given
     seeds, sampling = settings.measure.seeds, settings.sampling
     shots = draw(pipe, case.prompts, seeds, arm.guidance, sampling, place, weights, arm=arm.name, inputs=inputs)

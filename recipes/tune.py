@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import adapted, pipeline, size_of, without_control
+from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import launch, say
-from recipes.common.comparison import Comparison, digest_of, resolve
+from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
 from recipes.common.guidance import guider_of
 from recipes.common.search import Search, resolve_search
@@ -140,8 +140,9 @@ def _try(pipe: Any, case: Case, values: Mapping[str, Any], seeds: Sequence[int],
     weight = settings.weight if guidance.weight is None else guidance.weight
     label = json.dumps({**values, "adapter": digest_of(path)}, sort_keys=True)
     folder = Path(settings.out) / "tuning" / _short(label) / case.name
-    weights = f"{digest_of(path)} {weight:g}"
-    with adapted(pipe, path, weight):
+    arm = Arm(name="", guidance=guidance, weight=weight)
+    weights = f"{digest_of(path)} {arm.worn}"
+    with worn(pipe, replace(case, adapter=path), arm):
         return draw(pipe, case.prompts, seeds, guidance, settings.sampling, folder, weights, inputs=case.given)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from recipes.common.settings import SamplingSettings
+from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
 
@@ -127,8 +128,21 @@ def without_control(pipe: Any) -> Any:
     return bare
 
 
-def adapted(pipe: Any, adapter: str | Path | None, weight: float = 1.0) -> AbstractContextManager[Any]:
-    """The adapter on the pipeline for as long as the context lasts; a guidance it ships with is left to the recipe."""
+def adapted(
+    pipe: Any,
+    adapter: str | Path | None,
+    weight: float = 1.0,
+    *,
+    scope: ScopeSettings | None = None,
+    identifier: str = "",
+    noun: str = "",
+) -> AbstractContextManager[Any]:
+    """The adapter on the pipeline for as long as the context lasts; a guidance it ships with is left to the recipe.
+
+    Args:
+        scope: where, when and how strongly it acts; null: everywhere.
+        identifier, noun: of the subject, for a scope that looks for it.
+    """
     import torch
 
     import adapters
@@ -137,4 +151,23 @@ def adapted(pipe: Any, adapter: str | Path | None, weight: float = 1.0) -> Abstr
         return nullcontext()
     # Half-precision weights would round a small change away.
     merged = pipe.unet.dtype == torch.float32
-    return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged)
+    reach = adapters.Scope() if scope is None else _scope(pipe, scope, identifier, noun)
+    return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged, scope=reach)
+
+
+def _scope(pipe: Any, settings: ScopeSettings, identifier: str, noun: str) -> Any:
+    """The scope that the settings describe: outside of the subject the base is asked for its class."""
+    import adapters
+    from recipes.common.region_mask import place_of
+    from training.pocket.metrics import without_word
+
+    place, asked = None, None
+    if settings.where is not None:
+        place, asked = place_of(pipe, f"{identifier} {noun}"), partial(without_word, word=identifier)
+    return adapters.Scope(
+        uncond_weight=settings.uncond_weight,
+        start=settings.start,
+        stop=settings.stop,
+        where=place,
+        elsewhere=asked,
+    )

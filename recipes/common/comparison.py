@@ -7,19 +7,21 @@ what they are handed afterwards are values that were checked, not settings to in
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, pipeline_arguments
+from recipes.common.base import POCKET, adapted, pipeline_arguments
 from recipes.common.cli import named
 from recipes.common.settings import GuidanceSettings, MeasureSettings
 from recipes.common.tuned import Tuned
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 
-__all__ = ["BASE", "TO_COME", "WHOLE_TO_COME", "Arm", "Comparison", "digest_of", "resolve", "whole"]
+__all__ = ["BASE", "TO_COME", "WHOLE_TO_COME", "Arm", "Comparison", "digest_of", "resolve", "whole", "worn"]
 
 BASE = "base"
 TO_COME = "(to be trained)"
@@ -42,7 +44,14 @@ class Arm:
     @property
     def plain(self) -> bool:
         """Plain CFG on the adapted model: what any other guidance has to beat, at whatever scale and weight."""
-        return self.guidance.method == "cfg" and not self.bare and self.guidance.rescale is None
+        own = self.guidance
+        return own.method == "cfg" and not self.bare and own.rescale is None and own.scope is None
+
+    @property
+    def worn(self) -> str:
+        """How the adapter sits on the base, as text: its weight, and its scope where it has one."""
+        scope = self.guidance.scope
+        return f"{self.weight:g}" if scope is None else f"{self.weight:g} {json.dumps(asdict(scope))}"
 
     def beside(self, other: Arm) -> bool:
         """Whether both are one method at two scales: points of the same curve."""
@@ -179,6 +188,7 @@ def resolve(
     require(sum(len(case.prompts) for case in units) >= 2, "a comparison needs at least two prompts or targets")
     if found is not None:
         _check_held_out(plan, units, found)
+    _check_scopes(arms, units, adapter)
     up = metrics.check(plan, units, pocket=pocket)
     for flag in ("primary", "referee", "identity", "accuracy"):
         name = getattr(plan, flag)
@@ -262,6 +272,27 @@ def _check_arms(arms: Mapping[str, Arm], base: BaseSettings, controlnet: str | N
             )
 
 
+def _check_scopes(arms: Mapping[str, Arm], units: Sequence[Case], adapter: str | None) -> None:
+    """What a scope cannot do is said before anything is drawn."""
+    for arm in arms.values():
+        scope, flag = arm.guidance.scope, f"measure.arms, {arm.name!r}: scope"
+        if scope is None or arm.bare:
+            continue
+        require(adapter is not None, f"{flag}: there is no adapter that it could be of; set adapter, or scope to null")
+        above = scope.uncond_weight is not None and scope.uncond_weight > arm.weight
+        require(not above, f"{flag}.uncond_weight {scope.uncond_weight} is above the adapter's weight {arm.weight:g}")
+        if scope.where is None:
+            continue
+        require(
+            all(case.identifier for case in units), f"{flag}.where subject: no subject is given; set measure.subjects"
+        )
+        require(
+            arm.guidance.method not in ("semantic", "placebo"),
+            f"{flag}.where: {arm.guidance.method} watches the attention of one pass, and this scope makes two; use it "
+            "with method cfg",
+        )
+
+
 def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: Tuned) -> None:
     """A report on what was tuned on would flatter whatever was tuned."""
     prompts = {prompt for case in units for prompt in case.prompts}
@@ -280,6 +311,12 @@ def _check_there(adapter: str | None, arms: Mapping[str, Arm]) -> None:
             kind is None or arm.bare or arm.weight == 1,
             f"measure.arms, {arm.name!r}: weight {arm.weight:g}: a whole {kind} has no weight; leave it at 1",
         )
+
+
+def worn(pipe: Any, case: Case, arm: Arm) -> AbstractContextManager[Any]:
+    """The unit's adapter on the pipeline, as the arm has it."""
+    subject = {"identifier": case.identifier, "noun": case.noun}
+    return adapted(pipe, case.adapter, arm.weight, scope=arm.guidance.scope, **subject)
 
 
 def whole(adapter: str | None) -> str | None:

@@ -37,12 +37,23 @@ def guidance_of(settings: GuidanceSettings) -> Any:
 
 
 def guider_of(settings: GuidanceSettings) -> dict[str, Any]:
-    """The same as an adapter ships it: what `guider_config.json` holds."""
+    """The same as an adapter ships it: what `guider_config.json` holds, with the adapter's scope under `scope`.
+
+    Raises:
+        TrainingError: a scope with `where`, which needs this toolkit's own regions and cannot be read from a file.
+    """
+    import adapters
     import scfg
 
-    return scfg.to_config(
+    config = scfg.to_config(
         guidance_of(settings), guidance_scale=settings.scale, guidance_rescale=settings.rescale or 0.0
     )
+    scope = settings.scope
+    if scope is None:
+        return config
+    require(scope.where is None, "scope.where cannot ship: other programs have no regions; ship an arm without it")
+    reach = adapters.Scope(uncond_weight=scope.uncond_weight, start=scope.start, stop=scope.stop)
+    return config | {"scope": reach.to_config()}
 
 
 def guided(

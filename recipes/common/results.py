@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import adapted
-from recipes.common.comparison import Comparison
+from recipes.common.comparison import Comparison, worn
 from recipes.common.draw import sheet
 from recipes.common.guidance import EFFECTIVE, arguments_of, guided
 from recipes.common.settings import SamplingSettings
@@ -168,7 +167,7 @@ def _overlay(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> C
             return {}
         left[0] -= 1
         maps = guided(pipe, arm.guidance, record=RECORDABLE)
-        with adapted(pipe, case.adapter, arm.weight), maps() as run:
+        with worn(pipe, case, arm), maps() as run:
             adapters.measuring.sample.images(
                 pipe,
                 [shot.prompt],

@@ -17,9 +17,34 @@ __all__ = [
     "GuidanceSettings",
     "MeasureSettings",
     "SamplingSettings",
+    "ScopeSettings",
     "ShipSettings",
     "TuneSettings",
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeSettings:
+    """Where, when and how strongly an adapter acts while sampling; see `adapters.Scope`."""
+
+    uncond_weight: float | None = None
+    """Weight of the adapter in the unconditional half; 0: the base's own prediction, null: as in the other half."""
+    start: float = 0.0
+    """Fraction of the sampling steps at which the adapter is switched on."""
+    stop: float = 1.0
+    """Fraction of the sampling steps at which it is switched off again."""
+    where: Literal["subject"] | None = None
+    """subject: only where the attention to the subject's words is, the base elsewhere; twice the U-net's work."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.start < self.stop <= 1,
+            f"scope.start {self.start} and scope.stop {self.stop} must be fractions of the steps, start below stop",
+        )
+        require(
+            self.uncond_weight is None or 0 <= self.uncond_weight <= 100,
+            f"scope.uncond_weight must be from 0 to the adapter's weight, got {self.uncond_weight}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +61,8 @@ class GuidanceSettings:
     """Fields changed, such as {"latent_ratio": 4, "stop": 0.8}; see docs/guidance.md."""
     weight: float | None = None
     """Weight of the adapter; null: the recipe's."""
+    scope: ScopeSettings | None = None
+    """Where, when and how strongly the adapter acts; null: everywhere, in every step, in both halves."""
     rescale: float | None = None
     """`guidance_rescale` of the pipeline's call (Lin et al. 2023), from 0 to 1; null: the pipeline's own, none."""
 

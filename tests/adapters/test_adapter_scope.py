@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -190,3 +191,23 @@ def test_a_scope_goes_through_a_file_and_a_strange_one_is_refused():
     for strange in ({}, {"format": 2}, {**scope.to_config(), "radius": 3}, {"format": 1, "start": "x"}):
         with pytest.raises(AdapterError, match="scope"):
             Scope.from_config(strange)
+
+
+def test_a_shipped_scope_is_put_on_with_the_shipped_guidance(pipe, folder):
+    """And left off with it."""
+    guider = {"_class_name": "SemanticGuider", "scope": Scope(uncond_weight=0.0).to_config()}
+    (folder / "guider_config.json").write_text(json.dumps(guider))
+    plain, given = both_halves(pipe), []
+
+    def guidance(config: dict) -> contextlib.AbstractContextManager:
+        given.append(config)
+        return contextlib.nullcontext()
+
+    with adapters.load(pipe, folder, guidance=guidance):
+        assert torch.equal(both_halves(pipe)[0], plain[0])
+    assert given == [{"_class_name": "SemanticGuider"}]
+    with pytest.warns(UserWarning, match="ships the guidance"), adapters.load(pipe, folder):
+        assert not torch.equal(both_halves(pipe)[0], plain[0])
+    (folder / "guider_config.json").write_text(json.dumps({"scope": {"format": 9}}))
+    with pytest.raises(AdapterError, match="this version knows format 1"):
+        adapters.load(pipe, folder, guidance=guidance)

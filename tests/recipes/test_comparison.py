@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from recipes.common.comparison import resolve
+from recipes.common.guidance import guider_of
 from recipes.common.search import JOINT, resolve_search
-from recipes.common.settings import GuidanceSettings, MeasureSettings, ShipSettings, TuneSettings
+from recipes.common.settings import GuidanceSettings, MeasureSettings, ScopeSettings, ShipSettings, TuneSettings
 from recipes.common.tuned import Tuned
 from training.config import BaseSettings
 from training.errors import TrainingError
@@ -260,3 +261,45 @@ def test_a_training_is_not_begun_for_it(change: str, named: str, call: Callable,
     assert said.code == 2, said.out
     assert named in said.err
     assert not (tmp_path / "out").exists()
+
+
+BIRD = str(ROOT / "recipes" / "zoo" / "bird")
+
+
+@pytest.mark.parametrize(
+    ("arm", "adapter", "said"),
+    [
+        ({"scope": {"uncond_weight": 2.0}}, BIRD, r"scope.uncond_weight 2.0 is above the adapter's weight 1"),
+        ({"scope": {"where": "subject"}}, BIRD, "scope.where subject: no subject is given; set measure.subjects"),
+        ({"scope": {"stop": 0.5}}, None, "scope: there is no adapter that it could be of"),
+    ],
+)
+def test_a_scope_that_cannot_be_is_refused(arm: dict, adapter: str | None, said: str) -> None:
+    scoped = GuidanceSettings(method="cfg", scope=ScopeSettings(**arm["scope"]))
+    plan = MeasureSettings(prompts=PROMPTS, arms={"CFG": GuidanceSettings(method="cfg"), "S-CFG": scoped})
+    with pytest.raises(TrainingError, match=f"measure.arms, 'S-CFG': {said}"):
+        resolve(plan, base=POCKET, adapter=adapter)
+
+
+def test_every_scope_is_tried_in_a_dry_run_and_none_is_plain(call: Callable, tmp_path: Path) -> None:
+    scopes = {"base's unconditional": {"uncond_weight": 0}, "late": {"start": 0.2}, "place": {"where": "subject"}}
+    arms = {"CFG": {"method": "cfg"}, "S-CFG": {"method": "semantic"}}
+    arms |= {name: {"method": "cfg", "scope": scope} for name, scope in scopes.items()}
+    subject = ROOT / "recipes" / "subjects" / "bird"
+    arguments = ["--base.path=pocket", f"--adapter={BIRD}", f"--measure.subjects=['{subject}']", "--dry_run=true"]
+    said = call("measure", *arguments, f"--measure.arms={json.dumps(arms)}", f"--out={tmp_path}")
+    assert said.code == 0, said.err
+    given = {name: GuidanceSettings(method="cfg", scope=ScopeSettings(**scope)) for name, scope in scopes.items()}
+    plan = MeasureSettings(
+        subjects=[str(subject)], arms={"CFG": GuidanceSettings(method="cfg"), "S-CFG": given["late"]}
+    )
+    found = resolve(plan, base=POCKET, adapter=BIRD)
+    assert [arm.plain for arm in found.arms.values()] == [False, True, False]
+    assert found.arms["S-CFG"].worn != found.arms["CFG"].worn == "1"
+
+
+def test_a_scope_ships_with_the_guider_where_a_file_can_say_it() -> None:
+    late = GuidanceSettings(method="cfg", scope=ScopeSettings(uncond_weight=0.0, start=0.2))
+    assert guider_of(late)["scope"] == {"format": 1, "uncond_weight": 0.0, "start": 0.2, "stop": 1.0}
+    with pytest.raises(TrainingError, match=r"scope.where cannot ship"):
+        guider_of(GuidanceSettings(method="cfg", scope=ScopeSettings(where="subject")))

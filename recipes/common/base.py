@@ -158,12 +158,13 @@ def adapted(
 def _scope(pipe: Any, settings: ScopeSettings, identifier: str, noun: str) -> Any:
     """The scope that the settings describe: outside of the subject the base is asked for its class."""
     import adapters
-    from recipes.common.region_mask import place_of
+    import scfg
     from training.pocket.metrics import without_word
 
-    place, asked = None, None
+    place: Any = None
+    asked = None
     if settings.where is not None:
-        place, asked = place_of(pipe, f"{identifier} {noun}"), partial(without_word, word=identifier)
+        place, asked = scfg.place_of(pipe, f"{identifier} {noun}"), partial(without_word, word=identifier)
     return adapters.Scope(
         uncond_weight=settings.uncond_weight,
         start=settings.start,

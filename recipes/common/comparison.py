@@ -281,16 +281,8 @@ def _check_scopes(arms: Mapping[str, Arm], units: Sequence[Case], adapter: str |
         require(adapter is not None, f"{flag}: there is no adapter that it could be of; set adapter, or scope to null")
         above = scope.uncond_weight is not None and scope.uncond_weight > arm.weight
         require(not above, f"{flag}.uncond_weight {scope.uncond_weight} is above the adapter's weight {arm.weight:g}")
-        if scope.where is None:
-            continue
-        require(
-            all(case.identifier for case in units), f"{flag}.where subject: no subject is given; set measure.subjects"
-        )
-        require(
-            arm.guidance.method not in ("semantic", "placebo"),
-            f"{flag}.where: {arm.guidance.method} watches the attention of one pass, and this scope makes two; use it "
-            "with method cfg",
-        )
+        named_all = scope.where is None or all(case.identifier for case in units)
+        require(named_all, f"{flag}.where subject: no subject is given; set measure.subjects")
 
 
 def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: Tuned) -> None:

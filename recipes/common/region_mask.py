@@ -1,4 +1,4 @@
-"""Where attention to words is: in training pictures, as the region-aware loss's mask, and while sampling.
+"""Where the base's attention sees a word in a training picture: the mask of the region-aware loss, without masks.
 
 The picture is noised to a few middle timesteps, where cross-attention is clear; the words of its caption compete for
 every position, as they do in S-CFG, and the region is what the wanted words win in most of them.
@@ -6,8 +6,6 @@ every position, as they do in S-CFG, and the region is what the wanted words win
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from training.method import conditions_of
 from training.models import Parts, encode_text, tokenize
 from training.objective import add_noise, alpha_sigma, alphas_cumprod
 
-__all__ = ["place_of", "region_of"]
+__all__ = ["region_of"]
 
 FRACTIONS = (0.2, 0.35, 0.5)  # of the schedule, from clean to noise
 
@@ -68,53 +66,3 @@ def region_of(phrase: str) -> Any:
 
     region.__name__ = f"attention-{phrase}"
     return region
-
-
-def place_of(pipe: Any, phrase: str) -> Any:
-    """Where the attention to the words of ``phrase`` is while a picture is sampled, as `adapters.Scope.where` takes it.
-
-    The words of each prompt compete for every position, in the adapted network's attention of this very step; the map
-    is 1 where a word of the phrase wins.
-
-    Raises:
-        TrainingError: while sampling: a prompt has none of the words, or the pipeline was given embeddings.
-    """
-    asked = set(phrase.split())
-    limit = pipe.tokenizer.model_max_length
-    segmenters: dict[int, Segmenter] = {}
-
-    @contextmanager
-    def where(call: Any) -> Iterator[Callable[[], Tensor]]:
-        if call.prompts is None:
-            raise TrainingError("scope.where: call the pipeline with texts; of embeddings the words are not known")
-        words = [scfg.prompt_words(pipe.tokenizer, prompt, limit) for prompt in call.prompts]
-        wanted = [[i for i, word in enumerate(said) if word.text in asked] for said in words]
-        for prompt, found in zip(call.prompts, wanted, strict=True):
-            if not found:
-                raise TrainingError(f"scope.where {phrase!r}: none of its words is in the prompt {prompt!r}")
-        segmenter = segmenters.setdefault(
-            id(call.unet), Segmenter(call.unet, scfg.SemanticCFG(tokens="prompt", reference="mean"))
-        )
-        length, size = call.context.shape[1], call.sample.shape[-2:]
-        segmenter.start(
-            tuple(size),
-            tokens=slice(call.images, 2 * call.images),
-            foreground=None,
-            background=background_positions(length, limit),
-            groups=grouping([[word.positions for word in said] for said in words], length, call.context.device),
-        )
-        try:
-            yield lambda: _owned(segmenter.finish(), wanted, size)
-        finally:
-            segmenter.stop()
-
-    return where
-
-
-def _owned(average: Any, wanted: Sequence[Sequence[int]], size: Sequence[int]) -> Tensor:
-    """(B, 1, h, w): 1 where a wanted word wins."""
-    if average is None:
-        raise TrainingError("scope.where: this U-net's attention gives no maps (token merging or block caching?)")
-    index = average.regions().index
-    own = [torch.isin(one, torch.tensor(ids, device=one.device)) for one, ids in zip(index, wanted, strict=True)]
-    return torch.nn.functional.interpolate(torch.stack(own)[:, None].float(), tuple(size), mode="nearest")

@@ -469,7 +469,7 @@ def test_what_was_seen_is_said(mine: Path, tmp_path: Path, done, call) -> None:
     (mine / "IMG_1.jxl").write_bytes(b"not read here")
     said = done("new", mine, "--class", "cat", "--out", tmp_path / "run", "--no-trial")
     assert "4 photos (1 turned upright), 64x64 to 64x96 pixels" in said
-    assert "1 file(s) that are no pictures are left out: IMG_1.jxl" in said
+    assert "1 file(s) are not read and left out: IMG_1.jxl" in said
     assert "measured without masks" in said
     plan = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["measure"]
     assert plan["metrics"] == ["prompt accuracy", "similarity (judge)"]

@@ -166,7 +166,7 @@ def test_files_that_pillow_reads_are_read_and_others_counted_and_named(tmp_path:
         (root / name).write_bytes(b"junk")
     source = read(root, prompt="x", say=said.append)
     assert len(source) == 3 + features.check("avif")
-    assert said == [f"{root}: 2 file(s) that are no pictures are left out: IMG_0001.xyz, clip.mov"]
+    assert said == [f"{root}: 2 file(s) are not read and left out: IMG_0001.xyz, clip.mov"]
 
 
 def test_heic_is_read_with_pillow_heif_and_else_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_heic_is_read_with_pillow_heif_and_else_said(tmp_path: Path, monkeypatch
     except ImportError:
         (root / "IMG_0.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
         assert len(read(root, prompt="x", say=said.append)) == 1
-        assert "1 file(s) that are no pictures are left out: IMG_0.HEIC" in said[0]
+        assert "1 file(s) are not read and left out: IMG_0.HEIC" in said[0]
         assert "pip install pillow-heif" in said[0]
         (root / "0.png").unlink()
         (root / "0.txt").unlink()

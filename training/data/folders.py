@@ -234,7 +234,7 @@ def _announce(root: Path, found: Scan, times: list[int], say: Say) -> None:
     if found.others:
         advice = sorted({ADVICE[item.suffix.lower()] for item in found.others if item.suffix.lower() in ADVICE})
         names = _some([str(item.relative_to(root)) for item in found.others])
-        say("; ".join([f"{root}: {len(found.others)} file(s) that are no pictures are left out: {names}", *advice]))
+        say("; ".join([f"{root}: {len(found.others)} file(s) are not read and left out: {names}", *advice]))
 
 
 def _some(names: list[str], most: int = 8) -> str:

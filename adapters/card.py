@@ -14,10 +14,12 @@ from typing import Any
 
 import yaml
 
+from .adapter import Tokens
 from .errors import AdapterError
 from .measuring import words
 from .measuring.gains import Gains
 from .measuring.plane import sentences
+from .tokens import token_words
 
 __all__ = ["Card", "escape", "render", "slug"]
 
@@ -68,13 +70,22 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
 
 
-def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequence[str], notes: Sequence[str]) -> str:
+def render(
+    card: Card,
+    *,
+    kinds: Sequence[str],
+    gains: Gains | None,
+    has: Sequence[str],
+    notes: Sequence[str],
+    tokens: Tokens | None = None,
+) -> str:
     """`README.md`.
 
     Args:
         kinds: lora, dora, loha, lokr, controlnet, unet, tokens.
         has: names of the files beside it.
         notes: further remarks on compatibility.
+        tokens: learned tokens, if some belong to two text encoders.
     """
     head = yaml.dump(_head(card, kinds, gains), Dumper=_Plain, sort_keys=False, allow_unicode=True, width=1000)
     parts = [
@@ -82,7 +93,7 @@ def render(card: Card, *, kinds: Sequence[str], gains: Gains | None, has: Sequen
         f"# {escape(card.title)}",
         escape(card.description),
         _gains_section(gains, has),
-        _use_section(card, kinds, has),
+        _use_section(card, kinds, has, tokens or {}),
         _list("## Compatibility", notes),
         _list(
             "## Limits",
@@ -175,7 +186,7 @@ def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
     )
 
 
-def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
+def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str], tokens: Tokens) -> str:
     triggers = ", ".join(f"`{escape(word)}`" for word in card.trigger_words)
     lines = [
         "## How to use",
@@ -198,7 +209,7 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str]) -> str:
         lines.append(f'adapters.load(pipe, "."{"" if card.weight == 1 else f", weight={card.weight:g}"})')
     if "learned_embeds.safetensors" in has:
         lines += ["from safetensors.torch import load_file", 'tokens = load_file("learned_embeds.safetensors")']
-        lines.append("pipe.load_textual_inversion([{word: row} for word, row in tokens.items()], token=list(tokens))")
+        lines += _tokens(tokens)
     lines.append("```")
     weight = "" if card.weight == 1 else f", weight={card.weight:g}"
     guidance = "lambda config: scfg.attach_config(pipe, config)"
@@ -225,6 +236,18 @@ def _lora(card: Card) -> list[str]:
     return [
         'pipe.load_lora_weights(".", adapter_name="this")  # this folder',
         f'pipe.set_adapters("this", {weight})  # the weight that measured best',
+    ]
+
+
+def _tokens(tokens: Tokens) -> list[str]:
+    if all(set(own) == {"text_encoder"} for own in tokens.values()):
+        return ["pipe.load_textual_inversion([{word: row} for word, row in tokens.items()], token=list(tokens))"]
+    words = "[" + ", ".join(_quoted(word) for word in token_words(tokens)) + "]"
+    places = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
+    return [
+        f"pipe.load_textual_inversion(tokens['{slot}'], token={words}, "
+        f"text_encoder=pipe.{encoder}, tokenizer=pipe.{own})"
+        for slot, (encoder, own) in places.items()
     ]
 
 

@@ -104,9 +104,18 @@ def change_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     return (rows * p["lokr_w2_a"].shape[0], columns * p["lokr_w2_b"].shape[1])
 
 
+def _module(model: torch.nn.Module, path: str) -> Any:
+    """The model's module of that name, which some text encoders have in `text_model`; None where there is none."""
+    for spelt in (path, f"text_model.{path}"):
+        try:
+            return model.get_submodule(spelt)
+        except AttributeError:
+            continue
+    return None
+
+
 def _layer(model: torch.nn.Module, path: str, name: str) -> torch.nn.Module:
-    layers = dict(model.named_modules())
-    layer: Any = layers.get(path, layers.get("text_model." + path))
+    layer = _module(model, path)
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     if not isinstance(getattr(base, "weight", None), torch.Tensor):
         raise AdapterError(f"{name}: the model has no such layer")
@@ -162,8 +171,7 @@ class Merged:
 def _restore(model: torch.nn.Module, path: str, name: str, value: torch.Tensor) -> None:
     """Put a weight back; what was fused into it meanwhile through peft (`fuse_lora`) is fused again."""
     target = stored(_layer(model, path, name), writable=True)
-    layers = dict(model.named_modules())
-    tuner: Any = layers.get(path, layers.get("text_model." + path))
+    tuner = _module(model, path)
     fused = list(getattr(tuner, "merged_adapters", []))
     if fused:
         tuner.unmerge()

@@ -12,6 +12,7 @@ import torch
 from .adapter import Tokens
 from .errors import AdapterError, BaseMismatchError
 from .placement import computing_device, is_offloaded, stored, unwrapped
+from .tokens import token_words
 
 __all__ = ["learned"]
 
@@ -47,7 +48,7 @@ def _with_rows(pipe: Any, component: str, name: str, own: Mapping[str, torch.Ten
     for token, rows in own.items():
         if rows.shape[1] != width:
             raise BaseMismatchError(f"token {token[:40]!r} has width {rows.shape[1]}, {component} has {width}")
-    words = _words(own)
+    words = token_words({token: {component: rows} for token, rows in own.items()})
     if taken := [word for word in words if word in tokenizer.get_vocab()]:
         raise AdapterError(
             f"{taken[0]!r} is in the {name}'s vocabulary already; detach the adapter that added it first"
@@ -69,11 +70,6 @@ def _with_rows(pipe: Any, component: str, name: str, own: Mapping[str, torch.Ten
     finally:
         setattr(pipe, name, tokenizer)
         encoder.set_input_embeddings(table)
-
-
-def _words(own: Mapping[str, torch.Tensor]) -> list[str]:
-    """A token of several vectors is several words, which diffusers' pipelines put in the prompt for the first."""
-    return [token if number == 0 else f"{token}_{number}" for token, rows in own.items() for number in range(len(rows))]
 
 
 def _device(encoder: torch.nn.Module, table: torch.nn.Module) -> torch.device:

@@ -97,13 +97,13 @@ def from_any(
     _check_one_adapter(rest)
     grouped, alphas, paths = _grouped(rest, keys)
     configs = _header_configs(metadata or {})
-    if config:
+    if config and component not in configs:  # the file's own header before what lies beside it
         configs[component] = dict(config)
     notes = _kohya_notes(metadata or {})
     lycoris = {key.name for key in keys.values() if key.flat} | set(alphas)
     modules = {}
     for name, parts in grouped.items():
-        own = configs.get(name.partition(".")[0], {})
+        own = {} if name in lycoris else configs.get(name.partition(".")[0], {})
         module = _module(name, paths[name], parts, own, alphas.get(name), lycoris=name in lycoris)
         modules[name] = _recall(module, notes.get(name))
     return _checked(Adapter(modules=modules, options=_options(configs), tokens=tokens))

@@ -21,7 +21,7 @@ from .measuring.gains import FORMAT, Gains
 from .measuring.sample import Shot, write
 from .measuring.table import Row, write_csv
 from .source import GUIDER_FILE, MODEL_FILE, MODELS, open_source, read_adapter, tokens_of
-from .tokens import EMBEDS_FILE, write_tokens
+from .tokens import EMBEDS_FILE, read_tokens, write_tokens
 from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
 __all__ = ["push", "ship", "versions"]
@@ -92,7 +92,9 @@ def ship(
                 page = page or report.render(gains, shots, title=card.title, command=card.command, facts=told)
                 (stage / "report.html").write_text(page, "utf-8")
         names = sorted(p.name for p in stage.iterdir())
-        (stage / "README.md").write_text(render(card, kinds=kinds, gains=gains, has=names, notes=notes), "utf-8")
+        tokens = read_tokens(stage / EMBEDS_FILE) if EMBEDS_FILE in names else None
+        text = render(card, kinds=kinds, gains=gains, has=names, notes=notes, tokens=tokens)
+        (stage / "README.md").write_text(text, "utf-8")
         kind = kinds[0] if len(kinds) == 1 else "mixed"
         files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions()})
     return target

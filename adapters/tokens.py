@@ -16,7 +16,7 @@ from . import files
 from .adapter import Tokens
 from .errors import FormatError
 
-__all__ = ["EMBEDS_FILE", "bundled", "read_tokens", "write_tokens"]
+__all__ = ["EMBEDS_FILE", "bundled", "read_tokens", "token_words", "write_tokens"]
 
 EMBEDS_FILE = "learned_embeds.safetensors"
 _SLOTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -76,6 +76,12 @@ def write_tokens(path: Path, tokens: Tokens, metadata: Mapping[str, str] | None 
     tensors = {slot: torch.cat([own[name] for own in tokens.values()]) for slot, name in slots.items()}
     counts = {token: len(next(iter(own.values()))) for token, own in tokens.items()}
     files.write_tensors(path, tensors, {_COUNTS: json.dumps(counts), **(metadata or {})})
+
+
+def token_words(tokens: Tokens) -> list[str]:
+    """What a tokenizer learns: a token of several vectors is several words, put in the prompt for the first."""
+    counts = {token: len(next(iter(own.values()))) for token, own in tokens.items()}
+    return [token if i == 0 else f"{token}_{i}" for token, count in counts.items() for i in range(count)]
 
 
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:

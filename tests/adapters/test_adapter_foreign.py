@@ -169,6 +169,18 @@ def test_a_strangers_expression_cannot_keep_us_busy(lora, pattern):
         keys.from_any(tensors, header)
 
 
+def test_a_config_beside_a_kohya_file_does_not_count_twice(pipe, tmp_path):
+    """A release has both: alpha times the root of the rank in the file, `use_rslora` in the config for peft's keys."""
+    model = filled(pipe.unet, LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["to_q", "to_v"]))
+    model.save_pretrained(tmp_path)
+    adapter = source.read_adapter(source.open_source(tmp_path))
+    write_kohya(tmp_path / "x.kohya.safetensors", adapter)
+    again = source.read_adapter(source.open_source(tmp_path / "x.kohya.safetensors"))
+    assert_same(adapter, again)
+    with adapters.load(pipe, tmp_path / "x.kohya.safetensors"):
+        torch.testing.assert_close(predicted(pipe.unet), predicted(model), rtol=0, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- LoKr
 
 

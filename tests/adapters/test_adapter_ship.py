@@ -187,6 +187,37 @@ def test_other_kinds_say_who_can_read_them(pipe, make_adapter, tmp_path, kind):
         assert hasattr(pipe.unet, "peft_config")
 
 
+def test_a_dora_also_ships_as_the_nearest_lora(pipe, make_adapter, tmp_path):
+    adapter, models = make_adapter("dora", text=True), adapters.base.modules_of(pipe)
+    base = adapters.describe(pipe)
+    folder = ship.ship(tmp_path / "r", weights=adapter, base=base, card=CARD, models=models)
+    exact, near = (
+        keys.from_any(*files.read_tensors(folder / f"a-red-mug{end}.kohya.safetensors")) for end in (".dora", "")
+    )
+    assert (exact.kinds, near.kinds) == (["dora"], ["lora"])
+    wanted, got = (adapters.compose.deltas(one, models) for one in (adapter, near))
+    missed = sum(float((got[name] - change).norm() ** 2) for name, change in wanted.items()) ** 0.5
+    error = missed / sum(float(change.norm() ** 2) for change in wanted.values()) ** 0.5
+    text = " ".join((folder / "README.md").read_text().split())
+    assert f"nearest to this DoRA. It misses {error:.2g} of the change" in text
+    bare = ship.ship(tmp_path / "bare", weights=adapter, base=base, card=CARD)
+    assert not (bare / "a-red-mug.kohya.safetensors").exists()
+    assert "shipped without the base's weights" in " ".join((bare / "README.md").read_text().split())
+
+
+def test_the_card_puts_tokens_of_two_encoders_where_they_belong(pipe, make_adapter, tmp_path):
+    rows = {"text_encoder": torch.ones(2, 16), "text_encoder_2": torch.ones(2, 8)}
+    adapter = replace(make_adapter("lora"), tokens={"<mug>": rows})
+    folder = ship.ship(tmp_path / "r", weights=adapter, base=adapters.describe(pipe), card=CARD)
+    text = (folder / "README.md").read_text()
+    assert (
+        "tokens['clip_l'], token=['<mug>', '<mug>_1'], text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer" in text
+    )
+    assert "tokens['clip_g'], token=['<mug>', '<mug>_1'], text_encoder=pipe.text_encoder_2" in text
+    for block in text.split("```python")[1:]:
+        compile(block.split("```")[0], "card", "exec")
+
+
 def test_a_whole_unet_is_shipped_and_swapped_in(pipe, tmp_path):
     import copy
 

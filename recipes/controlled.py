@@ -23,10 +23,10 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Pictures of conditions and prompts to pictures."""
+    """Draws pictures that follow conditions, made from pictures of your own."""
 
     base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     controlnet: str
     """ControlNet folder or hub id; pocket-canny and pocket-segmentation are the embedded ones."""
     adapter: str | None = None
@@ -34,25 +34,25 @@ class Settings:
     weight: float = 1.0
     """Scale of the adapter's change."""
     pictures: str
-    """Folder of captioned pictures; a caption is the prompt."""
+    """Folder of captioned pictures. Each caption is the prompt."""
     prompt: str | None = None
-    """One prompt for all pictures instead of their captions; the file's name keeps them apart."""
+    """One prompt for all pictures, instead of their captions."""
     annotator: Literal["canny", "lineart", "depth", "segmentation", "none"] = "canny"
-    """How a condition is made; none: the pictures are conditions already."""
+    """How a condition is made from a picture. none: the pictures are conditions already."""
     annotator_model: str | None = None
     """Folder or hub id of the annotator's network (depth, segmentation)."""
     conditioning_scale: float = 1.0
     """Strength of the ControlNet."""
     seeds: list[int] = field(default_factory=lambda: [1])
-    """Seeds of every picture."""
+    """Seeds for every picture."""
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    """The guidance; it stands beside plain CFG at the same scale."""
+    """How pictures are guided. Plain CFG at the same scale is drawn for comparison."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     dry_run: bool = False
     """Loads and checks everything, and stops."""
     out: str
-    """Folder of the pictures."""
+    """Folder for the pictures."""
 
 
 def run(settings: Settings) -> Path | None:

@@ -26,7 +26,7 @@ class Settings(Training):
     """A ControlNet for one base."""
 
     controlnet: ControlNetSettings = field(default_factory=ControlNetSettings)
-    """The network."""
+    """The ControlNet."""
     objective: ObjectiveSettings = field(default_factory=lambda: ObjectiveSettings(caption_dropout=0.1))
     """The loss."""
 

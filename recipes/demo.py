@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", choices=SUBJECTS, default="dog")
     parser.add_argument("--out", default="runs/demo")
-    parser.add_argument("--quick", action="store_true", help="a few steps and pictures only: does it run?")
+    parser.add_argument("--quick", action="store_true", help="only a few steps and pictures, as a check")
     options = parser.parse_args()
     begin = time.perf_counter()
     quiet()

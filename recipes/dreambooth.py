@@ -25,9 +25,9 @@ class Settings(Training):
     """Full fine-tuning on one subject."""
 
     dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
-    """Prior preservation, and whether the text encoder trains too."""
+    """Preservation of the class, and whether the text encoders are trained too."""
     region: str | None = None
-    """Words of the captions whose attention regions replace masks in the region-aware loss, such as sks dog."""
+    """Words such as sks dog whose attention regions are used as masks in the region-aware loss."""
 
 
 def run(settings: Settings) -> Path | None:

@@ -27,9 +27,9 @@ class Settings(Training):
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter."""
     dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
-    """Prior preservation; off without a class prompt."""
+    """Preservation of the class."""
     region: str | None = None
-    """Words of the captions whose attention regions replace masks in the region-aware loss, such as sks dog."""
+    """Words such as sks dog whose attention regions are used as masks in the region-aware loss."""
 
 
 def run(settings: Settings) -> Path | None:

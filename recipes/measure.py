@@ -29,23 +29,23 @@ class Settings:
     """A measured comparison of guidances on one base, with an adapter or without."""
 
     base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     adapter: str | None = None
-    """What is measured: LoRA or release folder, U-net, hub id, any trainer's .safetensors; {subject} is filled in."""
+    """Adapter: folder, hub id or any trainer's .safetensors. {subject} is replaced by each subject's name."""
     weight: float = 1.0
-    """Scale of the adapter's change."""
+    """Weight of the adapter. 1: as trained, 0: no effect."""
     controlnet: str | None = None
-    """ControlNet folder or hub id, pocket-canny or pocket-segmentation; needs measure.targets."""
+    """ControlNet: folder, hub id, pocket-canny or pocket-segmentation. Needs measure.targets."""
     tuned: str | None = None
-    """What recipes/tune.py found: it replaces the guidance of the arms it tuned."""
+    """Folder `tuned` of a search. It replaces the guidance of the arms that were tuned."""
     measure: MeasureSettings = field(default_factory=MeasureSettings)
-    """Units, arms, metrics, and what decides."""
+    """The comparison: prompts, arms, metrics, and the metric that decides."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     dry_run: bool = False
-    """Loads and checks everything, and stops."""
+    """Loads and checks everything, then stops."""
     out: str
-    """Folder of pictures, per_image.csv, gains.json and report.html."""
+    """Folder for pictures, per_image.csv, gains.json and report.html."""
 
 
 def run(settings: Settings) -> Path | None:

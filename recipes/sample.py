@@ -1,4 +1,4 @@
-"""Sample a base, with an adapter and a guidance: pictures that do not depend on batch size or number of processes.
+"""Draw pictures with a base, an adapter and a guidance. They do not depend on batch size or number of processes.
 
 accelerate launch recipes/sample.py --config recipes/configs/sample/pocket_dog.yaml
 """
@@ -21,32 +21,32 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Prompts and seeds to pictures."""
+    """Draws prompts with seeds."""
 
     base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     adapter: str | None = None
-    """Release folder, LoRA, ControlNet or U-net folder, hub id, or another trainer's .safetensors."""
+    """Release folder, LoRA, ControlNet or U-net folder, hub id, or another trainer's .safetensors file."""
     weight: float = 1.0
-    """Scale of the adapter's change."""
+    """Weight of the adapter. 1: as trained, 0: no effect."""
     prompts: list[str] = field(default_factory=list)
-    """What to draw."""
+    """Prompts to draw."""
     prompt_file: str | None = None
-    """Text file with a prompt a line, beside or instead of `prompts`."""
+    """Text file with one prompt per line, in addition to `prompts` or instead of them."""
     seeds: list[int] = field(default_factory=lambda: [1])
-    """Seeds of every prompt."""
+    """Seeds for every prompt."""
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    """The guidance."""
+    """How pictures are guided."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     upscaler: BaseSettings | None = None
-    """A second stage that enlarges the pictures (DeepFloyd IF stage II), guided alike."""
+    """A second stage that enlarges the pictures (DeepFloyd IF stage II)."""
     upscaler_guidance: GuidanceSettings | None = None
-    """The guidance of the second stage; null: that of the first."""
+    """Guidance of the second stage. null: the same as the first."""
     dry_run: bool = False
-    """Loads and checks everything, and stops."""
+    """Loads and checks everything, then stops."""
     out: str
-    """Folder of the pictures."""
+    """Folder for the pictures."""
 
 
 def run(settings: Settings) -> Path | None:

@@ -23,18 +23,18 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A release folder from what was trained and what was measured."""
+    """Writes a release folder from a trained adapter and its measured results."""
 
     base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     adapter: str
-    """What ships: the folder that training wrote, or any LoRA file; of a full fine-tune its `unet` folder."""
+    """What to ship: the folder that training wrote, or any LoRA file. For a full fine-tune: its `unet` folder."""
     measured: str | None = None
-    """Folder that recipes/measure.py wrote; null: the card says that nothing was measured."""
+    """Folder `measured` of a comparison. null: the card says that nothing was measured."""
     ship: ShipSettings = field(default_factory=ShipSettings)
-    """What only the maker knows."""
+    """Facts for the model card."""
     out: str
-    """Folder of the run; the release lies in its `release`."""
+    """Folder of the run. The release is written to its subfolder `release`."""
 
 
 def run(settings: Settings) -> Path | None:

@@ -44,18 +44,18 @@ STYLE = """
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The studio: CFG and S-CFG side by side in a browser. What is set here is what the page starts with."""
+    """CFG and S-CFG side by side in a browser. These settings are the page's initial values."""
 
     base: BaseSettings = field(default_factory=lambda: BaseSettings(path=POCKET))
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     adapter: str | None = None
-    """Release folder, LoRA or U-net folder, hub id, or another trainer's .safetensors."""
+    """Release folder, LoRA or U-net folder, hub id, or another trainer's .safetensors file."""
     guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
-    """The guidance of the right-hand picture; its scale is both pictures'."""
+    """Guidance of the right-hand picture. Its scale is used for both pictures."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     port: int = 7860
-    """Where the page is served, to this machine only."""
+    """Port of the page, which is served to this machine only."""
 
 
 def run(settings: Settings) -> None:

@@ -29,26 +29,26 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A search with the same budget for arm and baseline of the comparison to come."""
+    """Searches the best guidance, with the same budget for arm and baseline."""
 
     base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     adapter: str | None = None
-    """What is tuned for; see recipes/measure.py."""
+    """Adapter to tune for: folder, hub id or .safetensors. {subject} is replaced by each subject's name."""
     weight: float = 1.0
-    """Scale of the adapter's change."""
+    """Weight of the adapter. 1: as trained, 0: no effect."""
     controlnet: str | None = None
-    """See recipes/measure.py; needs tune.targets."""
+    """ControlNet: folder, hub id, pocket-canny or pocket-segmentation. Needs tune.targets."""
     measure: MeasureSettings = field(default_factory=MeasureSettings)
-    """The comparison to come: its prompts and seeds are kept out of the search."""
+    """The comparison that follows. The search does not use its prompts and seeds."""
     tune: TuneSettings = field(default_factory=TuneSettings)
-    """The search."""
+    """What the search tries, and on which prompts."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     dry_run: bool = False
     """Loads and checks everything, and stops."""
     out: str
-    """Folder of `tuned/`: tuned.json and guider_config.json."""
+    """Folder of the run. tuned.json and guider_config.json are written to its subfolder `tuned`."""
 
 
 def run(settings: Settings) -> Path | None:

@@ -75,11 +75,11 @@ class LimitedGuidance(Guidance):
     scale_cap: float | None = 15.0
     """Upper limit of guidance_scale * gamma."""
     smoothing_sigma: float = 0.5
-    """Width of the 3x3 smoothing of maps and gamma; 0 turns it off."""
+    """Width of the 3x3 smoothing of maps and gamma. 0: no smoothing."""
     start: float = 0.0
-    """Fraction of the steps run at which S-CFG begins; before it gamma = 1, plain CFG."""
+    """Fraction of the steps at which S-CFG begins. Before it, gamma is 1 (plain CFG)."""
     stop: float = 1.0
-    """Fraction of the steps run at which S-CFG ends; from it on gamma = 1, plain CFG."""
+    """Fraction of the steps at which S-CFG ends. After it, gamma is 1 (plain CFG)."""
 
     def __post_init__(self) -> None:
         for name in ("gamma_min", "gamma_max", "scale_cap"):

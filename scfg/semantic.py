@@ -55,7 +55,7 @@ class SemanticCFG(LimitedGuidance):
     method: ClassVar[str] = "semantic"
 
     latent_ratio: int | Literal["auto"] = "auto"
-    """Finest region grid = latent size / ratio. "auto": a quarter of latents from 64 on, else the finest grid."""
+    """Finest region grid = latent size / ratio. "auto": a quarter for latents of 64 or more, else the finest grid."""
     completion: Completion = "published"
     """Completion along self-attention S: (S + 3 S^2)/4 ("published") or the mean of S^1..S^K ("paper")."""
     completion_steps: int = 4
@@ -63,15 +63,15 @@ class SemanticCFG(LimitedGuidance):
     foreground: Foreground = "auto"
     """Which half of the batch defines the foreground. "auto": unconditional; conditional where that has no text."""
     empty_foreground: EmptyForeground = "one"
-    """What gamma is where no position is foreground: 1, or what the published code makes of it (`gamma_min`, or 0)."""
+    """Gamma if no position is foreground. "one": 1, plain CFG; "published": `gamma_min` or 0, as the authors' code."""
     tokens: Tokens = "all"
-    """Who competes for regions: every token, BOS, EOS and padding too, or the prompt's words or phrases only."""
+    """What competes for regions: all tokens including start, end and padding, or only the prompt's words or phrases."""
     reference: Reference = "foreground"
-    """Whose mean norm the regions are brought to: the foreground's or the whole image's."""
+    """Reference strength that all regions are scaled to: the foreground's mean norm, or the whole image's."""
     refresh_every: int = 1
     """Regions are computed again every so many steps and kept in between."""
     last_blocks: int | None = None
-    """Only the last so many blocks of each resolution count (IF: 3); None: all."""
+    """Number of blocks of each resolution to read, counted from the last (IF: 3). None: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

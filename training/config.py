@@ -38,44 +38,44 @@ __all__ = [
 
 
 def require(holds: bool, message: str) -> None:
-    """A setting that does not hold is a `TrainingError`."""
+    """Raises `TrainingError` with the message if the condition is false."""
     if not holds:
         raise TrainingError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """The pretrained pipeline everything starts from."""
+    """The pretrained pipeline that training or sampling starts from."""
 
     path: str
     """Folder or hub id of a diffusers pipeline with a U-net; the family is read from its configs."""
     revision: str | None = None
     """Hub revision (commit, tag or branch); ignored for a folder."""
     variant: str | None = None
-    """Weight file variant, such as fp16."""
+    """Variant of the weight files, such as fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Images, captions, masks and conditioning, and how they become training views."""
+    """Images, captions, masks and conditioning images, and how they are cropped and cached."""
 
     source: str
     """Folder of images with its subfolders, or a `datasets` dataset: folder, parquet file, hub id; `pocket`: scenes of
     the pocket world."""
     kind: Literal["auto", "folder", "dataset"] = "auto"
-    """auto: a folder that holds images is a folder, anything else a dataset."""
+    """How to read `source`. auto: as a folder if it contains images, otherwise as a dataset."""
     prompt: str | None = None
-    """One caption for every image; otherwise captions come from .txt files, metadata.jsonl or the caption column."""
+    """One caption for all images. Default: captions from .txt files, metadata.jsonl or the caption column."""
     masks: str | None = None
     """Folder of masks named and shaped like the images (white, or opaque, = subject)."""
     conditioning: str | None = None
     """Folder of conditioning images named and shaped like the images (ControlNet)."""
     annotator: Literal["canny", "lineart", "depth", "segmentation"] | None = None
-    """Makes the conditioning from the image instead of reading it; see training/data/annotators.py."""
+    """Computes the conditioning image from each image instead of reading it."""
     annotator_model: str | None = None
-    """Folder or hub id of the annotator's network (depth, segmentation); pocket scenes know their classes."""
+    """Folder or hub id of the network for depth or segmentation. Not needed for pocket scenes."""
     split: str = "train"
-    """Split of the dataset."""
+    """Split of the dataset to train on."""
     image_column: str = "image"
     """Dataset column with the image."""
     caption_column: str = "text"
@@ -85,21 +85,21 @@ class DataSettings:
     conditioning_column: str | None = None
     """Dataset column with the conditioning image."""
     resolution: int = 512
-    """Side of the square crop in pixels; with buckets, the square root of every bucket's area."""
+    """Side of the square crop in pixels. With buckets: the square root of each bucket's area."""
     minimum: int = 64
-    """Images with a shorter side than this are refused (smaller than `resolution` is enlarged)."""
+    """Shortest allowed side in pixels. Smaller images are refused; those smaller than `resolution` are enlarged."""
     count: int | None = None
-    """How many scenes, where `source` is the pocket world; default: 6,000."""
+    """Number of scenes if `source` is `pocket`. Default: 6,000."""
     buckets: int = 1
-    """Number of aspect ratios; 1 trains on squares."""
+    """Number of aspect ratios. 1: square crops only."""
     flip: bool = False
-    """Also trains on mirrored images (not for text or one-sided subjects)."""
+    """Also trains on mirrored images. Not for text or subjects that are not symmetric."""
     crops: int = 1
-    """Fixed crops per image: 1 is the centre, more are spread along the longer side, so that they can be cached."""
+    """Fixed crops per image, so that they can be cached. 1: the center; more: spread along the longer side."""
     cache: Literal["memory", "disk", "off"] = "memory"
-    """Where VAE posteriors and text embeddings are kept; memory becomes disk when there is more than one process."""
+    """Where image and text encodings are cached. With several processes, memory becomes disk."""
     cache_folder: str | None = None
-    """Folder for `cache: disk`; default: `cache` beside the output folder."""
+    """Folder of the disk cache. Default: `cache` beside the output folder."""
 
     def __post_init__(self) -> None:
         require(self.resolution >= 8, f"data.resolution must be at least 8 pixels, got {self.resolution}")
@@ -113,26 +113,26 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """What the network is asked to predict, and how its error is weighted."""
+    """What the network predicts, and how its error is weighted."""
 
     prediction: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
-    """auto: what the base model's scheduler says."""
+    """Type of prediction. auto: as in the base model's scheduler config."""
     loss: Literal["mse", "huber"] = "mse"
-    """huber is the pseudo-Huber loss 2c(sqrt(e^2 + c^2) - c)."""
+    """huber: the pseudo-Huber loss 2c(sqrt(e^2 + c^2) - c)."""
     huber_c: float = 0.1
     """c of the pseudo-Huber loss."""
     snr_gamma: float | None = None
-    """min-SNR-gamma weighting (Hang et al. 2023); 5 is the paper's value."""
+    """Gamma of min-SNR weighting (Hang et al. 2023); the paper uses 5. null: off."""
     debiased: bool = False
-    """Debiased estimation weighting 1/sqrt(SNR) (Yu et al. 2023)."""
+    """Weights the loss by 1/sqrt(SNR), debiased estimation (Yu et al. 2023)."""
     noise_offset: float = 0.0
-    """Standard deviation of one more noise value per sample and channel; 0.05 to 0.1 is usual."""
+    """Standard deviation of an extra noise value per sample and channel; usually 0.05 to 0.1. 0: off."""
     zero_terminal_snr: bool = False
     """Rescales the schedule to zero terminal SNR (Lin et al. 2023); not with epsilon prediction."""
     caption_dropout: float = 0.0
-    """Share of samples whose caption is emptied, which keeps classifier-free guidance working."""
+    """Share of samples trained with an empty caption, so that classifier-free guidance keeps working."""
     background: float = 1.0
-    """Loss weight outside the mask or region, from 0 to 1; 1 ignores masks."""
+    """Loss weight outside the mask or region, from 0 to 1. 1: masks are ignored."""
 
     def __post_init__(self) -> None:
         require(self.snr_gamma is None or self.snr_gamma > 0, f"objective.snr_gamma must be > 0, got {self.snr_gamma}")
@@ -146,26 +146,26 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """A low-rank adapter on the U-net, and if wanted on the text encoders."""
+    """A low-rank adapter on the U-net, optionally also on the text encoders."""
 
     kind: Literal["lora", "loha", "lokr"] = "lora"
-    """lora loads in every diffusers pipeline; loha and lokr are saved in peft's layout."""
+    """Type of adapter. lora loads in every diffusers pipeline; loha and lokr are saved in peft's layout."""
     rank: int = 8
-    """Rank of the update."""
+    """Rank of the weight update. Higher: more capacity, larger files."""
     alpha: float | None = None
-    """Scale numerator; the update is scaled by alpha/rank (alpha/sqrt(rank) with rslora). Default: the rank."""
+    """The update is scaled by alpha/rank (alpha/sqrt(rank) with rslora). Default: equal to the rank."""
     dropout: float = 0.0
-    """Dropout before the down projection."""
+    """Dropout probability before the down projection."""
     rslora: bool = False
-    """Rank-stabilised scaling alpha/sqrt(rank) (Kalajdzievski 2023)."""
+    """Scales by alpha/sqrt(rank), rank-stabilised LoRA (Kalajdzievski 2023)."""
     dora: bool = False
-    """Weight-decomposed adaptation (Liu et al. 2024); about 1.3x the time."""
+    """Weight-decomposed LoRA (Liu et al. 2024); takes about 1.3 times as long."""
     targets: Literal["attention", "attention+ff", "all-linear", "conv"] | list[str] = "attention"
-    """Preset, or module names of the U-net as peft takes them."""
+    """Adapted layers of the U-net: a preset, or a list of module names as in peft."""
     text_encoder: bool = False
     """Also adapts the text encoders' attention."""
     tokens: dict[str, str] = field(default_factory=dict)
-    """New tokens and the word each starts from, such as {"<rex>": "dog"}; their embeddings train and are saved."""
+    """New tokens to train, each with the word whose embedding it starts from, such as {"<rex>": "dog"}."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
@@ -179,18 +179,18 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamBoothSettings:
-    """What is kept of the class, and what trains in full fine-tuning."""
+    """How the subject's class is preserved, and what full fine-tuning trains."""
 
     text_encoder: bool = False
-    """Full fine-tuning only: also trains the text encoders (for LoRA see lora.text_encoder)."""
+    """Full fine-tuning only: also trains the text encoders. For LoRA, see lora.text_encoder."""
     preserve: Literal["base", "pictures", "off"] = "base"
-    """What samples of the class are trained towards: the base's own prediction, or the class images' pixels."""
+    """Training target for samples of the class. base: the base's own prediction; pictures: the class images."""
     surroundings: Literal["picture", "base"] = "picture"
-    """What the subject's pictures teach outside their masks: what is there, or the base's own prediction for their
-    captions without the identifier."""
+    """Training target outside the masks of the subject's pictures. picture: the picture; base: the base's own
+    prediction for the caption without the identifier."""
     company: float = 0.0
-    """Share of the subject's samples that show its cut-out over the place where the base drew its class, in the class
-    images of those lines of class_prompt_file that hold {}; outside the cut-out the base's own prediction counts."""
+    """Share of the subject's samples in which its cut-out is pasted into a class image, where the base drew the class.
+    Uses the lines of class_prompt_file with {}. Outside the cut-out, the base's own prediction is the target."""
     class_prompt: str | None = None
     """Prompt of the class images, such as "a photo of a dog"."""
     identifier: str | None = None
@@ -199,20 +199,21 @@ class DreamBoothSettings:
     own_share: float = 0.5
     """Share of the class samples that are the subject's own pictures, where there are class images as well."""
     class_prompt_file: str | None = None
-    """Captions of the class images instead, one a line, {} standing for class_prompt: image i is drawn of the i-th."""
+    """File with one prompt per line for the class images, instead of one prompt for all. {} is replaced by
+    class_prompt, and image i uses line i."""
     class_folder: str | None = None
     """Folder of class images: your own pictures as they are, or generated ones and their manifest; default:
     `class_images` in the output folder."""
     class_images: int = 100
     """How many class images are used; missing ones are generated, but never among pictures of your own."""
     prior_weight: float = 1.0
-    """Weight of the mean class loss beside the mean instance loss."""
+    """Weight of the mean class loss, relative to the mean loss of the subject's samples."""
     prior_ratio: float = 1.0
-    """Class images per instance image in the stream of samples; 1 is the usual half and half."""
+    """Class samples for each sample of the subject. 1: half and half, as usual."""
     steps: int = 25
-    """Sampling steps of a class image."""
+    """Sampling steps for a class image."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance of a class image."""
+    """Guidance scale for class images."""
 
     def __post_init__(self) -> None:
         require(
@@ -241,11 +242,11 @@ class ControlNetSettings:
     """A ControlNet beside the frozen U-net."""
 
     start: str | None = None
-    """Folder or hub id of a ControlNet to go on from; default: a zero-initialised copy of the U-net's encoder."""
+    """Folder or hub id of a ControlNet to continue from. Default: a copy of the U-net's encoder with zero outputs."""
     channels: tuple[int, ...] | None = None
-    """Widths of the conditioning embedding; default: (16, 32, 96, 256), cut to fit the VAE's factor."""
+    """Channels of the conditioning embedding. Default: (16, 32, 96, 256), shortened to fit the VAE's factor."""
     dropout: float = 0.0
-    """Share of samples whose conditioning image is emptied."""
+    """Share of samples trained with an empty conditioning image."""
 
     def __post_init__(self) -> None:
         require(0 <= self.dropout < 1, f"controlnet.dropout must be in [0, 1), got {self.dropout}")
@@ -253,7 +254,7 @@ class ControlNetSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSettings:
-    """Samples and a fixed-noise loss on the way; training is bit-identical with and without them."""
+    """Sample pictures and a fixed-noise loss during training. They do not change the training by a single bit."""
 
     prompts: list[str] = field(default_factory=list)
     """Prompts sampled at step 0, every `every` steps and at the end, with the same seeds each time."""
@@ -262,13 +263,13 @@ class ValidationSettings:
     every: int = 250
     """Steps between validations."""
     seed: int = 0
-    """Seed of the first prompt's sample; the next prompts count on."""
+    """Seed for the first prompt; each further prompt uses the next number."""
     steps: int = 25
     """Sampling steps."""
     guidance_scale: float = 7.5
-    """Classifier-free guidance of the samples."""
+    """Guidance scale for the samples."""
     loss_samples: int = 0
-    """Number of training views whose loss at fixed timesteps and noise is logged; 0 turns it off."""
+    """Number of training images whose loss at fixed timesteps and noise is logged. 0: none."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, f"train.validation.every must be at least 1, got {self.every}")
@@ -276,7 +277,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The loop."""
+    """The training loop."""
 
     steps: int = 500
     """Optimizer steps."""
@@ -287,55 +288,55 @@ class TrainSettings:
     learning_rate: float = 1e-4
     """Peak learning rate."""
     text_learning_rate: float | None = None
-    """Learning rate of text encoders and new tokens; default: the same."""
+    """Learning rate of text encoders and new tokens. Default: `learning_rate`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after warm-up."""
+    """Schedule of the learning rate after warm-up."""
     warmup: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up of the learning rate."""
     optimizer: str = "adamw"
-    """adamw (fused), adamw8bit, prodigy, or any `module:Class`."""
+    """adamw (fused), adamw8bit, prodigy, or any class as `module:Class`."""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, such as {"betas": [0.9, 0.99], "weight_decay": 0.01}."""
     clip: float | None = 1.0
-    """Largest gradient norm; null turns clipping off."""
+    """Maximum gradient norm. null: no clipping."""
     ema: float | None = None
-    """Decay of the exponential moving average that is saved and sampled instead of the last weights."""
+    """Decay of an exponential moving average, which is then saved and sampled instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute precision; weights that train stay in float32."""
+    """Compute precision. Trained weights stay in float32."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
-    """Attention kernel; auto is plain on a CPU up to 1024 latents, where it is faster for few heads, else sdpa."""
+    """Attention kernel. auto: plain on a CPU up to 1024 latents, where it is faster; otherwise sdpa."""
     gradient_checkpointing: bool = False
-    """Computes activations twice to save memory."""
+    """Recomputes activations in the backward pass. Saves memory, costs time."""
     compile: bool = False
-    """torch.compile: minutes before the first step, somewhat faster ones after; pays from thousands of steps on."""
+    """Uses torch.compile: takes minutes before the first step, and pays off after thousands of steps."""
     fuse: bool = True
-    """Plain LoRA layers compute in one operation each, where the compute precision is that of the LoRA."""
+    """Computes each plain LoRA layer in one operation, if the compute precision is that of the LoRA."""
     prepack: bool = True
-    """On a CPU, in float32: large frozen convolutions keep their weights twice more, as its kernels read them."""
+    """On a CPU in float32: reorders the weights of large frozen convolutions. Faster, but keeps two more copies."""
     tf32: bool = True
-    """TensorFloat-32 matrix products on NVIDIA GPUs."""
+    """Uses TensorFloat-32 for matrix products on NVIDIA GPUs."""
     seed: int = 0
-    """Order, crops, noise and timesteps are functions of this and the step."""
+    """Seed. Together with the step it determines order, crops, noise and timesteps."""
     workers: int = 1
-    """Threads that prepare batches ahead; 0 prepares them in the loop."""
+    """Threads that prepare batches in advance. 0: batches are prepared in the loop."""
     save_every: int = 250
-    """Steps between checkpoints; the last step always saves one."""
+    """Steps between checkpoints. The last step always saves one."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     snapshot_every: int | None = None
-    """Steps between results kept in `snapshots/`, of which `recipes/tune.py` can find the best; null: none."""
+    """Steps between loadable results in `snapshots/`, from which tuning can choose the best. null: none."""
     save_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the result and the snapshots; checkpoints keep float32."""
+    """Precision of the saved result and snapshots. Checkpoints are always float32."""
     resume: str | None = "latest"
-    """`latest` (starts anew where there is none), a checkpoint folder, or null for a start from nothing."""
+    """Checkpoint to continue from: `latest` (if there is one), a checkpoint folder, or null to start again."""
     log_every: int = 10
-    """Steps between log lines; the loss is read from the device only then."""
+    """Steps between log lines. The loss is read from the device only then."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers as accelerate names them; one that is not installed is left out with a line."""
+    """Trackers, by accelerate's names. One that is not installed is skipped with a message."""
     dry_run: bool = False
-    """Checks everything, prints what would train, memory and time, and stops."""
+    """Checks everything, prints what would be trained, memory and time, and stops."""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-    """Validation settings."""
+    """Sample pictures during training."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "save_every", "log_every", "keep"):

@@ -1,4 +1,4 @@
-"""Settings that several recipes share: sampling, guidance, what is measured and tuned, what ships.
+"""Settings that several recipes share: sampling, guidance, measuring, tuning and shipping.
 
 Importing this loads no torch, so that `--help` answers at once.
 """
@@ -49,22 +49,22 @@ class ScopeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
-    """One way to guide."""
+    """How pictures are guided."""
 
     method: str = "semantic"
-    """semantic (S-CFG), cfg, dose, placebo, pointwise or interval."""
+    """semantic (S-CFG), cfg (plain), dose, placebo, pointwise or interval; see docs/guidance.md."""
     scale: float = 7.5
-    """Guidance scale that the pipeline is called with."""
+    """Guidance scale of the pipeline."""
     preset: Literal["default", "published", "paper", "published_if_stage1", "published_if_stage2"] = "default"
-    """Fields to start from: the toolkit's own, the authors' code, or the paper's text."""
+    """Set of options to start from: this toolkit's defaults, the authors' code, or the paper's text."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields changed, such as {"latent_ratio": 4, "stop": 0.8}; see docs/guidance.md."""
+    """Options that differ from the preset, such as {"latent_ratio": 4, "stop": 0.8}; see docs/guidance.md."""
     weight: float | None = None
-    """Weight of the adapter; null: the recipe's."""
+    """Weight of the adapter. null: the recipe's weight."""
     scope: ScopeSettings | None = None
     """Where, when and how strongly the adapter acts; null: everywhere, in every step, in both halves."""
     rescale: float | None = None
-    """`guidance_rescale` of the pipeline's call (Lin et al. 2023), from 0 to 1; null: the pipeline's own, none."""
+    """`guidance_rescale` of the pipeline (Lin et al. 2023), from 0 to 1. null: not set."""
 
     def __post_init__(self) -> None:
         require(1 <= self.scale < inf, f"guidance scale must be at least 1, got {self.scale}")
@@ -74,22 +74,22 @@ class GuidanceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How pictures are sampled; the same for every arm."""
+    """How pictures are sampled. The same for every arm of a comparison."""
 
     steps: int = 25
     """Sampling steps."""
     scheduler: Literal["base", "ddim", "ddpm", "dpm++", "euler", "euler_a", "pndm", "unipc"] = "base"
-    """base: the one that the base model comes with."""
+    """Scheduler. base: the base model's own."""
     batch_size: int = 4
-    """Pictures at once and process."""
+    """Pictures in one batch, for each process."""
     height: int | None = None
     """Pixels; null: the base's own size."""
     width: int | None = None
     """Pixels; null: the base's own size."""
     negative_prompt: str | None = None
-    """What the unconditional half is given instead of nothing."""
+    """Negative prompt, used for the unconditional half."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of weights and computation while sampling."""
+    """Precision of weights and computation while sampling."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -119,64 +119,64 @@ def _arms() -> dict[str, GuidanceSettings]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings:
-    """A paired comparison: units, arms, metrics, and what decides. Declared before the run."""
+    """A paired comparison: its prompts, arms and metrics, and the metric that decides. Declared before the run."""
 
     subjects: list[str] = field(default_factory=list)
-    """Folders of subjects (pictures, `masks/`, `subject.json`); patterns such as data/dreambooth/* are allowed."""
+    """Subject folders (pictures, `masks/`, `subject.json`). Patterns such as data/dreambooth/* are allowed."""
     prompts: list[str] = field(default_factory=list)
-    """Held-out prompts; {} stands for "identifier class". Default: those of each subject's subject.json."""
+    """Held-out prompts. {} is replaced by "identifier class". Default: the prompts in each subject.json."""
     prompt_file: str | None = None
-    """Text file with a prompt a line, beside or instead of `prompts`."""
+    """Text file with one prompt per line, in addition to `prompts` or instead of them."""
     targets: str | None = None
-    """Captioned pictures whose conditions the ControlNet is given; `pocket`: held-out scenes of the pocket world."""
+    """Captioned pictures from which the ControlNet's conditions are made. `pocket`: held-out drawn scenes."""
     control: Literal["canny", "segmentation", "given"] | None = None
-    """How a condition is made from a target; given: `targets` has them in its folder `conditioning`."""
+    """How a condition is made from a target. given: read from the folder `conditioning` in `targets`."""
     limit: int | None = None
-    """Only so many prompts, or targets."""
+    """Maximum number of prompts or targets. null: all."""
     skip: int | None = None
-    """So many targets are left out first."""
+    """Number of targets to skip at the beginning."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
-    """Seeds of every prompt; none of them may have been tuned on."""
+    """Seeds for every prompt. They must differ from the seeds used for tuning."""
     arms: dict[str, GuidanceSettings] = field(default_factory=_arms)
-    """Name -> guidance. `dose`, `placebo` and `pointwise` tell a spatial gain from stronger guidance."""
+    """Name -> guidance. `dose`, `placebo` and `pointwise` separate a gain from placement from stronger guidance."""
     scale: float | None = None
-    """Guidance scale of every arm; null: each its own."""
+    """Guidance scale for all arms. null: each arm's own."""
     base_arm: bool = True
     """Also samples the base without the adapter, with plain CFG."""
     arm: str = "S-CFG"
-    """The arm that the verdict is about."""
+    """The arm that the verdict on the guidance is about."""
     baseline: str = "CFG"
-    """The arm it is compared with."""
+    """The arm that it is compared with."""
     sweep: list[float] = field(default_factory=list)
-    """Further guidance scales for arm and baseline: the curves, and the comparison at equal effective scale."""
+    """Further guidance scales for arm and baseline, for curves and for the comparison at equal effective scale."""
     weights: list[float] | None = None
-    """Further weights of the adapter for the baseline, at each of its scales: with the sweep they make the front of
-    plain guidance in the plane of identity and accuracy."""
+    """Further adapter weights for the baseline, at each of its scales. With `sweep` they form the front of plain
+    guidance in the plane of identity and accuracy."""
     metrics: list[str] = field(default_factory=list)
-    """Metrics by name, see docs/gains.md; default: by task and base."""
+    """Metrics by name, see docs/gains.md. Default: depends on the task and the base."""
     spaces: dict[str, str] = field(default_factory=dict)
-    """Feature space -> folder or hub id of its network: clip, dino. `judge`, `lite0` and `colour` need none."""
+    """Feature space (clip, dino) -> folder or hub id of its network. `judge`, `lite0` and `colour` need none."""
     primary: str | None = None
-    """The metric that decides; default: the first."""
+    """The metric that decides. Default: the first one."""
     referee: str | None = None
-    """A metric in another feature space that must agree in sign."""
+    """A second metric, in another feature space, that must agree in sign before a gain is claimed."""
     minimum_effect: float = 0.02
-    """Least difference worth calling a gain, in the primary metric's unit (for an adapter, in that of `identity`)."""
+    """Smallest difference worth calling a gain, in units of the primary metric (for an adapter: of `identity`)."""
     identity: str | None = None
-    """The metric that says whether it is this subject; default: identity, or else a similarity, where one is measured.
-    With `accuracy` it says what the adapter does to its base."""
+    """The metric for how well the subject is recognised. Default: identity, or else a similarity, if one is measured.
+    Together with `accuracy` it decides the verdict on the adapter."""
     accuracy: str | None = None
-    """The metric that says how far the prompt is kept; default: prompt accuracy or alignment (clip)."""
+    """The metric for how well the prompt is followed. Default: prompt accuracy or alignment (clip)."""
     tolerance: float | None = None
-    """Loss of `accuracy` that a gain of identity may cost; default: `minimum_effect`."""
+    """Largest loss of `accuracy` that a gain in identity may cost. Default: `minimum_effect`."""
     frechet: str | None = None
-    """Feature space of a Fréchet distance to `reference`, per arm; believe it from 1,000 pictures on."""
+    """Feature space in which to compute each arm's Fréchet distance to `reference`. Needs 1,000 pictures or more."""
     reference: str | None = None
-    """Folder of real pictures for Fréchet and kernel distances; `pocket`: held-out scenes."""
+    """Folder of real pictures for Fréchet and kernel distances. `pocket`: held-out drawn scenes."""
     drift_prompts: list[str] = field(default_factory=list)
-    """Unrelated prompts: how far the adapter moves the base's pictures of them."""
+    """Prompts without the subject, to measure how far the adapter changes the base's pictures of them."""
     overlays: int = 4
-    """Pairs of the report that show regions and gamma over the steps."""
+    """Number of pairs in the report that show regions and gamma over the steps."""
 
     def __post_init__(self) -> None:
         _seeds("measure.seeds", self.seeds)
@@ -203,32 +203,32 @@ class MeasureSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """A search over guidance and checkpoints on prompts and seeds that the report never sees."""
+    """A search over guidance and checkpoints, on prompts and seeds that the report does not use."""
 
     prompts: list[str] = field(default_factory=list)
-    """Prompts to tune on; {} stands for "identifier class". None may be held out by `measure`."""
+    """Prompts to tune on. {} is replaced by "identifier class". They must differ from the prompts of `measure`."""
     prompt_file: str | None = None
-    """Text file with a prompt a line, beside or instead of `prompts`."""
+    """Text file with one prompt per line, in addition to `prompts` or instead of them."""
     targets: str | None = None
-    """What conditions are made from instead, see `measure.targets`; `pocket`: other scenes than the report has."""
+    """Pictures from which conditions are made, see `measure.targets`. `pocket`: scenes that the report does not use."""
     limit: int | None = None
-    """Only so many targets."""
+    """Maximum number of targets. null: all."""
     seeds: list[int] = field(default_factory=lambda: [101, 102, 103])
-    """Seeds to tune on; successive halving gives the better candidates more of them."""
+    """Seeds to tune with. Successive halving gives better candidates more of them."""
     scales: list[float] = field(default_factory=lambda: [3.0, 5.0, 7.5])
-    """Guidance scales tried for every method."""
+    """Guidance scales to try for every method."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Further fields of the guidance and the values tried, such as {"stop": [0.6, 1.0]}; only for `measure.arm`."""
+    """Further options of the guidance and the values to try, such as {"stop": [0.6, 1.0]}. For `measure.arm` only."""
     weights: list[float] | None = None
-    """Weights of the adapter tried; default: .6, .8 and 1 where `metric` is joint and there is an adapter, else 1."""
+    """Adapter weights to try. Default: .6, .8 and 1 if `metric` is joint and there is an adapter, otherwise 1."""
     snapshots: str | None = None
-    """Folder of `train.snapshot_every`: also finds the best checkpoint. Default: the one beside the adapter."""
+    """Folder of snapshots (`train.snapshot_every`) to choose the best from. Default: the one beside the adapter."""
     metric: str | None = None
-    """What is maximised: a metric, or joint, the harmonic mean of `measure.identity` and `measure.accuracy`, each over
-    its reference. Default: joint for subjects, else `measure.primary`."""
+    """What to maximise: a metric, or `joint`, the harmonic mean of `measure.identity` and `measure.accuracy`, each
+    divided by its reference. Default: joint for subjects, otherwise `measure.primary`."""
     references: dict[str, float] | None = None
-    """Metric -> what its mean is divided by in the joint one; default: 1, which fits shares, and for CLIP and DINO the
-    published marks of real photos."""
+    """Metric -> the value by which its mean is divided in `joint`. Default: 1, which fits shares; for CLIP and DINO the
+    published values of real photos."""
 
     def __post_init__(self) -> None:
         _seeds("tune.seeds", self.seeds)
@@ -245,22 +245,22 @@ class TuneSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ShipSettings:
-    """What only the maker of an adapter knows."""
+    """Facts for the model card that only the maker of an adapter knows."""
 
     title: str | None = None
-    """Of the model card; default: from the subject and the base."""
+    """Title of the model card. Default: made from the subject and the base."""
     licence: str = "other"
-    """An identifier of the Hub's list, such as apache-2.0."""
+    """License identifier from the Hub's list, such as apache-2.0."""
     description: str = ""
-    """A sentence or two for the card."""
+    """One or two sentences for the model card."""
     trigger_words: list[str] = field(default_factory=list)
-    """Default: "identifier class" of the subject."""
+    """Words that trigger the adapter. Default: "identifier class" of the subject."""
     limits: list[str] = field(default_factory=list)
-    """What it does badly, a sentence each."""
+    """Known limitations, one sentence each."""
     compact: bool = False
-    """Weights in one spelling, few samples and no page: small enough to be kept under version control."""
+    """Writes the weights in one format only, few samples and no report page, to fit into version control."""
     push: str | None = None
-    """Hub id (owner/name) to upload to."""
+    """Hub id (owner/name) to upload to. null: no upload."""
     private: bool = True
     """Whether a new repository on the Hub is private."""
 

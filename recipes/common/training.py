@@ -20,26 +20,26 @@ LATER = ("tune", "measure", "ship", "sampling")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What every training recipe is told; the later stages are left out where they are null."""
+    """Settings of every training recipe. A later stage that is null is left out."""
 
     base: BaseSettings
-    """The base model; `path: pocket` is the embedded one."""
+    """The base model. `path: pocket` is the embedded one."""
     data: DataSettings
-    """The pictures, with captions, masks or conditions as the recipe needs them."""
+    """The training pictures, with captions, and with masks or conditions if the recipe needs them."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     """The loss."""
     train: TrainSettings = field(default_factory=TrainSettings)
-    """The loop."""
+    """The training loop."""
     tune: TuneSettings | None = None
-    """Search for guidance and checkpoint before measuring."""
+    """Search for the best guidance and checkpoint before measuring. null: no search."""
     measure: MeasureSettings | None = None
-    """The comparison; null: nothing is measured."""
+    """The comparison. null: nothing is measured."""
     ship: ShipSettings | None = None
-    """The release folder; null: nothing ships."""
+    """The release folder. null: nothing is shipped."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    """How pictures are sampled in these stages."""
+    """How pictures are sampled for tuning and measuring."""
     out: str
-    """Folder for checkpoints, what was trained (in a folder named after the method), and what the later stages make."""
+    """Folder for checkpoints, the trained weights and the results of the later stages."""
 
     def __post_init__(self) -> None:
         require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")

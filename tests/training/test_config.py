@@ -75,7 +75,10 @@ def test_help_has_a_line_for_every_field(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         config.parse(Settings, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--lora.rank RANK Rank of the weight update. Higher: more capacity, larger files. (type: int, default: 8)" in text
+    assert (
+        "--lora.rank RANK Rank of the weight update. Higher: more capacity, larger files. (type: int, default: 8)"
+        in text
+    )
     assert "Optimizer steps." in text
 
 

@@ -60,16 +60,16 @@ class DataSettings:
     """Images, captions, masks and conditioning images, and how they are cropped and cached."""
 
     source: str
-    """Folder of images with its subfolders, or a `datasets` dataset: folder, parquet file, hub id; `pocket`: scenes of
-    the pocket world."""
+    """Folder of images (with its subfolders), or a `datasets` dataset (folder, parquet file or hub id), or `pocket` for
+    drawn scenes."""
     kind: Literal["auto", "folder", "dataset"] = "auto"
     """How to read `source`. auto: as a folder if it contains images, otherwise as a dataset."""
     prompt: str | None = None
     """One caption for all images. Default: captions from .txt files, metadata.jsonl or the caption column."""
     masks: str | None = None
-    """Folder of masks named and shaped like the images (white, or opaque, = subject)."""
+    """Folder of masks with the names and sizes of the images. White, or opaque, marks the subject."""
     conditioning: str | None = None
-    """Folder of conditioning images named and shaped like the images (ControlNet)."""
+    """Folder of conditioning images with the names and sizes of the images (ControlNet)."""
     annotator: Literal["canny", "lineart", "depth", "segmentation"] | None = None
     """Computes the conditioning image from each image instead of reading it."""
     annotator_model: str | None = None
@@ -194,18 +194,18 @@ class DreamBoothSettings:
     class_prompt: str | None = None
     """Prompt of the class images, such as "a photo of a dog"."""
     identifier: str | None = None
-    """Word that only the subject's captions have, such as sks: without it a caption is what the base would say. With
-    it, preserve: base takes the subject's own pictures under such captions too; alone, if class_prompt is null."""
+    """Rare word that marks the subject in captions, such as sks. With it, preserve: base also uses the subject's own
+    pictures, with this word removed from their captions; only these if class_prompt is null."""
     own_share: float = 0.5
-    """Share of the class samples that are the subject's own pictures, where there are class images as well."""
+    """Share of the subject's own pictures among the class samples, if there are class images as well."""
     class_prompt_file: str | None = None
     """File with one prompt per line for the class images, instead of one prompt for all. {} is replaced by
     class_prompt, and image i uses line i."""
     class_folder: str | None = None
-    """Folder of class images: your own pictures as they are, or generated ones and their manifest; default:
-    `class_images` in the output folder."""
+    """Folder of class images: your own pictures, or generated ones with their manifest. Default: `class_images` in the
+    output folder."""
     class_images: int = 100
-    """How many class images are used; missing ones are generated, but never among pictures of your own."""
+    """Number of class images. Missing ones are generated, but never added to pictures of your own."""
     prior_weight: float = 1.0
     """Weight of the mean class loss, relative to the mean loss of the subject's samples."""
     prior_ratio: float = 1.0
@@ -426,7 +426,7 @@ LEVELS = 4  # a shipped config lies three folders below the one that its paths s
 
 
 def _located(settings: Any, files: Sequence[Path]) -> Any:
-    """Relative paths that are not found from the working directory, as they lie beside a config or above it."""
+    """Resolves relative paths that the working directory does not have, from a config's folder or one above it."""
     places = [place for file in files for place in file.parents[:LEVELS]]
 
     def there(name: str) -> bool:

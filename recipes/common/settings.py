@@ -28,13 +28,13 @@ class ScopeSettings:
     """Where, when and how strongly an adapter acts while sampling; see `adapters.Scope`."""
 
     uncond_weight: float | None = None
-    """Weight of the adapter in the unconditional half; 0: the base's own prediction, null: as in the other half."""
+    """Weight of the adapter in the unconditional half. 0: the base's own prediction; null: as in the other half."""
     start: float = 0.0
     """Fraction of the sampling steps at which the adapter is switched on."""
     stop: float = 1.0
     """Fraction of the sampling steps at which it is switched off again."""
     where: Literal["subject"] | None = None
-    """subject: only where the attention to the subject's words is, the base elsewhere; twice the U-net's work."""
+    """subject: acts only where the attention to the subject's words is, which doubles the U-net's work."""
 
     def __post_init__(self) -> None:
         require(
@@ -62,7 +62,7 @@ class GuidanceSettings:
     weight: float | None = None
     """Weight of the adapter. null: the recipe's weight."""
     scope: ScopeSettings | None = None
-    """Where, when and how strongly the adapter acts; null: everywhere, in every step, in both halves."""
+    """Where, when and how strongly the adapter acts. null: everywhere, in every step, in both halves."""
     rescale: float | None = None
     """`guidance_rescale` of the pipeline (Lin et al. 2023), from 0 to 1. null: not set."""
 
@@ -83,9 +83,9 @@ class SamplingSettings:
     batch_size: int = 4
     """Pictures in one batch, for each process."""
     height: int | None = None
-    """Pixels; null: the base's own size."""
+    """Pixels. null: the base's own size."""
     width: int | None = None
-    """Pixels; null: the base's own size."""
+    """Pixels. null: the base's own size."""
     negative_prompt: str | None = None
     """Negative prompt, used for the unconditional half."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

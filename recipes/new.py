@@ -114,15 +114,9 @@ def prepare(
 
 
 def try_run(config: Path) -> None:
-    """Try one step, and everything that later stages need, to the end of the run."""
-    from recipes.common.metrics import metrics
-    from recipes.common.units import cases
-
+    """Resolve the whole run, to the release, and try one step of its training."""
     settings = parse(dreambooth_lora.Settings, [f"--config={config}", "--train.dry_run=true"])
     print("trying one step ...", flush=True)
-    if settings.measure is not None:
-        for case in cases(settings.measure, None):
-            metrics(settings.measure, case, pocket=settings.base.path == POCKET)
     dreambooth_lora.run(settings)
 
 

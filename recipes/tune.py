@@ -23,6 +23,7 @@ from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingS
 from recipes.common.tuned import Tuned
 from recipes.common.units import Case
 from training.config import BaseSettings
+from training.progress import Progress
 
 __all__ = ["Settings", "run"]
 
@@ -116,6 +117,7 @@ def _best(
         seeds=settings.tune.seeds,
         held_out_prompts=search.held_out,
         held_out_seeds=settings.measure.seeds,
+        progress=Progress(f"tuning {name}", say),
     )
     say(f"{name}: {best.best} of {len(candidates)} tried, {best.images} pictures")
     return best

@@ -31,6 +31,7 @@ from .method import Method, Weights, denoise_step
 from .models import Parts, pipeline
 from .objective import build
 from .preserve import frozen_copy
+from .progress import Progress
 from .ranks import state
 from .text import read_text
 
@@ -302,7 +303,9 @@ def class_images(
     ranks.wait_for_everyone()  # all have seen the same before the first one draws
     batches = sorted({number // batch_size for number in missing})
     if mine := batches[ranks.process_index :: ranks.num_processes]:
-        _generate(parts, wanted, folder, mine, missing)
+        say = print if ranks.is_main_process else _silent
+        say(f"drawing class images: {len(missing)} of {count} are missing in {folder}")
+        _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
     ranks.wait_for_everyone()
 
 
@@ -336,12 +339,18 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
         )
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 @torch.no_grad()
-def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, batches: list[int], missing: set[int]) -> None:
+def _generate(
+    parts: Parts, wanted: dict[str, Any], folder: Path, batches: list[int], missing: set[int], progress: Progress
+) -> None:
     """Draw whole batches, and keep what is missing of them."""
     device, size = state().device, wanted["batch_size"]
     pipe: Any = pipeline(parts).to(device)
-    for batch in batches:
+    for place, batch in enumerate(batches, 1):
         chunk = range(batch * size, (batch + 1) * size)
         seeds = [seed_of(wanted["seed"], "class", number) for number in chunk]
         prompts = [wanted["prompts"][number % len(wanted["prompts"])] for number in chunk]
@@ -359,3 +368,4 @@ def _generate(parts: Parts, wanted: dict[str, Any], folder: Path, batches: list[
             write_text(folder / f"{number:05d}.txt", prompt + "\n")
             with write_file(folder / f"{number:05d}.png") as part:  # it comes last: an image has its caption
                 image.save(part, format="PNG")
+        progress(place * size, len(batches) * size)

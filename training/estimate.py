@@ -31,6 +31,8 @@ class Estimate:
     activations: int
     step_seconds: float
     caching_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    """Of one sample through the network, without gradients: half a guided sampling step."""
 
     @property
     def memory(self) -> int:
@@ -119,6 +121,10 @@ def estimate(
     began = time.perf_counter()
     model(batch).mean().backward()
     seconds = _since(began) + asked * _base_seconds(method, batch, dtype)
+    began = time.perf_counter()
+    with torch.no_grad():
+        model(batch)
+    sample_seconds = _since(began) / len(batch["latents"])
     trained = method.trainable().values()
     for parameter in trained:
         parameter.grad = None
@@ -135,4 +141,5 @@ def estimate(
         activations=activations,
         step_seconds=seconds * settings.accumulation,
         caching_seconds=caching_seconds,
+        sample_seconds=sample_seconds,
     )

@@ -26,6 +26,7 @@ from .data.cache import Region
 from .data.crops import Views
 from .dreambooth import Prior
 from .errors import Stopped, TrainingError
+from .estimate import Estimate
 from .log import Log
 from .method import Method, Stepper
 from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare
@@ -81,6 +82,7 @@ def train(
     cache: Literal["memory", "disk", "off"] = "memory",
     cache_folder: str | Path | None = None,
     say: Callable[[str], None] = print,
+    estimated: Callable[[Estimate], None] | None = None,
 ) -> Result | None:
     """Trains and saves; returns None after a dry run.
 
@@ -90,6 +92,7 @@ def train(
         prior: class images of DreamBooth.
         region: mask of the subject per entry, see `cache.encode_views`; needs the cache.
         say: receives progress lines, on the main process only.
+        estimated: receives what the run will take, on the main process, before its first step.
 
     Raises:
         TrainingError: settings, data or a loss that training cannot go on with, or another run in `out`; the last
@@ -123,7 +126,9 @@ def train(
         }
         with kernels(method, settings, accelerator):
             run = _start(method, settings, accelerator, prepared, out, facts, tell)
-            announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
+            found = announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
+            if estimated is not None and accelerator.is_main_process:
+                estimated(found)
             if settings.dry_run:
                 return None
             _resume(run)

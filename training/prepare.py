@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from .estimate import Estimate, estimate, table
 from .kernels import fused, prepack
 from .method import Method
 from .models import encode_images, encode_text, tokenize, too_long
+from .progress import Progress
 
 __all__ = ["DTYPES", "Prepared", "announce", "cast", "kernels", "make_accelerator", "prepare", "tune"]
 
@@ -123,7 +123,7 @@ def prepare(
     if cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
-    said = _Progress(say)
+    said = Progress("caching", say)
     store = Store(cache_folder if cache == "disk" else None)
     cast(method, device, DTYPES[settings.precision])
     height, width = data.sizes[0]
@@ -337,17 +337,3 @@ def announce(
     for line in [*table(method), *found.lines(settings)]:
         say(line)
     return found
-
-
-class _Progress:
-    """Says how far caching is, every ten seconds."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.began = say, time.perf_counter()
-        self.last = self.began
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if now - self.last >= 10:
-            self.last = now
-            self.say(f"caching {done}/{total}, {(now - self.began) / done * (total - done) / 60:.1f} min left")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm.auto import tqdm
 
 from ..errors import AdapterError, FileError
 from ..files import write_file
@@ -76,6 +74,7 @@ def images(
     folder: Path | None = None,
     rank: int = 0,
     world: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Shot]:
     """Sample every prompt with every seed, prompts outermost.
 
@@ -91,6 +90,7 @@ def images(
             the same name is an error.
         rank: this process's number; it samples every `world`-th image, starting at `rank`.
         world: number of processes; `shots_in(folder)` collects the images of all.
+        progress: called after each batch with the number of images drawn in this call, and of all that it draws.
 
     Returns:
         The shots of this rank, in order.
@@ -115,8 +115,8 @@ def images(
     todo = [batch for batch in batches if any(unit not in done for unit in batch)]
     if todo:
         with around if isinstance(around, AbstractContextManager) else around() as run:
-            hidden = rank != 0 or not sys.stderr.isatty()
-            for batch in tqdm(todo, desc=arm or None, unit="batch", leave=False, disable=hidden):
+            drawn, wanted = 0, sum(map(len, todo))
+            for batch in todo:
                 own = _arguments(negative_prompt, height, width, len(batch))
                 arguments = {**own, **(common or {}), **_inputs(inputs, batch)}
                 shots = _batch(pipe, batch, arm, steps=steps, guidance_scale=guidance_scale, arguments=arguments)
@@ -125,6 +125,9 @@ def images(
                     raise AdapterError(f"record returned {len(notes)} rows of numbers for {len(batch)} images")
                 for unit, shot, numbers in zip(batch, shots, notes, strict=True):
                     done[unit] = _keep(folder, shot, dict(numbers), facts)
+                drawn += len(batch)
+                if progress is not None:
+                    progress(drawn, wanted)
     return [done[unit] for unit in units]
 
 

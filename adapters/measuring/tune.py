@@ -17,7 +17,7 @@ from ..errors import GainsError
 from .metrics import Metric, score
 from .sample import Shot
 
-__all__ = ["KEEP", "Joint", "Tuned", "check", "search"]
+__all__ = ["KEEP", "Joint", "Tuned", "budget", "check", "search"]
 
 KEEP = 1 / 3  # share of candidates that go on to the next round
 
@@ -67,6 +67,7 @@ def search(
     held_out_seeds: Sequence[int],
     keep: float = KEEP,
     first: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
     """Find the candidate with the best mean objective.
 
@@ -78,6 +79,7 @@ def search(
         seeds: seeds to tune with; they must differ from the held-out seeds.
         keep: share of candidates that go on to the next round, in which each gets 1/keep times the seeds.
         first: seeds per prompt in the first round.
+        progress: called after each candidate with the number of images so far and in all.
     """
     if not candidates:
         raise GainsError("tuning needs at least one candidate")
@@ -88,11 +90,14 @@ def search(
     if shared_seeds := sorted(set(seeds) & set(held_out_seeds)):
         raise GainsError(f"seed {shared_seeds[0]} is held out for the report and cannot be tuned on")
     left, n, rounds, images = [dict(c) for c in candidates], min(first, len(seeds)), [], 0
+    total = budget(len(left), len(prompts), len(seeds), keep=keep, first=first)
     while True:
         results = []
         for candidate in left:
             shots = sample(candidate, prompts, seeds[:n])
             images += len(shots)
+            if progress is not None:
+                progress(images, total)
             values = _values(objective, shots)
             references = objective.references if isinstance(objective, Joint) else {}
             results.append({"settings": candidate, "mean": _mean(values, references), "values": values})
@@ -101,6 +106,17 @@ def search(
         if len(left) == 1 or n == len(seeds):
             return Tuned(best=left[0], rounds=rounds, images=images)
         n = min(len(seeds), math.ceil(n / keep))
+
+
+def budget(candidates: int, prompts: int, seeds: int, *, keep: float = KEEP, first: int = 1) -> int:
+    """How many images a search draws: the rounds of `search`, counted."""
+    n, images = min(first, seeds), 0
+    while True:
+        images += candidates * prompts * n
+        candidates = math.ceil(candidates * keep)
+        if candidates == 1 or n == seeds:
+            return images
+        n = min(seeds, math.ceil(n / keep))
 
 
 def check(

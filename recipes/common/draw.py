@@ -8,8 +8,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from recipes.common.cli import say
 from recipes.common.guidance import arguments_of, effective_scales, guided
 from recipes.common.settings import GuidanceSettings, SamplingSettings
+from training.progress import Progress
 
 __all__ = ["draw", "keep", "sheet"]
 
@@ -68,6 +70,7 @@ def draw(
             settings=told,
             rank=rank,
             world=world,
+            progress=Progress(f"drawing {arm}".strip(), say),
         )
 
     ranks = state()

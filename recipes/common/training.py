@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,16 @@ def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
         record=record(settings),
         cache=settings.data.cache,
         cache_folder=settings.data.cache_folder,
+        estimated=partial(_say_stages, settings),
         **more,
     )
+
+
+def _say_stages(settings: Training, found: Any) -> None:
+    from recipes.common.stages import stages, table
+
+    for line in table(stages(settings, found)):
+        print(line, flush=True)
 
 
 def class_prior(parts: Any, settings: Any, pictures: Any) -> Any:

@@ -94,3 +94,24 @@ def test_what_would_make_the_report_worthless_is_refused(change, message):
         tune.search(CANDIDATES, sample, brightness(True), **{"prompts": ["a"], "seeds": range(3), **HELD, **change})
     with pytest.raises(GainsError, match="at least one"):
         tune.search([], sample, brightness(True), prompts=["a"], seeds=[1], **HELD)
+
+
+@pytest.mark.parametrize(("candidates", "seeds"), [(1, 1), (9, 1), (9, 4), (4, 3), (30, 2)])
+def test_the_budget_is_what_a_search_draws(candidates: int, seeds: int) -> None:
+    calls = []
+    found = tune.search(
+        [{"scale": number} for number in range(candidates)],
+        lambda settings, prompts, own: [
+            Shot(prompt=prompt, seed=seed, latents="", image=Image.new("L", (1, 1), settings["scale"]))
+            for prompt in prompts
+            for seed in own
+        ],
+        Measure("brightness", True, lambda shots: [float(shot.image.getpixel((0, 0))) for shot in shots]),
+        prompts=["a dog", "a cat"],
+        seeds=list(range(seeds)),
+        progress=lambda done, total: calls.append((done, total)),
+        **HELD,
+    )
+    assert found.images == tune.budget(candidates, 2, seeds)
+    assert calls[-1] == (found.images, found.images)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)

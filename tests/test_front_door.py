@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageOps
 
+import adapters
 from recipes.__main__ import RECIPES, TOOLS, main
 from recipes.common.cli import TRAININGS, shipped_configs, training_recipe, with_config_files
 from training.config import parse
@@ -169,3 +173,59 @@ def test_the_wheel_trains_and_samples_from_an_empty_folder(installed: Path, tmp_
     )
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "x" / "sheet.png").is_file()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Photos of mixed sizes where the guide has them: one is turned by its EXIF, and one is not read here."""
+    folder = tmp_path / "photos" / "rex"
+    folder.mkdir(parents=True)
+    for number, size in enumerate([(96, 64), (128, 160), (64, 64), (200, 150)]):
+        image = Image.effect_noise(size, 40).convert("RGB")
+        image.paste((200, 120, 40), (20, 15, 50, 45))
+        exif = image.getexif()
+        exif[0x0112] = 6 if number == 0 else 1
+        image.save(folder / f"{number}.jpg", exif=exif)
+    (folder / "IMG_0001.HEIC").write_bytes(b"not read here")
+    return folder
+
+
+def commands_on_pocket() -> list[list[str]]:
+    """What the guide tells to type for one's own photos on the pocket base."""
+    text = (ROOT / "docs" / "getting-started.md").read_text("utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    [block] = [found for found in blocks if "new photos/rex --class dog --base pocket" in found]
+    return [shlex.split(line) for line in block.splitlines()]
+
+
+FEW = ["--train.steps=4", "--train.warmup=0", "--dreambooth.class_images=4", "--dreambooth.steps=4"]
+FEW += ["--sampling.steps=4", "--tune.scales=[4.0]", "--measure.limit=2", "--measure.seeds=[1]", "--measure.overlays=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noun", "masked"), [("dog", False), ("gift", True)])
+def test_a_newcomer_s_photos_become_a_release(noun: str, masked: bool, photos: Path, tmp_path: Path) -> None:
+    """The guide's commands as they stand (one class in place of another), the run with few steps and pictures."""
+    if masked:
+        (photos / "masks").mkdir()
+        for file in photos.glob("*.jpg"):
+            with Image.open(file) as image:
+                size = ImageOps.exif_transpose(image).size
+            mask = Image.new("L", size)
+            mask.paste(255, (20, 15, 50, 45))
+            mask.save(photos / "masks" / f"{file.stem}.png")
+    new, train = [[noun if word == "dog" else word for word in words[1:]] for words in commands_on_pocket()]
+    program = [sys.executable, "-m", "recipes"]
+    said = run_in(tmp_path, *program, *new, PYTHONPATH=str(ROOT))
+    assert said.returncode == 0, said.stderr
+    assert "4 photos (1 turned upright), 64x64 to 200x150 pixels" in said.stdout
+    assert "left out: 1 .heic" in said.stdout
+    assert said.stdout.splitlines()[-1].strip() == shlex.join(["scfg-toolkit", *train])
+    ended = run_in(tmp_path, *program, *train, *FEW, PYTHONPATH=str(ROOT))
+    assert ended.returncode == 0, ended.stderr
+    release = tmp_path / "runs" / "try" / "release"
+    assert adapters.measuring.verify.verify(release)["kind"] == "lora"
+    similarity = "subject similarity" if masked else "similarity (judge)"
+    assert similarity in (release / "README.md").read_text("utf-8")
+    again = run_in(tmp_path, *program, *train, *FEW, PYTHONPATH=str(ROOT))
+    assert again.returncode == 0, again.stderr

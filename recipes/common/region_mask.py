@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import scfg
-from scfg.segment import Segmenter, background_positions, grouping
 from training.errors import TrainingError
 from training.method import conditions_of
 from training.models import Parts, encode_text, tokenize
@@ -25,13 +24,11 @@ FRACTIONS = (0.2, 0.35, 0.5)  # of the schedule, from clean to noise
 
 def region_of(phrase: str) -> Any:
     """The region of the words of ``phrase`` as `training.loop.train` takes it; its name is part of the cache's key."""
-    asked = set(phrase.split())
 
     @torch.no_grad()
     def region(parts: Parts, entry: dict[str, Tensor], caption: str) -> Tensor:
         words = scfg.prompt_words(parts.tokenizers[0], caption, parts.tokenizers[0].model_max_length)
-        wanted = [index for index, item in enumerate(words) if item.text in asked]
-        if not wanted:
+        if not {word.text for word in words} & set(phrase.split()):
             raise TrainingError(f"region {phrase!r}: none of its words is in the caption {caption!r}")
         unet: Any = parts.unet
         text = encode_text(parts.text_encoders, tokenize(parts, [caption]), family=parts.family)
@@ -40,28 +37,18 @@ def region_of(phrase: str) -> Any:
             entry["frame"][None].to(unet.device),
             unet.dtype,
         )
-        length = text["embeds"].shape[1]
-        segmenter = Segmenter(unet, scfg.SemanticCFG(tokens="prompt", reference="mean"))
+        maps = scfg.WordMaps(unet)
         mean = entry["mean"][None].to(unet.device)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
         products = alphas_cumprod(parts.scheduler).to(mean)
         votes = torch.zeros(mean.shape[-2:])
         for fraction in FRACTIONS:
             timestep = torch.tensor([int(fraction * len(products))], device=mean.device)
-            segmenter.start(
-                (mean.shape[-2], mean.shape[-1]),
-                tokens=slice(0, 1),
-                foreground=None,
-                background=background_positions(length, length),
-                groups=grouping([[item.positions for item in words]], length, mean.device),
-            )
-            unet(add_noise(mean, noise, *alpha_sigma(products, timestep)), timestep, **conditions)
-            average = segmenter.finish()
-            if average is None:
-                raise TrainingError("region: this base's attention gives no maps; use masks instead")
-            index = average.regions().index[0].cpu()
-            owned = torch.isin(index, torch.tensor(wanted)).float()[None, None]
-            votes += torch.nn.functional.interpolate(owned, votes.shape, mode="nearest")[0, 0]
+            noisy = add_noise(mean, noise, *alpha_sigma(products, timestep))
+            context, size = conditions["encoder_hidden_states"], (mean.shape[-2], mean.shape[-1])
+            with maps.watch(size, context, [words], phrase, rows=slice(0, 1)) as found:
+                unet(noisy, timestep, **conditions)
+                votes += found()[0, 0].cpu()
         return (votes > len(FRACTIONS) / 2).float()[None]
 
     region.__name__ = f"attention-{phrase}"

@@ -112,7 +112,9 @@ def _classes(pipe: Any, case: Case, comparison: Comparison, settings: Settings) 
     """The base's pictures of the class, where a metric asks for them."""
     if not comparison.asks_for_class:
         return []
-    return _timed(without_control(pipe), replace(comparison.bare, name="class"), case.of_class, settings)
+    folder, seeds = Path(settings.out) / "class_pictures" / case.name, settings.measure.seeds
+    prompts, guidance = case.of_class.prompts, comparison.bare.guidance
+    return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
 
 
 def _timed(pipe: Any, arm: Arm, case: Case, settings: Settings) -> list[Any]:

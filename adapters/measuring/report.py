@@ -167,7 +167,7 @@ def _how_to_read(gains: Gains) -> str:
             "interval": f"where the true mean lies, in {design.confidence:.0%} of such studies",
         }.items()
     )
-    count = f"{counts['prompts']} prompts, {counts['seeds']} pictures each, drawn in {len(gains.arms)} ways."
+    count = f"{counts['prompts']} prompts, {counts['seeds']} seed(s) each, drawn in {len(gains.arms)} ways."
     return f"<details><summary>How to read this: {escape(count)}</summary><dl>{lines}</dl></details>"
 
 

@@ -3,10 +3,12 @@
 | name | what | needs |
 |---|---|---|
 | prompt accuracy | share of what the prompt says that the judge sees | pocket |
+| identity, identity margin | is it the subject rather than its class: 1 or 0, and by how much | pocket, subject |
 | subject similarity | the subject's region against its pictures, in the judge's features | pocket, subject |
 | class IoU | the condition's classes against those the judge sees | pocket, targets |
 | canny F1, MS-SSIM | edges against the condition, structure against the target | targets |
 | alignment (clip) | cosine of picture and prompt, identifier left out | clip |
+| identity (SPACE) | the same in another space, of whole pictures | subject |
 | similarity (SPACE), masked similarity (judge) | cosine to the subject's pictures | subject |
 | diversity (SPACE) | distance to the other pictures of a prompt | two seeds |
 | drift (SPACE) | distance to the base's own picture of the same prompt and seed | adapter, `base_arm` |
@@ -38,10 +40,13 @@ from training.errors import TrainingError
 from training.pocket import PocketError, captions, judge, scenes
 from training.pocket.control import Scenes
 from training.pocket.metrics import (
+    IDENTITY,
+    MARGIN,
     PARTS,
     PROMPT,
     SUBJECT,
     class_iou,
+    identity,
     label_of,
     prompt_accuracy,
     subject_similarity,
@@ -68,7 +73,7 @@ __all__ = [
     "subject_similarity",
 ]
 
-IN_SPACE = re.compile(r"(alignment|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
+IN_SPACE = re.compile(r"(alignment|identity|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
 
 
 # How far each goes in whatever it measures, for the two that say what an adapter does for a subject.
@@ -96,7 +101,7 @@ def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
         own = ["class IoU"] if settings.control == "segmentation" else ["canny F1"]
         return [*own, PROMPT] if pocket else [*own, "alignment (clip)"]
     if pocket:
-        return [PROMPT, SUBJECT] if settings.subjects else [PROMPT]
+        return [IDENTITY, PROMPT, SUBJECT] if settings.subjects else [PROMPT]
     return ["alignment (clip)", *(["similarity (dino)", "similarity (clip)"] if settings.subjects else [])]
 
 
@@ -114,7 +119,7 @@ def metrics(
         base: the base's own pictures of its prompts, for drift.
         classes: the base's pictures of the class, of the same prompts without the identifier, for identity.
     """
-    return [_metric(name, settings, case, base) for name in defaults(settings, pocket=pocket)]
+    return [_metric(name, settings, case, base, classes) for name in defaults(settings, pocket=pocket)]
 
 
 def check(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> dict[str, bool]:
@@ -167,10 +172,12 @@ def judged(name: str, case: Case, prompt: str) -> bool:
     return there.get(name, True)
 
 
-def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot]) -> Metric:
+def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot], classes: Sequence[Shot]) -> Metric:
     plain: dict[str, Callable[[], Metric]] = {
         PROMPT: lambda: prompt_accuracy(case.identifier),
         **{part: partial(prompt_accuracy, case.identifier, part) for part in PARTS},
+        IDENTITY: lambda: _identity(name, case, classes),
+        MARGIN: lambda: _identity(name, case, classes),
         SUBJECT: lambda: subject_similarity(*_masked(name, case), case.noun),
         "class IoU": lambda: class_iou(lambda shot: _condition(name, case, shot)),
         "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot)),
@@ -201,6 +208,9 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
     if what == "kernel distance":
         return kinds.Kid(name=name, features=features, references=_reference(settings.reference, name))
     shown, masks = pictures(_folder(name, case))
+    if what == "identity":
+        likeness, own = kinds.likeness_in(features, shown)
+        return kinds.Identity(name=name, likeness=likeness, own=own, classes=lambda: classes)
     if what == "similarity":
         return kinds.Similarity(name=name, features=features, references=shown)
     require(masks is not None, f"{name} needs {case.folder}/masks")
@@ -270,6 +280,11 @@ def _reference(reference: str | None, what: str) -> list[Image.Image]:
 
 def _silent(line: str) -> None:
     """Each metric reads the same folder again; what there is to say of it was said where it trained."""
+
+
+def _identity(name: str, case: Case, classes: Sequence[Shot]) -> Metric:
+    found = _masked(name, case)
+    return identity(*found, case.noun, case.identifier, lambda: classes, margin=name == MARGIN)
 
 
 def _folder(what: str, case: Case) -> Path:

@@ -90,7 +90,7 @@ def test_tuning_tries_every_snapshot_and_names_one(run: Path, lora: Path, measur
     assert tried[tuned["adapter"]] == max(tried.values())
     for name in ("CFG", "S-CFG"):
         assert {item["settings"]["adapter"] for item in tuned["rounds"][name][0]["results"]} == {tuned["adapter"]}
-    assert tuned["metric"] == "harmonic mean of subject similarity and prompt accuracy"
+    assert tuned["metric"] == "harmonic mean of identity and prompt accuracy"
     assert tuned["pictures"] == {"checkpoint": 6, "CFG": 2, "S-CFG": 2}
 
 
@@ -101,6 +101,10 @@ def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: P
     gains = json.loads((measured / "gains.json").read_text())
     for arm, found in tuned["best"].items():
         assert gains["design"]["notes"]["guidance"][arm] == found
+    assert gains["design"]["primary"] == gains["design"]["identity"] == "identity"
+    assert {float(row["identity"]) for row in rows_of(run) if row["arm"] == "base"} <= {0.0, 1.0}
+    bare = adapters.measuring.sample.shots_in(run / "class_pictures" / "dog")
+    assert all("sks" not in shot.prompt for shot in bare)
     shot, settings = adapters.measuring.sample.read(next((run / "pictures" / "dog" / "s-cfg").glob("*.png")))
     assert settings["weights"] == f"{digest_of(tuned['adapter'])} 1"
     assert settings["guidance_scale"] == tuned["best"]["S-CFG"]["scale"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from recipes.common.base import adapted, pipeline, size_of
@@ -61,8 +62,11 @@ def run(settings: Settings) -> Path | None:
     from adapters.measuring.metrics import CannyF1
     from training.data import images
     from training.data.annotators import annotator
+    from training.pocket.control import edges
 
     make = annotator(settings.annotator, settings.annotator_model) if settings.annotator != "none" else images.rgb
+    if settings.annotator == "canny" and settings.controlnet == "pocket-canny":
+        make = edges  # with the thresholds that it was trained on
     shown = settings.pictures if settings.annotator == "none" else None
     source = images.folder(settings.pictures, prompt=settings.prompt, conditioning=shown, minimum=1, say=say)
     if settings.prompt is not None:
@@ -105,7 +109,9 @@ def run(settings: Settings) -> Path | None:
                 common=common,
             )
             if settings.annotator == "canny":
-                scores = CannyF1(condition=lambda shot: conditions[shot.prompt].resize(shot.image.size))(shots[name])
+                wanted = lambda shot: conditions[shot.prompt].resize(shot.image.size)  # noqa: E731
+                again = lambda image: np.asarray(make(image).convert("L")) > 127  # noqa: E731
+                scores = CannyF1(condition=wanted, edges=again)(shots[name])
                 say(f"{name}: canny F1 {sum(scores) / len(scores):.3f} over {len(scores)} pictures")
     page = Path(settings.out) / "sheet.png"
     keep(sheet(shots), page)

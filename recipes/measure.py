@@ -51,6 +51,7 @@ class Settings:
 def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
     import adapters
+    from adapters.measuring.metrics import Identity
     from training.ranks import state
 
     out = Path(settings.out)
@@ -74,6 +75,9 @@ def run(settings: Settings) -> Path | None:
     shots: dict[str, list[Any]] = {}
     for case in comparison.units:
         classes = _classes(pipe, case, comparison, settings)
+        for metric in comparison.judges(case, classes=classes):
+            if isinstance(metric, Identity):
+                _ = metric.scale  # raises where no identity can be told, before anything else is drawn
         made = _sample(pipe, case, comparison.arms.values(), settings)
         if state().is_main_process:
             metrics = comparison.judges(case, made.get(BASE, ()), classes)

@@ -130,6 +130,18 @@ def test_conditions_come_from_the_scene() -> None:
     assert len(np.unique(scenes.palette(), axis=0)) == len(CLASSES) + 1
 
 
+def test_a_scene_keeps_to_its_own_condition_by_the_detector_that_made_it() -> None:
+    from adapters.measuring.metrics import CannyF1
+    from adapters.measuring.sample import Shot
+    from training.pocket.control import Scenes, edges
+
+    drawn = Scenes(control="canny", count=4, seed=scenes.HELD_OUT_SEED)
+    shots = [Shot(prompt=str(i), seed=1, latents="0", image=drawn[i].image) for i in range(4)]
+    wanted = {str(i): drawn[i].conditioning for i in range(4)}
+    again = lambda image: np.asarray(edges(image).convert("L")) > 127  # noqa: E731
+    assert CannyF1(condition=lambda shot: wanted[shot.prompt], edges=again)(shots) == [1.0] * 4
+
+
 def test_backgrounds_are_told_apart_by_their_mean_colour() -> None:
     means = {
         name: np.mean([scenes.backgrounds.draw(name, 32, np.random.default_rng(i)).mean((0, 1)) for i in range(8)], 0)

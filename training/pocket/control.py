@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from ..data.images import Sample
@@ -11,16 +12,21 @@ from .errors import PocketError
 from .scenes import TRAIN_SEED, Scene, canny, palette, sample
 from .world import CONTROLS
 
-__all__ = ["Scenes", "condition"]
+__all__ = ["Scenes", "condition", "edges"]
 
 
 def condition(scene: Scene, control: str) -> Image.Image:
     """The conditioning picture of ``scene``: its edges, or its classes in the colours of ``scenes.palette``."""
     if control == "canny":
-        return Image.fromarray(canny(scene.image))
+        return edges(Image.fromarray(scene.image))
     if control == "segmentation":
         return Image.fromarray(palette()[scene.classes])
     raise PocketError(f"unknown control {control!r}; there are {', '.join(CONTROLS)}")
+
+
+def edges(image: Image.Image) -> Image.Image:
+    """A picture's edges as the shipped canny ControlNet was trained on them, at its own size."""
+    return Image.fromarray(canny(np.asarray(image.convert("RGB"))))
 
 
 @dataclass(frozen=True, kw_only=True)

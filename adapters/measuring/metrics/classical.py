@@ -90,11 +90,13 @@ class CannyF1:
     """Edges of the result against the edges asked for. The same detector made both: it flatters, say so."""
 
     condition: Condition
+    edges: Callable[[Image.Image], np.ndarray] = canny
+    """The detector, (H, W) bool; that of the conditions, or a perfect picture would not score 1."""
     name: str = "canny F1"
     higher_is_better: bool = True
 
     def __call__(self, shots: Sequence[Shot]) -> list[float]:
-        return [canny_f1(canny(s.image), np.asarray(self.condition(s).convert("L")) > 127) for s in shots]
+        return [canny_f1(self.edges(s.image), np.asarray(self.condition(s).convert("L")) > 127) for s in shots]
 
 
 @dataclass(frozen=True, kw_only=True)

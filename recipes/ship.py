@@ -90,7 +90,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     rows = adapters.measuring.table.read_csv(folder / "per_image.csv")
     # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
     arm = gains.design.arm if gains.verdict.word == "gain" else gains.design.baseline
-    best = GuidanceSettings(**gains.design.notes["guidance"][arm])
+    best = GuidanceSettings.of(gains.design.notes["guidance"][arm])
     facts = json.loads((folder / "gains.json").read_text("utf-8"))["facts"]
     names = [arm["name"] for arm in gains.arms]
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts

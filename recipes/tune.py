@@ -133,7 +133,7 @@ def _classes(pipe: Any, case: Case, comparison: Comparison, settings: Settings) 
 
 
 def _guidance(values: Mapping[str, Any]) -> GuidanceSettings:
-    return GuidanceSettings(**{name: value for name, value in values.items() if name != "adapter"})
+    return GuidanceSettings.of({name: value for name, value in values.items() if name != "adapter"})
 
 
 def _try(pipe: Any, case: Case, values: Mapping[str, Any], seeds: Sequence[int], settings: Settings) -> list[Any]:

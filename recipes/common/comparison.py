@@ -249,7 +249,9 @@ def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str
 
 
 def _bare(baseline: Arm) -> Arm:
-    return Arm(name=BASE, guidance=replace(baseline.guidance, method="cfg", options={}), weight=0.0, bare=True)
+    return Arm(
+        name=BASE, guidance=replace(baseline.guidance, method="cfg", options={}, scope=None), weight=0.0, bare=True
+    )
 
 
 def _check_arms(arms: Mapping[str, Arm], base: BaseSettings, controlnet: str | None) -> None:

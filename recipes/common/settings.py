@@ -6,7 +6,7 @@ Importing this loads no torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -70,6 +70,12 @@ class GuidanceSettings:
         require(1 <= self.scale < inf, f"guidance scale must be at least 1, got {self.scale}")
         require(self.weight is None or abs(self.weight) <= 100, f"weight must be from -100 to 100, got {self.weight}")
         require(self.rescale is None or 0 <= self.rescale <= 1, f"rescale must be from 0 to 1, got {self.rescale}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> GuidanceSettings:
+        """What `dataclasses.asdict` made of one, also before there were scopes."""
+        scope = values.get("scope")
+        return cls(**{**values, "scope": None if scope is None else ScopeSettings(**scope)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class Tuned:
         try:
             found = json.loads(file.read_text("utf-8"))
             return cls(
-                best={name: GuidanceSettings(**values) for name, values in found["best"].items()},
+                best={name: GuidanceSettings.of(values) for name, values in found["best"].items()},
                 adapter=found["adapter"],
                 metric=found["metric"],
                 higher_is_better=found["higher is better"],

@@ -75,6 +75,9 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     assert (found["S-CFG"].guidance.scale, found["S-CFG"].weight, found["CFG"].guidance.scale) == (3.0, 0.6, 7.5)
     placebo = found["placebo"].guidance
     assert (placebo.method, placebo.scale, placebo.options, placebo.weight) == ("placebo", 3.0, {"stop": 0.5}, 0.6)
+    scoped = GuidanceSettings(method="cfg", scope=ScopeSettings(stop=0.5))
+    place = tuned(tmp_path / "scoped", best={"CFG": scoped})
+    assert Tuned.read(place).best["CFG"] == scoped
     for change, said in (
         ({"prompts": ["a dog"]}, "measure.prompts: ['a dog'] was tuned on"),
         ({"seeds": [2]}, r"measure.seeds: \[2\] was tuned on"),

@@ -17,6 +17,7 @@ four rows an image instead of two. A whole fine-tuned U-net is asked beside the 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -361,6 +362,7 @@ def _heard(pipe: Any, elsewhere: Callable[[str], str] | None) -> Iterator[_Texts
     original, own = pipe.encode_prompt, pipe.__dict__.get("encode_prompt")
     signature = inspect.signature(original)
 
+    @functools.wraps(original)  # others who listen read the signature
     def encode(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)

@@ -18,7 +18,7 @@ from .errors import AdapterError, BaseMismatchError, FileError
 from .injection import fit
 from .machine import explain
 from .measuring.verify import verify
-from .source import MODEL_FILE, open_source, read_adapter
+from .source import MODEL_FILE, Source, open_source, read_adapter
 from .tokens import EMBEDS_FILE, write_tokens
 from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
@@ -77,13 +77,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
-    source = open_source(options.path)
+    with files.understood(options.path):
+        return _summary(open_source(options.path))
+
+
+def _summary(source: Source) -> dict[str, Any]:
     summary: dict[str, Any] = {"path": str(source.path)}
     if source.manifest is not None:
         summary |= {name: source.manifest.get(name) for name in ("kind", "base", "versions")}
         summary["files"] = {name: entry["size"] for name, entry in source.manifest["files"].items()}
     if source.file("config.json") is not None:
-        return summary | {"model": files.read_json(source.path / "config.json").get("_class_name")}
+        model = files.read_json(source.path / "config.json")
+        if not isinstance(model, dict):
+            raise FileError(f"{source.path / 'config.json'}: expected a JSON object")
+        return summary | {"model": model.get("_class_name")}
     adapter = read_adapter(source)
     summary["kinds"] = adapter.kinds
     if adapter.tokens:

@@ -25,7 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .errors import FileError
+from .errors import AdapterError, FileError
+from .machine import exhausted
 from .whole import append_line, recover, sweep, write_bytes, write_file, write_folder, write_text
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "recover",
     "sha256",
     "sweep",
+    "understood",
+    "unnamed",
     "verify_folder",
     "write_bytes",
     "write_file",
@@ -54,12 +57,33 @@ __all__ = [
 MANIFEST = "manifest.json"
 MAX_HEADER = 16 * 2**20  # an SDXL checkpoint's header is below 1 MiB
 MAX_JSON = 64 * 2**20
+MAX_TENSORS = 50_000  # a LoKr of SDXL with text encoders has 7,000; each costs time, however small it is
+MAX_DEPTH, MAX_FILES = 16, 100_000
+_LOADED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"}
+_RESULTS = {"gains.json", "per_image.csv", "tuned.json", "guider_config.json", "adapter_config.json", "config.json"}
 _ITEM_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
     **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64"), 64),
 }
+
+
+@contextlib.contextmanager
+def understood(what: object) -> Iterator[None]:
+    """Around the reading of a stranger's file or folder: whatever is raised there is an `AdapterError` that names it.
+
+    Every value is checked where it is used; this is for the combinations that nobody thought of. Memory or disk that
+    ran out is not the file's fault and stays what it is.
+    """
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:
+        if exhausted(error):
+            raise
+        raise FileError(f"{what}: cannot be understood ({type(error).__name__}: {_brief(error)})") from error
 
 
 @contextlib.contextmanager
@@ -157,6 +181,8 @@ def _brief(error: BaseException) -> str:
 
 def _check_layout(path: Path, header: Mapping[str, Any], data_size: int) -> None:
     """Offsets must tile the data buffer exactly, and every size follow from dtype and shape."""
+    if len(header) > MAX_TENSORS:
+        raise FileError(f"{path}: {len(header)} tensors; at most {MAX_TENSORS} are read")
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -245,7 +271,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
 
 def check_name(name: object) -> str:
     """A relative POSIX path that stays inside its folder; anything else is a `FileError`."""
-    ok = isinstance(name, str) and 0 < len(name) <= 512 and not re.search(r"[\\\x00-\x1f]", name)
+    ok = isinstance(name, str) and 0 < len(name) <= 512 and not re.search(r"[\\\x00-\x1f\ud800-\udfff]", name)
     if ok:
         path = PurePosixPath(str(name))
         ok = (
@@ -253,9 +279,11 @@ def check_name(name: object) -> str:
             and ".." not in path.parts
             and path.as_posix() == name != "."
             and ":" not in str(name)
+            and max(len(part.encode()) for part in path.parts) <= 255
+            and len(path.parts) <= MAX_DEPTH
         )
     if not ok:
-        raise FileError(f"manifest entry {str(name)[:120]!r} is not a plain relative path inside the folder")
+        raise FileError(f"manifest entry {ascii(name)[:120]} is not a plain relative path inside the folder")
     return str(name)
 
 
@@ -279,26 +307,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_folder(folder: Path, *, links_into: Path | None = None) -> dict[str, Any]:
-    """Check every file the manifest names and that no unnamed weights lie beside them; returns the manifest.
+    """Check every file the manifest names and that no unnamed weights or results lie beside them; returns the manifest.
 
     `links_into`: where symbolic links may lead (the Hub's cache keeps its files as links); by default nowhere.
     """
-    manifest = read_manifest(folder)
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        _check_place(folder, path, links_into)
-        if not path.is_file():
-            raise FileError(f"{folder}: {name} is in the manifest but not in the folder")
-        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
-            raise FileError(f"{folder}: {name} is not the file the manifest was written for; get the folder again")
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if (
-            path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"}
-            and name not in manifest["files"]
-        ):
-            raise FileError(f"{folder}: {name} is not in the manifest; remove it")
+    with understood(folder):
+        manifest = read_manifest(folder)
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            _check_place(folder, path, links_into)
+            if not path.is_file():
+                raise FileError(f"{folder}: {name} is in the manifest but not in the folder")
+            if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+                raise FileError(f"{folder}: {name} is not the file the manifest was written for; get the folder again")
+        for name in unnamed(folder, manifest):
+            if Path(name).suffix in _LOADED or name in _RESULTS:
+                raise FileError(f"{folder}: {name} is not in the manifest; remove it")
     return manifest
+
+
+def unnamed(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What lies in the folder and is not in its manifest; `FileError` for a tree too deep or large to be a release."""
+    found, places, seen = [], [(folder, 0)], 0
+    while places:
+        place, depth = places.pop()
+        with os.scandir(place) as entries:
+            for entry in entries:
+                path, seen = Path(entry.path), seen + 1
+                if depth >= MAX_DEPTH or seen > MAX_FILES:
+                    raise FileError(f"{folder}: deeper than {MAX_DEPTH} folders, or more than {MAX_FILES} files")
+                if entry.is_dir(follow_symlinks=False):
+                    places.append((path, depth + 1))
+                elif (name := path.relative_to(folder).as_posix()) not in manifest["files"] and name != MANIFEST:
+                    found.append(name)
+    return sorted(found)
 
 
 def _check_place(folder: Path, path: Path, links_into: Path | None) -> None:

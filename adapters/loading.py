@@ -18,7 +18,7 @@ import torch
 
 from . import base, compose, files
 from .embeddings import learned
-from .errors import AdapterError, BaseMismatchError
+from .errors import AdapterError, BaseMismatchError, FileError
 from .injection import fit, injected
 from .placement import is_offloaded, offload_like, unwrapped
 from .scope import Scope, scoped
@@ -27,6 +27,7 @@ from .source import GUIDER_FILE, Source, open_source, read_adapter, tokens_of, w
 
 __all__ = ["Attached", "load"]
 
+MAX_LAYERS, MAX_WIDTH = 64, 2**17
 Guidance = Callable[[dict[str, Any]], AbstractContextManager[Any]]
 
 
@@ -88,14 +89,17 @@ def load(
     """
     if weight != weight or abs(weight) > 100:
         raise AdapterError(f"weight={weight}: expected a number between -100 and 100, usually 0 to 1")
-    opened = open_source(source, revision=revision)
+    with files.understood(source):
+        opened = open_source(source, revision=revision)
     _check_identity(pipe, opened)
     attached = Attached(name or _free_name(pipe), weight)
     try:
-        attached.guider = _guider(opened)
-        scope = scope or _shipped_scope(attached.guider if guidance else None)
+        with files.understood(opened.path):
+            attached.guider = _guider(opened)
+            scope = scope or _shipped_scope(attached.guider if guidance else None)
         before = getattr(pipe, "unet", None)
-        attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
+        with files.understood(opened.path):
+            attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
         if not scope.neutral:
             attached._undo.enter_context(_within(pipe, scope, opened, attached, before))
         _guide(attached, guidance, str(opened.path))
@@ -163,12 +167,30 @@ def _swapped(pipe: Any, part: str, folder: Path) -> Iterator[None]:
     if before is None:
         raise BaseMismatchError(f"{folder} holds a {part}, which {type(pipe).__name__} has not")
     own = unwrapped(before)
+    _check_layers(folder / "config.json")
     model = type(own).from_pretrained(folder, use_safetensors=True, torch_dtype=own.dtype).eval()
     setattr(pipe, part, offload_like(model, own))
     try:
         yield
     finally:
         setattr(pipe, part, before)
+
+
+def _check_layers(config: Path) -> None:
+    """A stranger's config may ask for a network that takes hours to make, before its weights are looked at."""
+    for name, value in files.read_json(config).items():
+        numbers = [n for n in _flat(value) if isinstance(n, int | float)]
+        most = MAX_LAYERS if "per_block" in name else MAX_WIDTH
+        if len(numbers) > 64 or any(not abs(n) <= most for n in numbers):
+            raise FileError(f"{config}: {name} is {str(value)[:80]}, at most {most} is expected")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 def _within(pipe: Any, scope: Scope, source: Source, attached: Attached, before: Any) -> AbstractContextManager[None]:
@@ -190,7 +212,12 @@ def _names(model: torch.nn.Module) -> Collection[str]:
 
 def _guider(source: Source) -> dict[str, Any] | None:
     path = source.file(GUIDER_FILE)
-    return None if path is None else dict(files.read_json(path))
+    if path is None:
+        return None
+    guider = files.read_json(path)
+    if not isinstance(guider, dict):
+        raise FileError(f"{path}: expected a JSON object")
+    return guider
 
 
 def _shipped_scope(guider: dict[str, Any] | None) -> Scope:

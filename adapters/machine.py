@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["explain"]
+__all__ = ["exhausted", "explain"]
 
 _WRITE_ELSEWHERE = "free space, or write elsewhere"
 _ADVICE = {
@@ -33,6 +33,7 @@ _ADVICE = {
     errno.ESTALE: "the network share was lost: connect it again",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_EXHAUSTED = (*_FULL, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 # torch's CPU allocator, oneDNN, CUDA and its libraries, C++, numpy, the loader of shared libraries, threads.
 _MEMORY = re.compile(
     r"(can(no|')t allocate memory|out of memory|could not create a (primitive|memory)|bad_alloc|ALLOC_FAILED|"
@@ -59,6 +60,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError) and re.search("[\ud800-\udfff]", error.object):
         return f"the name {error.object[:200]!r} is not UTF-8; rename the file or folder"
     return None
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether memory, disk or descriptors ran out, which says nothing about the file that was being read."""
+    if isinstance(error, OSError):
+        return error.errno in _EXHAUSTED
+    return explain(error) is not None and not isinstance(error, UnicodeError)
 
 
 def _disk(error: OSError) -> str:

@@ -21,6 +21,7 @@ __all__ = ["EMBEDS_FILE", "bundled", "read_tokens", "token_words", "write_tokens
 EMBEDS_FILE = "learned_embeds.safetensors"
 _SLOTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 _COUNTS = "tokens"
+MAX_VECTORS = 4096  # of one file: each is a word of the tokenizer, and a prompt holds 75
 
 
 def bundled(tensors: Mapping[str, torch.Tensor]) -> tuple[Tokens, dict[str, torch.Tensor]]:
@@ -45,6 +46,8 @@ def bundled(tensors: Mapping[str, torch.Tensor]) -> tuple[Tokens, dict[str, torc
 def read_tokens(path: Path) -> Tokens:
     """The tokens of a `learned_embeds.safetensors`."""
     tensors, metadata = files.read_tensors(path)
+    if len(tensors) > MAX_VECTORS:
+        raise FormatError(f"{path}: {len(tensors)} tokens; at most {MAX_VECTORS} are put into a tokenizer")
     if not set(tensors) <= set(_SLOTS):
         return {token: {"text_encoder": _rows(f"{path}: {token}", rows)} for token, rows in tensors.items()}
     try:
@@ -85,6 +88,8 @@ def token_words(tokens: Tokens) -> list[str]:
 
 
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+    if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point() or not tensor.isfinite().all():
         raise FormatError(f"{name}: shape {tuple(tensor.shape)}, {tensor.dtype}; expected finite vectors (n, width)")
+    if tensor.ndim == 2 and len(tensor) > MAX_VECTORS:
+        raise FormatError(f"{name}: {len(tensor)} vectors; at most {MAX_VECTORS} are put into a tokenizer")
     return tensor.reshape(-1, tensor.shape[-1])

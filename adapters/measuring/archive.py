@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import copy
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -11,11 +14,16 @@ from pathlib import Path
 
 from .. import files
 from ..errors import AdapterError, FileError
+from ..machine import exhausted
 
 __all__ = ["pack", "unpacked"]
 
-MAX_BYTES = 256 * 2**20
-_DAMAGED = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+MAX_BYTES, MAX_ENTRIES = 256 * 2**20, 10_000
+PIECE = 2**16
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can say: a file's own would make equal folders unequal
 
 
@@ -47,20 +55,58 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 def _unpack(path: Path, home: Path) -> None:
     try:
-        with zipfile.ZipFile(path) as zipped:
+        with files.opened(path) as file, zipfile.ZipFile(file) as zipped:
+            entries = [entry for entry in zipped.infolist() if not entry.is_dir()]
+            names = {files.check_name(entry.filename) for entry in entries}
+            if len(names) < len(entries) or len(entries) > MAX_ENTRIES:
+                raise FileError(f"{path}: {len(entries)} files, {len(names)} names; at most {MAX_ENTRIES}, each once")
             left = MAX_BYTES
-            for entry in zipped.infolist():
-                if entry.is_dir():
-                    continue
-                target = home / files.check_name(entry.filename)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with zipped.open(entry) as source:
-                    data = source.read(left + 1)  # whatever the header claims
-                left -= len(data)
+            for entry in entries:
+                left -= _extract(zipped, entry, home / entry.filename, left)
                 if left < 0:
                     raise FileError(f"{path}: unpacks to more than {MAX_BYTES} bytes")
-                target.write_bytes(data)
     except FileError:
         raise
     except _DAMAGED as error:
+        if exhausted(error):
+            raise
         raise FileError(f"{path}: neither a folder nor a whole zip of one ({error})") from error
+
+
+def _extract(zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, limit: int) -> int:
+    """Unpack one file, not much further than `limit` bytes, whatever its header claims; returns its size."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        raise FileError(f"{zipped.filename}: {entry.filename} is packed by method {entry.compress_type}; use bzip2")
+    size = 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pieces = _bunzipped(zipped, entry) if entry.compress_type == zipfile.ZIP_BZIP2 else _pieces(zipped, entry)
+    with target.open("wb") as out:
+        for data in pieces:
+            size += out.write(data)
+            if size > limit:
+                break
+    return size
+
+
+def _pieces(zipped: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    with zipped.open(entry) as source:
+        while data := source.read(PIECE):
+            yield data
+
+
+def _bunzipped(zipped: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """As `_pieces`, in pieces of bounded size: zipfile unpacks bzip2 a million times larger than it was at once."""
+    raw = copy.copy(entry)
+    raw.compress_type, raw.file_size = zipfile.ZIP_STORED, raw.compress_size
+    del raw.CRC  # it is of what comes out
+    unpack, digest, size = bz2.BZ2Decompressor(), 0, 0
+    with zipped.open(raw) as source:
+        while not unpack.eof:
+            packed = source.read(PIECE) if unpack.needs_input else b""
+            if unpack.needs_input and not packed:
+                raise EOFError(f"{entry.filename} is cut off")
+            data = unpack.decompress(packed, PIECE)
+            digest, size = zlib.crc32(data, digest), size + len(data)
+            yield data
+    if (digest, size) != (entry.CRC, entry.file_size):
+        raise zipfile.BadZipFile(f"{entry.filename} is not what was packed")

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,16 +101,23 @@ def write_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
+def _cells(table: Iterator[list[str]]) -> Iterator[list[str]]:
+    try:
+        yield from table
+    except csv.Error as error:  # a cell of more than 131,072 characters, a zero byte
+        raise GainsError(f"per-image table: no CSV as written by `write_csv` ({error})") from error
+
+
 def read_csv(source: str | Path) -> list[Row]:
     """The table from CSV text or a file."""
     # Bytes, not read_text: a prompt's own line breaks must come back as they were.
     text = source.read_bytes().decode("utf-8", errors="replace") if isinstance(source, Path) else source
     table = csv.reader(io.StringIO(text, newline=""))
-    header = next(table, [])
+    header = next(_cells(table), [])
     if tuple(header[: len(_FIXED)]) != _FIXED:
         raise GainsError(f"per-image table: columns start with {header[:7]}, expected {list(_FIXED)}")
     rows = []
-    for number, cells in enumerate(table, start=2):
+    for number, cells in enumerate(_cells(table), start=2):
         try:
             arm, subject, prompt, seed, latents, image, seconds = cells[: len(_FIXED)]
             pairs = zip(header[len(_FIXED) :], cells[len(_FIXED) :], strict=True)

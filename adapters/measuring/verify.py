@@ -36,10 +36,20 @@ def verify(source: str | Path) -> dict[str, Any]:
 def _verified(path: Path) -> dict[str, Any]:
     manifest = files.verify_folder(path)
     summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
+    if others := files.unnamed(path, manifest):
+        summary["not in the manifest"] = others
+    with files.understood(path):
+        return summary | _figures(path, manifest)
+
+
+def _figures(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What was measured and tuned, recomputed."""
+    summary: dict[str, Any] = {}
     if "gains.json" in manifest["files"]:
         stored = files.read_json(path / "gains.json")
         gains = recompute(path)
         ours = _as_stored(gains.to_dict(), stored)
+        _check_identity(path, manifest, stored.get("identity"))
         if changed := difference(ours, {name: stored.get(name) for name in ours}, "gains"):
             raise GainsError(f"{path}: {changed}; gains.json does not follow from per_image.csv")
         if gains.adapter is not None:
@@ -57,6 +67,22 @@ def _as_stored(ours: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any
         return ours
     design = {name: value for name, value in ours["design"].items() if name not in _SINCE_2["design"]}
     return {name: value for name, value in ours.items() if name not in _SINCE_2["gains"]} | {"design": design}
+
+
+def _check_identity(folder: Path, manifest: dict[str, Any], identity: Any) -> None:
+    """The figures are about these weights on this base, as far as they say so: results alone do not."""
+    if identity is None:
+        return
+    if not isinstance(identity, dict) or not isinstance(identity.get("weights"), dict):
+        raise FileError(f"{folder / 'gains.json'}: its identity does not say which weights were measured")
+    for name, digest in identity["weights"].items():
+        if manifest["files"].get(name, {}).get("sha256") != digest:
+            raise GainsError(f"{folder}: gains.json was measured with another {name} than the one in the folder")
+    there = {name for name in manifest["files"] if name.endswith(".safetensors") and "/" not in name}
+    if others := sorted(there - set(identity["weights"])):
+        raise GainsError(f"{folder}: gains.json was measured without {others[0]}, which is in the folder")
+    if (measured := identity.get("base")) != (base := manifest.get("base")):
+        raise GainsError(f"{folder}: gains.json was measured on base {measured}, the manifest says {base}")
 
 
 def _tuned(folder: Path) -> dict[str, Any]:

@@ -95,6 +95,6 @@ def test_damage_anywhere_is_an_error_in_words(results, tmp_path):
         # Equal: a byte that nothing depends on, such as one of a date.
         assert said == verify.verify(results) if isinstance(said, dict) else "hurt.zip" in said
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
-    for missing in ("cut.zip", "absent.zip"):
-        with pytest.raises(FileError, match="neither a folder nor a whole zip"):
-            verify.verify(tmp_path / missing)
+    for name, said in (("cut.zip", "neither a folder nor a whole zip"), ("absent.zip", "no such file")):
+        with pytest.raises(FileError, match=said):
+            verify.verify(tmp_path / name)

@@ -8,7 +8,6 @@ It is recipes/dreambooth_lora.py with the settings of recipes/configs/dreambooth
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -16,12 +15,10 @@ from recipes import dreambooth_lora
 from recipes.common.cli import alone, explained, quiet
 from training.config import parse
 from training.errors import exit_on_error
-from training.pocket.captions import article
 from training.pocket.subjects import SUBJECTS
 
 HERE = Path(__file__).parent
 QUICK = {
-    "dreambooth.class_images": 4,
     "train.steps": 4,
     "train.warmup": 0,
     "measure.limit": 2,
@@ -43,12 +40,9 @@ def main() -> None:
     begin = time.perf_counter()
     quiet()
     subject = HERE / "subjects" / options.subject
-    noun = json.loads((subject / "subject.json").read_text("utf-8"))["class"]
     changes = {
         "data.source": subject,
         "data.masks": subject / "masks",
-        "dreambooth.class_prompt": article(noun),
-        "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
         "measure.subjects": [str(subject)],
         "out": options.out,
         **(QUICK if options.quick else {}),

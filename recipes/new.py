@@ -30,17 +30,11 @@ ON_POCKET = (
 )
 LORA = {"rank": 16, "targets": "attention+ff"}
 PRESETS: dict[str, dict[str, Any]] = {
-    # As for the demo's subjects: with attention layers alone, or one class prompt, they did not appear beside others.
+    # As for the demo's subjects: with attention layers alone they did not appear beside others.
     POCKET: {
         "resolution": 64,
         "lora": {"rank": 16, "targets": "conv"},
-        "train": {"steps": 400, "batch_size": 6, "learning_rate": 1e-3},
-        "dreambooth": {
-            "class_prompt_file": str(Path(__file__).parent / "prompts" / "class.txt"),
-            "class_images": 64,
-            "steps": 20,
-            "guidance_scale": 4.0,
-        },
+        "train": {"steps": 400, "batch_size": 6, "learning_rate": 1e-3, "ema": 0.99},
     },
     "sd": {"resolution": 512, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
     "sd21": {"resolution": 768, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
@@ -155,20 +149,14 @@ def _subject(file: Path, noun: str, identifier: str, *, pocket: bool) -> dict[st
     return facts
 
 
-def _preserved(noun: str, identifier: str, preset: dict[str, Any]) -> dict[str, Any]:
-    """Class images where the preset says how; else the photos themselves, under captions without the identifier."""
-    if "dreambooth" in preset:
-        return {"class_prompt": article(noun), **preset["dreambooth"]}
-    return {"identifier": identifier}
-
-
 def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, Any], identifier: str) -> dict[str, Any]:
     """What differs from the defaults up to the training, as the config's nested tables."""
     values: dict[str, Any] = {
         "base": {"path": base},
         "data": {"source": str(photos.folder), "resolution": preset["resolution"]},
         "lora": preset["lora"],
-        "dreambooth": _preserved(noun, identifier, preset),
+        "dreambooth": {"identifier": identifier},
+        "objective": {"caption_dropout": 0.1},
         "train": preset["train"] | {"warmup": 20},
     }
     if photos.masks:

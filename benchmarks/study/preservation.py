@@ -56,11 +56,15 @@ PLAIN = {
     "dreambooth.surroundings": "picture",
     "dreambooth.company": 0,
     "dreambooth.own_share": 0,
+    "dreambooth.class_prompt": "the class",
+    "dreambooth.class_prompt_file": RECIPES / "prompts" / "class.txt",
+    "dreambooth.class_images": 64,
+    "dreambooth.steps": 20,
+    "dreambooth.guidance_scale": 4.0,
     "objective.caption_dropout": 0,
     "train.ema": None,
     "train.learning_rate": 1e-3,
 }
-OWN = {"dreambooth.class_prompt": None, "dreambooth.class_prompt_file": None, "dreambooth.identifier": "sks"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "pictures": {**PLAIN, "dreambooth.preserve": "pictures"},
     "base": PLAIN,
@@ -74,8 +78,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dreambooth.identifier": "sks",
     },
     "average, empty prompt": {**PLAIN, "objective.caption_dropout": 0.1, "train.ema": 0.99},
-    "own pictures, average, empty prompt": {**PLAIN, **OWN, "objective.caption_dropout": 0.1, "train.ema": 0.99},
-    "default": {},
+    "both, average, empty prompt": {
+        **PLAIN,
+        "dreambooth.own_share": 0.5,
+        "dreambooth.identifier": "sks",
+        "objective.caption_dropout": 0.1,
+        "train.ema": 0.99,
+    },
+    "own pictures": {},  # the demo's config
 }
 
 
@@ -123,14 +133,14 @@ def train(variant: str, subject: str, out: Path, classes: Path) -> None:
     changes: dict[str, Any] = {
         "data.source": folder,
         "data.masks": folder / "masks",
-        "dreambooth.class_prompt": article(facts(subject)["class"]),
-        "dreambooth.class_prompt_file": RECIPES / "prompts" / "class.txt",
         "dreambooth.class_folder": classes,
         "train.snapshot_every": 50,
         "out": out,
         **VARIANTS[variant],
         **dict.fromkeys(("tune", "measure", "ship")),
     }
+    if changes.get("dreambooth.class_prompt"):
+        changes["dreambooth.class_prompt"] = article(facts(subject)["class"])
     arguments = [f"--{name}={'null' if value is None else value}" for name, value in changes.items()]
     config = RECIPES / "configs" / "dreambooth_lora" / "pocket_dog.yaml"
     dreambooth_lora.run(parse(dreambooth_lora.Settings, [f"--config={config}", *arguments]))

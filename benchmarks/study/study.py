@@ -197,6 +197,8 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
 
 def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     small = {"lora.rank": 2, "train.learning_rate": 2e-3, "train.save_precision": "fp16"}  # .36 MB each: some ship
+    small |= {"train.ema": None, "objective.caption_dropout": 0, "dreambooth.identifier": None}
+    small |= {"dreambooth.class_images": 64, "dreambooth.steps": 20, "dreambooth.guidance_scale": 4.0}
     aware = {**small, "data.masks": None, "objective.background": 0.2}  # of the loss outside the class word's region
     for recipe, made, weights, how, count in (
         ("dreambooth_lora", "lora", "lora", small, len(subjects)),
@@ -212,6 +214,7 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
                 "dreambooth.class_prompt": article(kind),
                 "dreambooth.class_prompt_file": RECIPES / "prompts" / "class.txt",
                 "dreambooth.class_folder": out / "class_images" / subject,
+                "dreambooth.preserve": "pictures",  # as all adapters of the results were trained
                 **({"region": kind} if made == "aware" else {}),
                 **how,
                 **ALONE,

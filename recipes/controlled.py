@@ -5,6 +5,7 @@ accelerate launch recipes/controlled.py --config recipes/configs/controlled/pock
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,14 @@ from PIL import Image, ImageOps
 from recipes.common.base import adapted, pipeline, size_of
 from recipes.common.cli import launch, say
 from recipes.common.draw import draw, keep, sheet
-from recipes.common.guidance import guided
+from recipes.common.guidance import guided, method_title
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
+from training.errors import TrainingError
 
 __all__ = ["Settings", "run"]
+
+LOW_F1 = 0.2  # of edges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,65 +62,122 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Sample with plain CFG and with the guidance; returns the sheet, or None after a dry run."""
-    from adapters import Shot
-    from adapters.measuring.metrics import CannyF1
+    make = _annotator(settings)
+    source = _pictures(settings)
+    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    given = _given(source, size_of(pipe, settings.sampling), make, nearest=settings.annotator == "none")
+    plain = GuidanceSettings(method="cfg", scale=settings.guidance.scale, rescale=settings.guidance.rescale)
+    arms = {method_title(arm.method): arm for arm in (plain, settings.guidance)}
+    with adapted(pipe, settings.adapter, settings.weight):
+        if settings.dry_run:
+            with guided(pipe, settings.guidance)():
+                say(f"would draw {len(arms) * len(given) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            return None
+        shots = {name: _draw(pipe, name, arm, given, settings) for name, arm in arms.items()}
+    for name, made in shots.items():
+        if settings.annotator == "canny":
+            _score(name, made, given, make)
+        for shot in made:
+            keep(shot.image, Path(settings.out) / f"{given[shot.prompt].name} {name} {shot.seed}.png")
+    page = Path(settings.out) / "sheet.png"
+    keep(sheet({**_columns(given), **shots}), page)
+    say(f"pictures in {settings.out}; side by side: {page}")
+    return page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """One of the user's pictures, cut to the size that is drawn, and the condition made from it."""
+
+    name: str
+    picture: Image.Image
+    condition: Image.Image
+
+
+def _annotator(settings: Settings) -> Callable[[Image.Image], Image.Image]:
     from training.data import images
     from training.data.annotators import annotator
     from training.pocket.control import edges
 
-    make = annotator(settings.annotator, settings.annotator_model) if settings.annotator != "none" else images.rgb
+    if settings.annotator == "none":
+        return images.rgb
     if settings.annotator == "canny" and settings.controlnet == "pocket-canny":
-        make = edges  # with the thresholds that it was trained on
+        return edges  # with the thresholds that it was trained on
+    return annotator(settings.annotator, settings.annotator_model)
+
+
+def _pictures(settings: Settings) -> Any:
+    """The user's pictures; what is wrong with them is said by this recipe's flags."""
+    from training.data import images
+
     shown = settings.pictures if settings.annotator == "none" else None
-    source = images.folder(settings.pictures, prompt=settings.prompt, conditioning=shown, minimum=1, say=say)
-    if settings.prompt is not None:
-        require(len(source) == 1, "prompt fits one picture; give several ones captions (.txt files)")
-    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
-    size = size_of(pipe, settings.sampling)
-    cut = Image.Resampling.NEAREST if settings.annotator == "none" else Image.Resampling.LANCZOS
-    conditions: dict[str, Image.Image] = {}
+    try:
+        source = images.folder(settings.pictures, prompt=settings.prompt, conditioning=shown, minimum=1, say=say)
+    except TrainingError as error:
+        said = str(error).replace("data.source", "--pictures").replace("data.prompt", "--prompt")
+        raise TrainingError(" ".join(said.split())) from error
+    require(
+        settings.prompt is None or len(source) == 1,
+        f"--prompt fits one picture, and {settings.pictures} has {len(source)}: give each a caption (a .txt file)",
+    )
+    return source
+
+
+def _given(
+    source: Any, size: tuple[int, int], make: Callable[[Image.Image], Image.Image], *, nearest: bool
+) -> dict[str, Given]:
+    """By caption; a caption that comes twice is said and left out, as pictures are told apart by their prompts."""
+    cut = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
+    found: dict[str, Given] = {}
     for index in range(len(source)):
-        sample = source[index]
-        conditions.setdefault(sample.caption, make(ImageOps.fit(sample.conditioning or sample.image, size, cut)))
+        sample, name = source[index], source.files[index].stem
+        if (first := found.get(sample.caption)) is not None:
+            say(f"left out: {name}, whose caption is that of {first.name}")
+            continue
+        picture = ImageOps.fit(sample.image, size, cut)
+        shown = ImageOps.fit(sample.conditioning or sample.image, size, cut)
+        found[sample.caption] = Given(name=name, picture=picture, condition=make(shown))
+    return found
 
-    def condition(prompt: str, seed: int) -> dict[str, Any]:
-        return {"image": conditions[prompt]}
 
-    with adapted(pipe, settings.adapter, settings.weight):
-        if settings.dry_run:
-            with guided(pipe, settings.guidance)():
-                say(f"would draw {2 * len(conditions) * len(settings.seeds)} pictures with {type(pipe).__name__}")
-            return None
-        plain = GuidanceSettings(method="cfg", scale=settings.guidance.scale, rescale=settings.guidance.rescale)
-        arms = {"CFG": plain, settings.guidance.method: settings.guidance}
-        common = {"controlnet_conditioning_scale": settings.conditioning_scale}
-        weights = f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g}"
-        shots: dict[str, list[Any]] = {
-            "condition": [Shot(prompt=text, seed=0, latents="", image=picture) for text, picture in conditions.items()]
-        }
-        for name, arm in arms.items():
-            folder = Path(settings.out) / name
-            shots[name] = draw(
-                pipe,
-                list(conditions),
-                settings.seeds,
-                arm,
-                settings.sampling,
-                folder,
-                weights,
-                arm=name,
-                inputs=condition,
-                common=common,
-            )
-            if settings.annotator == "canny":
-                wanted = lambda shot: conditions[shot.prompt].resize(shot.image.size)  # noqa: E731
-                again = lambda image: np.asarray(make(image).convert("L")) > 127  # noqa: E731
-                scores = CannyF1(condition=wanted, edges=again)(shots[name])
-                say(f"{name}: canny F1 {sum(scores) / len(scores):.3f} over {len(scores)} pictures")
-    page = Path(settings.out) / "sheet.png"
-    keep(sheet(shots), page)
-    say(f"pictures in {settings.out}; side by side: {page}")
-    return page
+def _draw(pipe: Any, name: str, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings) -> list[Any]:
+    return draw(
+        pipe,
+        list(given),
+        settings.seeds,
+        arm,
+        settings.sampling,
+        Path(settings.out) / "pictures" / name,
+        f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g}",
+        arm=name,
+        inputs=lambda prompt, seed: {"image": given[prompt].condition},
+        common={"controlnet_conditioning_scale": settings.conditioning_scale},
+    )
+
+
+def _score(
+    name: str, shots: Sequence[Any], given: Mapping[str, Given], make: Callable[[Image.Image], Image.Image]
+) -> None:
+    """Says how far the pictures keep the edges, found in them as they were in the user's pictures."""
+    from adapters.measuring.metrics import CannyF1
+
+    wanted = lambda shot: given[shot.prompt].condition.resize(shot.image.size)  # noqa: E731
+    again = lambda image: np.asarray(make(image).convert("L")) > 127  # noqa: E731
+    found = CannyF1(condition=wanted, edges=again)(shots)
+    mean = sum(found) / len(found)
+    say(f"{name}: canny F1 {mean:.2f} over {len(found)} pictures")
+    if mean < LOW_F1:
+        say(f"{name}: the pictures do not follow the edges; try more --sampling.steps or --conditioning_scale")
+
+
+def _columns(given: Mapping[str, Given]) -> dict[str, list[Any]]:
+    """The user's pictures and their conditions, as columns beside what was drawn."""
+    from adapters import Shot
+
+    def column(name: str) -> list[Any]:
+        return [Shot(prompt=text, seed=0, latents="", image=getattr(one, name)) for text, one in given.items()]
+
+    return {"yours": column("picture"), "condition": column("condition")}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,15 @@ from PIL import Image
 
 from recipes.common.base import POCKET, adapted, pipeline
 from recipes.common.cli import explained, launch, say
-from recipes.common.guidance import EFFECTIVE, arguments_of, effective_scales, guidance_of, guided, guider_of
+from recipes.common.guidance import (
+    EFFECTIVE,
+    arguments_of,
+    effective_scales,
+    guidance_of,
+    guided,
+    guider_of,
+    method_title,
+)
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -31,7 +39,6 @@ LIMITS = ("gamma_min", "gamma_max", "scale_cap")
 SLIDERS = {"smoothing_sigma": 3, "start": 1, "stop": 1}
 METHOD = "semantic is S-CFG; the others are control arms. interval guides between start and stop only."
 PROMPT = "a red dog and a blue cat on the grass"
-NAMES = {"cfg": "CFG", "semantic": "S-CFG"}
 COLUMNS = 4  # of the strip: its words stay readable at the width of a page
 # Small pictures fill their place; the strip keeps a readable size, and is moved sideways on a phone.
 STYLE = """
@@ -137,7 +144,7 @@ def _shot(
             pipe,
             [prompt],
             [seed],
-            arm=NAMES.get(guidance.method, guidance.method),
+            arm=method_title(guidance.method),
             guidance_scale=guidance.scale,
             steps=sampling.steps,
             height=sampling.height,

@@ -10,10 +10,15 @@ from typing import Any
 from recipes.common.settings import GuidanceSettings
 from training.config import require
 
-__all__ = ["EFFECTIVE", "arguments_of", "effective_scales", "guidance_of", "guided", "guider_of"]
+__all__ = ["EFFECTIVE", "arguments_of", "effective_scales", "guidance_of", "guided", "guider_of", "method_title"]
 
 EFFECTIVE = "effective scale"
 """What the table calls the guidance scale that an image was pushed by on average."""
+
+
+def method_title(method: str) -> str:
+    """What a method is called on a page."""
+    return {"cfg": "CFG", "semantic": "S-CFG"}.get(method, method)
 
 
 def arguments_of(pipe: Any, guidance: GuidanceSettings) -> dict[str, Any]:

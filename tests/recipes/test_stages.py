@@ -395,10 +395,21 @@ def test_control_generation_writes_a_sheet_with_the_conditions(tmp_path: Path, d
         shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.txt", large)
     config = ROOT / "recipes" / "configs" / "controlled" / "pocket_canny.yaml"
     said = done("controlled", f"--config={config}", f"--pictures={large}", *SAMPLE, f"--out={tmp_path / 'out'}")
-    for arm in ("CFG", "semantic"):
+    for arm in ("CFG", "S-CFG"):
         assert f"{arm}: canny F1" in said
-        assert len(list((tmp_path / "out" / arm).glob("*.png"))) == 2
-    assert Image.open(tmp_path / "out" / "sheet.png").size == (3 * 128 + 420, 2 * 128 + 20)
+        for number in (0, 1):
+            assert (tmp_path / "out" / f"{number} {arm} 1.png").is_file()
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (4 * 128 + 420, 2 * 128 + 20)
+
+
+def test_controlled_names_its_own_flags(tmp_path: Path, call) -> None:
+    config = ROOT / "recipes" / "configs" / "controlled" / "pocket_canny.yaml"
+    said = call("controlled", f"--config={config}", f"--pictures={tmp_path / 'gone'}", f"--out={tmp_path / 'out'}")
+    assert said.code == 2
+    assert said.err.startswith(f"error: --pictures: folder {tmp_path / 'gone'} does not exist")
+    Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
+    said = call("controlled", f"--config={config}", f"--pictures={tmp_path}", f"--out={tmp_path / 'out'}")
+    assert "give --prompt" in said.err
 
 
 # ---------------------------------------------------------------------------------------------- your own photos

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo study zoo test test-slow test-all docs lint format clean
+.PHONY: demo study zoo test test-slow test-kernels test-all docs lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scfg-toolkit needs Python >= 3.11, found " + sys.version.split()[0])'
@@ -31,6 +31,14 @@ test: $(READY)  ## everything not marked slow
 
 test-slow: $(READY)  ## the slow ones alone
 	$(BIN)/python -m pytest -m slow
+
+# What this CPU can do: oneDNN's families of kernels, torch's plain ones, one thread and two.
+HAS = $(shell grep -m1 -ow $(1) /proc/cpuinfo)
+ISAS := AVX2 $(if $(call HAS,avx512bw),AVX512_CORE) $(if $(call HAS,avx512_bf16),AVX512_CORE_BF16)
+KERNELS := $(ISAS:%=ONEDNN_MAX_CPU_ISA=%) ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 OMP_NUM_THREADS=2
+
+test-kernels: $(READY)  ## `make test` once under each family of kernels that this CPU has, and with one and two threads
+	set -e; for one in $(KERNELS); do echo "== $$one"; env $$one $(BIN)/python -m pytest -m 'not slow'; done
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from adapters.errors import AdapterError
 from adapters.measuring import sample
@@ -97,6 +101,27 @@ def test_resumed_equals_uninterrupted(pipe, tmp_path):
     assert not list(tmp_path.glob("*.part"))
     resumed = shoot(pipe, batch_size=1, folder=tmp_path)
     assert [s.image.tobytes() for s in resumed] == [s.image.tobytes() for s in whole]
+
+
+def test_a_damaged_picture_is_drawn_again(pipe, tmp_path):
+    whole = shoot(pipe, folder=tmp_path)
+    other, path = sorted(tmp_path.glob("*.png"))[:2]
+    before = path.read_bytes()
+    for data in (before[:200], b"", exchanged(before, other)):
+        path.write_bytes(data)
+        with pytest.warns(UserWarning, match="it is drawn again"):
+            again = shoot(pipe, folder=tmp_path)
+        assert [s.image.tobytes() for s in again] == [s.image.tobytes() for s in whole]
+
+
+def exchanged(data: bytes, other: Path) -> bytes:
+    """A whole PNG that says what `data` says, of other pixels."""
+    file, info = io.BytesIO(), PngInfo()
+    with Image.open(io.BytesIO(data)) as image:
+        info.add_itxt(sample.METADATA_KEY, image.text[sample.METADATA_KEY])
+    with Image.open(other) as image:
+        image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def test_resume_refuses_other_settings(pipe, tmp_path):

@@ -17,7 +17,7 @@ from ..config import require
 from . import captions, judge, scenes
 from .errors import PocketError
 from .judging import LEAST_AREA, Score, to_pixels
-from .world import CLASSES
+from .world import CLASSES, SIZE
 
 __all__ = [
     "IDENTITY",
@@ -75,7 +75,7 @@ def subject_similarity(pictures: Sequence[Image.Image], masks: Sequence[np.ndarr
         noun: the subject's class, one of `world.CLASSES`.
     """
     mean, spread = _statistics()
-    wanted = _unit((judge().features(pictures, torch.from_numpy(np.stack(masks))) - mean) / spread)
+    wanted = _unit((judge().features(pictures, _stacked(masks)) - mean) / spread)
     label = label_of(SUBJECT, noun)
 
     def measure(shots: Sequence[Shot]) -> list[float]:
@@ -111,7 +111,7 @@ def identity(
     """
     mean, spread = _statistics()
     label_of(IDENTITY, noun)
-    wanted = _unit((judge().features(pictures, torch.from_numpy(np.stack(masks))) - mean) / spread)
+    wanted = _unit((judge().features(pictures, _stacked(masks)) - mean) / spread)
 
     def likeness(shots: Sequence[Shot]) -> np.ndarray:
         shown = to_pixels([shot.image for shot in shots])
@@ -194,6 +194,12 @@ def label_of(what: str, noun: str) -> int:
     """
     require(noun in CLASSES, f"{what}: the pocket judge knows no {noun!r}; it knows {', '.join(CLASSES)}")
     return list(CLASSES).index(noun) + 1
+
+
+def _stacked(masks: Sequence[np.ndarray]) -> Tensor:
+    """(H, W) bool each, of any sizes, as shares (B, 64, 64): photos come in mixed sizes."""
+    each = (torch.from_numpy(np.ascontiguousarray(mask)).float()[None, None] for mask in masks)
+    return torch.cat([torch.nn.functional.interpolate(mask, (SIZE, SIZE), mode="area") for mask in each])[:, 0]
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_mod
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import adapters
-from adapters import files, keys, names, source
+from adapters import files, keys, names, source, whole
 from adapters.__main__ import main
 from adapters.errors import AdapterError, BaseMismatchError, FileError, FormatError
 from adapters.writing import write_adapter, write_kohya, write_peft
@@ -369,7 +369,7 @@ def test_folders_with_signs_of_a_shell_are_plain_names(pipe, make_adapter, tmp_p
     folder = tmp_path / "my rex [2] {x} * #1"
     for _ in range(2):  # the second replaces the first, and leaves nothing beside it
         adapters.ship.ship(folder, weights=make_adapter("lora"), base=adapters.describe(pipe), card=card)
-    (tmp_path / f".{folder.name}.new-999999-x").mkdir()
+    (tmp_path / f".{folder.name}.new-{whole._HOST}-999999-x").mkdir()  # left by a process that is gone
     adapters.load(pipe, folder).detach()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

@@ -205,7 +205,8 @@ def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_impossible_value_is_refused_before_anything_is_drawn(
     field: str, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipes.common.draw.draw", None)  # to draw would end with a traceback
+    for module in ("recipes.measure", "recipes.tune"):
+        monkeypatch.setattr(f"{module}.draw", None)  # to draw would end with a traceback
     stage = field.split(".")[0]
     recipe = "ship" if stage == "ship" else "tune" if stage == "tune" else "measure"
     common = {

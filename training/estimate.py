@@ -110,7 +110,7 @@ def estimate(
     asked: float = 0.0,
     caching_seconds: float = 0.0,
 ) -> Estimate:
-    """Tries one micro-batch forward and backward, twice (the first warms up), and leaves no gradient behind.
+    """Tries one micro-batch: twice forward and backward (the first warms up), once forward; leaves no gradient behind.
 
     Args:
         asked: share of samples for which the base predicts too, which any one micro-batch may hold more or fewer of.

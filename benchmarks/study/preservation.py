@@ -125,7 +125,7 @@ def run(variant: str, subject: str, folder: Path, classes: Path, snapshots: Sequ
 
 
 def facts(subject: str) -> dict[str, Any]:
-    return json.loads((RECIPES / "subjects" / subject / "subject.json").read_text())
+    return json.loads((RECIPES / "subjects" / subject / "subject.json").read_text("utf-8"))
 
 
 def train(variant: str, subject: str, out: Path, classes: Path) -> None:
@@ -179,7 +179,7 @@ def table(out: Path) -> None:
             print(
                 " ".join(f"{value:.3f}" if isinstance(value, float) else f"{value:34}" for value in rows[-1].values())
             )
-    (out / "scores.json").write_text(json.dumps(rows, indent=1))
+    (out / "scores.json").write_text(json.dumps(rows, indent=1), "utf-8")
 
 
 def _means(values: dict[str, np.ndarray]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .embeddings import learned
 from .errors import AdapterError, BaseMismatchError, FileError
 from .injection import fit, injected
 from .placement import is_offloaded, offload_like, unwrapped
-from .scope import Scope, scoped
+from .scope import Place, Scope, Where, scoped
 from .seat import refuse_fused
 from .source import GUIDER_FILE, Source, open_source, read_adapter, tokens_of, whole_model
 
@@ -63,6 +64,7 @@ def load(
     revision: str | None = None,
     merged: bool = False,
     scope: Scope | None = None,
+    place: Callable[[Any, str], Where] | None = None,
 ) -> Attached:
     """Attach an adapter to a diffusers pipeline.
 
@@ -76,6 +78,7 @@ def load(
             faster, the same up to rounding.
         scope: where, when and how strongly it acts while sampling; it then stays beside the weights. None: as the
             folder's guider says, where `guidance` applies that.
+        place: finds words in the pictures of a pipeline, such as `scfg.place_of`; a shipped scope may need it.
 
     The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
     have left. A pipeline may be compiled or offloaded; a DoRA on a sequentially offloaded one is always merged.
@@ -96,7 +99,7 @@ def load(
     try:
         with files.understood(opened.path):
             attached.guider = _guider(opened)
-            scope = scope or _shipped_scope(attached.guider if guidance else None)
+            scope = scope or _shipped_scope(attached.guider if guidance else None, place and partial(place, pipe))
         before = getattr(pipe, "unet", None)
         with files.understood(opened.path):
             attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
@@ -220,8 +223,8 @@ def _guider(source: Source) -> dict[str, Any] | None:
     return guider
 
 
-def _shipped_scope(guider: dict[str, Any] | None) -> Scope:
-    return Scope.from_config(guider["scope"]) if guider and guider.get("scope") else Scope()
+def _shipped_scope(guider: dict[str, Any] | None, place: Place | None) -> Scope:
+    return Scope.from_config(guider["scope"], place) if guider and guider.get("scope") else Scope()
 
 
 def _guide(attached: Attached, guidance: Guidance | None, where: str) -> None:

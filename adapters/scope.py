@@ -9,19 +9,20 @@ With b the base's prediction and t the adapted one, for a prompt c or the empty 
 | `uncond_weight=w` | t_w(0) + s (t(c) - t_w(0)), adapter at weight w | personalization guidance (2508.00319) |
 | `start`, `stop` | b outside these fractions of the steps, t inside | PersonGenSampler (2502.05895) |
 | `where` | m t + (1 - m) b in both halves, m a map of the subject's place | masked sampling (2502.05895) |
+| `where_stop` | the same in the first steps, then t everywhere | they decide the layout; see benchmarks/study |
 
 `uncond_weight`, `start` and `stop` need no further pass through the U-net: each adapted layer keeps its base
 layer's output, and each row of the batch takes one or the other. `where` needs the base's prediction of both halves:
-four rows an image instead of two. A whole fine-tuned U-net is asked beside the base's U-net.
+four rows an image instead of two, until `where_stop`. A whole fine-tuned U-net is asked beside the base's U-net.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -32,7 +33,7 @@ from .errors import AdapterError
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["Call", "Scope", "Where", "scoped"]
+__all__ = ["Call", "Place", "Scope", "Subject", "Where", "renamed", "scoped", "without_identifier"]
 
 FORMAT = 1
 
@@ -67,6 +68,47 @@ class Where(Protocol):
     def __call__(self, call: Call) -> AbstractContextManager[Callable[[], Tensor]]: ...
 
 
+Place = Callable[[str], Where]
+"""From words of a prompt to where they are in a picture, such as `scfg.place_of` on a pipeline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Whom a scope looks for, as text: what of `where` can be kept in a file.
+
+    Attributes:
+        identifier: the word that marks the subject in prompts, such as "sks".
+        noun: the class's name, which follows it.
+    """
+
+    identifier: str
+    noun: str
+
+
+def renamed(prompt: str, names: Mapping[str, str]) -> str:
+    """The prompt with words replaced, "" leaving one out, and the articles before them mended.
+
+    With {"sks": "", "<rex>": "owl"}, "a sks eel and a <rex>" becomes "an eel and an owl".
+    """
+    said: list[str] = []
+    changed = False
+    for word in prompt.split():
+        new = names.get(word, word)
+        changed |= new != word
+        if not new:
+            continue
+        if changed and said and said[-1].lower() in ("a", "an"):
+            said[-1] = said[-1][0] + ("n" if new[0].lower() in "aeiou" else "")
+        said.append(new)
+        changed = False
+    return " ".join(said)
+
+
+def without_identifier(prompt: str, identifier: str) -> str:
+    """The prompt as the base knows it: "a sks owl" becomes "an owl"."""
+    return renamed(prompt, {identifier: ""})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scope:
     """How far an adapter reaches; the default is everywhere, in every step, in both halves alike.
@@ -77,15 +119,20 @@ class Scope:
             LoKr); a DoRA's layers are interpolated. A whole U-net knows None, 0 and 1 only.
         start, stop: fractions of the sampling steps between which the adapter is on.
         where: gives a map of the subject in each image; outside of it the base's prediction is taken.
+        where_stop: fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere. The
+            first steps decide what stands where, the others may then draw the picture in one piece.
         elsewhere: from a prompt to what the base is asked outside of `where`, such as the prompt with the class's name
             in place of the subject's; None: the same prompt.
+        subject: whom `where` looks for; needed only to write the scope into a file. See `of_subject`.
     """
 
     uncond_weight: float | None = None
     start: float = 0.0
     stop: float = 1.0
     where: Where | None = None
+    where_stop: float = 1.0
     elsewhere: Callable[[str], str] | None = None
+    subject: Subject | None = None
 
     def __post_init__(self) -> None:
         if self.uncond_weight is not None and not 0 <= self.uncond_weight <= 100:
@@ -96,6 +143,8 @@ class Scope:
             raise AdapterError(
                 f"start={self.start}, stop={self.stop}: expected fractions of the steps, 0 <= start < stop <= 1"
             )
+        if not 0 < self.where_stop <= 1:
+            raise AdapterError(f"where_stop={self.where_stop}: expected a fraction of the steps, above 0 and at most 1")
         if self.elsewhere is not None and self.where is None:
             raise AdapterError("elsewhere says what the base is asked outside of `where`; give `where` too")
 
@@ -104,28 +153,70 @@ class Scope:
         """Whether it changes nothing."""
         return self.uncond_weight is None and (self.start, self.stop) == (0.0, 1.0) and self.where is None
 
-    def to_config(self) -> dict[str, Any]:
-        """What `guider_config.json` keeps under "scope"; `where` is a function, which its maker has to put back."""
-        return {"format": FORMAT, "uncond_weight": self.uncond_weight, "start": self.start, "stop": self.stop}
-
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Scope:
-        """The scope that `to_config` wrote.
+    def of_subject(cls, place: Place, subject: Subject, **fields: Any) -> Scope:
+        """A scope whose `where` is the place of the subject's words; outside it the base is asked for the class.
+
+        Args:
+            place: such as `functools.partial(scfg.place_of, pipe)`.
+            fields: the other fields.
+        """
+        return cls(
+            where=place(f"{subject.identifier} {subject.noun}"),
+            elsewhere=functools.partial(without_identifier, identifier=subject.identifier),
+            subject=subject,
+            **fields,
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """What `guider_config.json` keeps under "scope".
 
         Raises:
-            AdapterError: written by a version with other fields, or with a bad value.
+            AdapterError: `where` is a function of the caller's own, of which a file can say nothing.
+        """
+        config = {"format": FORMAT, "uncond_weight": self.uncond_weight, "start": self.start, "stop": self.stop}
+        if self.where is None:
+            return config
+        if self.subject is None:
+            raise AdapterError("scope: your own `where` cannot be written to a file; make it with Scope.of_subject")
+        return config | {"where": {**asdict(self.subject), "stop": self.where_stop}}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], place: Place | None = None) -> Scope:
+        """The scope that `to_config` wrote.
+
+        Args:
+            place: finds words in pictures, for a scope that acts in the place of its subject only.
+
+        Raises:
+            AdapterError: written by a version with other fields, or with a bad value; or it needs `place`.
         """
         values = dict(config)
-        known = {field.name for field in fields(cls)} - {"where", "elsewhere"}
-        if values.pop("format", None) != FORMAT or not set(values) <= known:
+        where = values.pop("where", None)
+        known = {"uncond_weight", "start", "stop"}
+        texts = {"identifier", "noun"}
+        understood = values.pop("format", None) == FORMAT and set(values) <= known
+        if where is not None:
+            understood &= isinstance(where, dict) and set(where) == texts | {"stop"}
+            understood &= understood and all(isinstance(where[name], str) and where[name] for name in texts)
+        if not understood:
             raise AdapterError(
-                f"scope {config}: this version knows format {FORMAT} with {', '.join(sorted(known))}; "
+                f"scope {str(config)[:200]}: this version knows format {FORMAT} with {', '.join(sorted(known))}, "
+                "where; "
                 "update the toolkit, or remove the scope from the file to sample without it"
             )
         try:
-            return cls(**values)
+            if where is None:
+                return cls(**values)
+            if place is None:
+                raise AdapterError(
+                    f"scope: this adapter acts in the place of {where['identifier']} {where['noun']} only; pass "
+                    "place=functools.partial(scfg.place_of, pipe), or scope=adapters.Scope() to let it act everywhere"
+                )
+            subject = Subject(identifier=where["identifier"], noun=where["noun"])
+            return cls.of_subject(place, subject, where_stop=where["stop"], **values)
         except TypeError as error:
-            raise AdapterError(f"scope {config}: {error}") from error
+            raise AdapterError(f"scope {str(config)[:200]}: {error}") from error
 
 
 @contextmanager
@@ -223,7 +314,7 @@ class _Scoped:
                 "sample without a scope"
             )
         rows = sample.shape[0] // 2
-        if self.scope.where is None:
+        if self.scope.where is None or fraction >= self.scope.where_stop:
             return self.network.adapted(rows, self.share, *given, **kwargs)
         call = Call(
             unet=self.unet,

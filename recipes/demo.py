@@ -11,10 +11,12 @@ import argparse
 import time
 from pathlib import Path
 
+from adapters.files import read_json
 from recipes import dreambooth_lora
 from recipes.common.cli import alone, explained, quiet
 from training.config import parse
 from training.errors import exit_on_error
+from training.pocket.captions import article
 from training.pocket.subjects import SUBJECTS
 
 HERE = Path(__file__).parent
@@ -43,6 +45,7 @@ def main() -> None:
     changes = {
         "data.source": subject,
         "data.masks": subject / "masks",
+        "dreambooth.class_prompt": article(read_json(subject / "subject.json")["class"]),
         "measure.subjects": [str(subject)],
         "out": options.out,
         **(QUICK if options.quick else {}),

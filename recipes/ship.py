@@ -59,7 +59,7 @@ def run(settings: Settings) -> Path | None:
         gains=gains,
         rows=rows,
         shots=shots,
-        guider=None if best is None else guider_of(best),
+        guider=None if best is None else guider_of(best, *_subject(plan)),
         models=adapters.base.modules_of(pipe),
         config=_config(weights),
         facts=facts,
@@ -72,6 +72,12 @@ def run(settings: Settings) -> Path | None:
         names = adapters.ship.push(folder, settings.ship.push, private=settings.ship.private)
         say(f"pushed {len(names)} files to {settings.ship.push}")
     return folder
+
+
+def _subject(plan: MeasureSettings) -> tuple[str, str]:
+    """Identifier and class of the subject; both empty where there is none."""
+    case = cases(plan, None)[0] if plan.subjects else None
+    return ("", "") if case is None else (case.identifier, case.noun)
 
 
 def _measured(folder: Path | None) -> tuple[Any, ...]:

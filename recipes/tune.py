@@ -94,7 +94,8 @@ def run(settings: Settings) -> Path | None:
         )
         with adapters.files.write_folder(out) as stage:
             tuned.write(stage)
-            guider = guider_of(tuned.best[settings.measure.arm])
+            case = search.units[0]
+            guider = guider_of(tuned.best[settings.measure.arm], case.identifier, case.noun)
             (stage / "guider_config.json").write_text(json.dumps(guider, indent=1), "utf-8")
     state().wait_for_everyone()
     return out

@@ -1,8 +1,8 @@
 """The subject in company: its cut-outs placed where the base drew its class, as further training pictures.
 
 A few photographs show a subject in few surroundings. The base draws its class in any: "a dog to the left of a house".
-There the subject's cut-out takes the place of what the base drew; elsewhere the base's own prediction is the target, so
-that nothing else of the picture is learned.
+There the subject's cut-out takes the place of what the base drew. The picture is trained as it is: asked for the class
+beside the cut-out, the base would draw its class there once more.
 """
 
 from __future__ import annotations

@@ -190,14 +190,15 @@ class DreamBoothSettings:
     prediction for the caption without the identifier."""
     company: float = 0.0
     """Share of the subject's samples in which its cut-out is pasted into a class image, where the base drew the class.
-    Uses the lines of class_prompt_file with {}. Outside the cut-out, the base's own prediction is the target."""
+    Uses the lines of class_prompt_file with {}."""
     class_prompt: str | None = None
     """Prompt of the class images, such as "a photo of a dog"."""
     identifier: str | None = None
     """Rare word that marks the subject in captions, such as sks. With it, preserve: base also uses the subject's own
     pictures, with this word removed from their captions; only these if class_prompt is null."""
     own_share: float = 0.5
-    """Share of the subject's own pictures among the class samples, if there are class images as well."""
+    """Share of the subject's own pictures (with company, of those with its cut-out) among the class samples, if there
+    are class images as well."""
     class_prompt_file: str | None = None
     """File with one prompt per line for the class images, instead of one prompt for all. {} is replaced by
     class_prompt, and image i uses line i."""

@@ -19,6 +19,7 @@ from PIL import Image
 
 from adapters.errors import FileError
 from adapters.files import read_json, write_file, write_json, write_tensors, write_text
+from adapters.scope import renamed
 
 from . import company
 from .config import DreamBoothSettings, ObjectiveSettings, require
@@ -102,7 +103,8 @@ class Prior:
     to_base: bool = False
     """Whether `views` are trained towards the base's own prediction rather than their pictures."""
     own: Views | None = None
-    """The subject's own pictures under their class captions, beside `views`; always towards the base's prediction."""
+    """The subject's own pictures (with `company`, those with its cut-out) under their class captions, beside `views`;
+    always towards the base's prediction."""
     own_share: float = 0.0
     """Their share of the class samples."""
     ratio: float = 1.0
@@ -114,7 +116,7 @@ class Prior:
     surroundings: bool = False
     """Whether the base is asked outside the subject in its own pictures."""
     placed: Views | None = None
-    """The subject's cut-outs where the base drew its class; there it always is."""
+    """The subject's cut-outs where the base drew its class."""
     placed_share: float = 0.0
     """Their share of the instance samples."""
 
@@ -146,11 +148,7 @@ def prior(
         return None
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     named = settings.preserve == "base" and (settings.identifier is not None or bool(words))
-    own = (
-        data.captioned([rename(one.caption) for one in map(data.source.__getitem__, range(len(data.source)))])
-        if named
-        else None
-    )
+    own = _of_class(data, rename) if named else None
     if settings.class_prompt is not None:
         views = _class_views(parts, settings, data.sizes[0][0], Path(settings.class_folder or folder), seed, batch_size)
     elif own is not None:
@@ -167,6 +165,7 @@ def prior(
         placed = company.placed(
             parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
         )
+        own = _of_class(placed, rename)  # the same picture under both captions shows what the identifier is
     return Prior(
         views=views,
         to_base=settings.preserve == "base",
@@ -181,17 +180,19 @@ def prior(
     )
 
 
+def _of_class(data: Views, rename: Callable[[str], str]) -> Views:
+    """The same pictures under their class captions."""
+    return data.captioned([rename(data.source[number].caption) for number in range(len(data.source))])
+
+
 def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, str]) -> str:
     """What the base would call a picture: "a sks owl and a <rex>" becomes "an owl and a dog".
 
     Raises:
         TrainingError: a caption without the identifier and any of the words.
     """
-    said = [words.get(word, word) for word in caption.split() if word != identifier]
-    for number, word in enumerate(said[1:]):
-        if said[number].lower() in ("a", "an"):
-            said[number] = said[number][0] + ("n" if word[:1].lower() in tuple("aeiou") else "")
-    if (changed := " ".join(said)) == caption:
+    changed = renamed(caption, {**({identifier: ""} if identifier else {}), **words})
+    if changed == caption:
         names = ", ".join([*([identifier] if identifier else []), *words])
         raise TrainingError(f"dreambooth.identifier: {names or None} is not in the caption {caption!r}")
     return changed

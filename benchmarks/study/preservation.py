@@ -26,7 +26,7 @@ from adapters.measuring.sample import Shot
 from recipes import dreambooth_lora
 from recipes.common.base import adapted, pipeline
 from recipes.common.cli import explained, quiet
-from recipes.common.settings import SamplingSettings
+from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.config import BaseSettings, parse
 from training.errors import exit_on_error
 from training.pocket import metrics
@@ -56,11 +56,8 @@ PLAIN = {
     "dreambooth.surroundings": "picture",
     "dreambooth.company": 0,
     "dreambooth.own_share": 0,
-    "dreambooth.class_prompt": "the class",
-    "dreambooth.class_prompt_file": RECIPES / "prompts" / "class.txt",
-    "dreambooth.class_images": 64,
-    "dreambooth.steps": 20,
-    "dreambooth.guidance_scale": 4.0,
+    "dreambooth.prior_ratio": 1,
+    "dreambooth.prior_weight": 1,
     "objective.caption_dropout": 0,
     "train.ema": None,
     "train.learning_rate": 1e-3,
@@ -69,23 +66,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pictures": {**PLAIN, "dreambooth.preserve": "pictures"},
     "base": PLAIN,
     "base, rate 2e-3": {**PLAIN, "train.learning_rate": 2e-3},
-    "surroundings": {**PLAIN, "dreambooth.surroundings": "base", "dreambooth.identifier": "sks"},
-    "placed": {**PLAIN, "dreambooth.company": 0.5, "dreambooth.identifier": "sks"},
-    "placed, surroundings": {
-        **PLAIN,
-        "dreambooth.company": 0.5,
-        "dreambooth.surroundings": "base",
-        "dreambooth.identifier": "sks",
-    },
+    "surroundings": {**PLAIN, "dreambooth.surroundings": "base"},
+    "placed": {**PLAIN, "dreambooth.company": 0.5},
+    "placed, surroundings": {**PLAIN, "dreambooth.company": 0.5, "dreambooth.surroundings": "base"},
     "average, empty prompt": {**PLAIN, "objective.caption_dropout": 0.1, "train.ema": 0.99},
     "both, average, empty prompt": {
         **PLAIN,
         "dreambooth.own_share": 0.5,
-        "dreambooth.identifier": "sks",
         "objective.caption_dropout": 0.1,
         "train.ema": 0.99,
     },
-    "own pictures": {},  # the demo's config
+    "company": {},  # the demo's config
+    "own pictures": {
+        "dreambooth.company": 0,
+        "dreambooth.class_prompt": None,
+        "dreambooth.class_prompt_file": None,
+        "dreambooth.prior_ratio": 1,
+        "dreambooth.prior_weight": 1,
+    },
 }
 
 
@@ -94,7 +92,12 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", choices=[[], *VARIANTS])
     parser.add_argument("--subjects", nargs="+", default=["bird", "teapot"])
     parser.add_argument("--snapshots", nargs="+", type=int, default=[], help="steps drawn besides the last")
-    parser.add_argument("--grid", nargs="+", default=["1:4", "1:2.5"], help="weight:scale of the adapter and of CFG")
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        default=["1:4", "1:2.5"],
+        help="weight:scale of the adapter and of CFG; a third number is the scope's where_stop, with where: subject",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/preservation"))
     parser.add_argument("--table", action="store_true", help="scores all pictures that are there")
     options = parser.parse_args()
@@ -118,9 +121,10 @@ def run(variant: str, subject: str, folder: Path, classes: Path, snapshots: Sequ
     draw(pipe, [prompt.format(noun) for prompt in PROMPTS], 4.0, folder.parents[1] / "base" / f"{subject}.npz", "1 4")
     for step in [None, *snapshots]:
         trained = folder / "lora" if step is None else folder / "snapshots" / f"step-{step:06d}"
-        for weight, scale in grid:
-            name = f"{step or 'last'} {weight:g} {scale:g}"
-            with adapted(pipe, trained, weight):
+        for weight, scale, *stop in grid:
+            name = " ".join([f"{step or 'last'}", *(f"{value:g}" for value in (weight, scale, *stop))])
+            scope = ScopeSettings(where="subject", where_stop=stop[0]) if stop else None
+            with adapted(pipe, trained, weight, scope=scope, identifier="sks", noun=noun):
                 draw(pipe, [prompt.format(f"sks {noun}") for prompt in PROMPTS], scale, folder / "drawn.npz", name)
 
 
@@ -139,7 +143,7 @@ def train(variant: str, subject: str, out: Path, classes: Path) -> None:
         **VARIANTS[variant],
         **dict.fromkeys(("tune", "measure", "ship")),
     }
-    if changes.get("dreambooth.class_prompt"):
+    if changes.setdefault("dreambooth.class_prompt", "") is not None:
         changes["dreambooth.class_prompt"] = article(facts(subject)["class"])
     arguments = [f"--{name}={'null' if value is None else value}" for name, value in changes.items()]
     config = RECIPES / "configs" / "dreambooth_lora" / "pocket_dog.yaml"

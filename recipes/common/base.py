@@ -159,16 +159,11 @@ def _scope(pipe: Any, settings: ScopeSettings, identifier: str, noun: str) -> An
     """The scope that the settings describe: outside of the subject the base is asked for its class."""
     import adapters
     import scfg
-    from training.pocket.metrics import without_word
+    from adapters.scope import Subject
 
-    place: Any = None
-    asked = None
-    if settings.where is not None:
-        place, asked = scfg.place_of(pipe, f"{identifier} {noun}"), partial(without_word, word=identifier)
-    return adapters.Scope(
-        uncond_weight=settings.uncond_weight,
-        start=settings.start,
-        stop=settings.stop,
-        where=place,
-        elsewhere=asked,
-    )
+    steps: dict[str, Any] = {"uncond_weight": settings.uncond_weight, "start": settings.start, "stop": settings.stop}
+    if settings.where is None:
+        return adapters.Scope(**steps)
+    subject = Subject(identifier=identifier, noun=noun)
+    place: Any = partial(scfg.place_of, pipe)
+    return adapters.Scope.of_subject(place, subject, where_stop=settings.where_stop, **steps)

@@ -41,11 +41,14 @@ def guidance_of(settings: GuidanceSettings) -> Any:
     return scfg.make_guidance(settings.method, start, **settings.options)
 
 
-def guider_of(settings: GuidanceSettings) -> dict[str, Any]:
+def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") -> dict[str, Any]:
     """The same as an adapter ships it: what `guider_config.json` holds, with the adapter's scope under `scope`.
 
+    Args:
+        identifier, noun: of the subject, for a scope that looks for it.
+
     Raises:
-        TrainingError: a scope with `where`, which needs this toolkit's own regions and cannot be read from a file.
+        TrainingError: a scope with `where`, and no subject.
     """
     import adapters
     import scfg
@@ -56,9 +59,10 @@ def guider_of(settings: GuidanceSettings) -> dict[str, Any]:
     scope = settings.scope
     if scope is None:
         return config
-    require(scope.where is None, "scope.where cannot ship: other programs have no regions; ship an arm without it")
-    reach = adapters.Scope(uncond_weight=scope.uncond_weight, start=scope.start, stop=scope.stop)
-    return config | {"scope": reach.to_config()}
+    require(scope.where is None or bool(identifier), "scope.where: subject: no subject is given; set measure.subjects")
+    where = {"identifier": identifier, "noun": noun, "stop": scope.where_stop}
+    reach = adapters.Scope(uncond_weight=scope.uncond_weight, start=scope.start, stop=scope.stop).to_config()
+    return config | {"scope": reach if scope.where is None else reach | {"where": where}}
 
 
 def guided(

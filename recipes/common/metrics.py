@@ -34,6 +34,7 @@ from adapters.measuring import metrics as kinds
 from adapters.measuring.metrics import Metric
 from adapters.measuring.metrics.networks import Clip, TextAlignment, Vit, efficientnet_lite0
 from adapters.measuring.sample import Shot
+from adapters.scope import without_identifier
 from training.config import require
 from training.data import images
 from training.errors import TrainingError
@@ -50,7 +51,6 @@ from training.pocket.metrics import (
     label_of,
     prompt_accuracy,
     subject_similarity,
-    without_word,
 )
 
 from .base import POCKET
@@ -161,7 +161,7 @@ def judged(name: str, case: Case, prompt: str) -> bool:
     if name != PROMPT and name not in PARTS:
         return True
     try:
-        said = captions.parse(without_word(prompt, case.identifier))
+        said = captions.parse(without_identifier(prompt, case.identifier))
     except PocketError as error:
         raise TrainingError(f"measure.metrics: {name} cannot judge the prompt {prompt!r}: {error}") from error
     there = {
@@ -198,7 +198,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
     features = space(where, settings.spaces.get(where))
     if what == "alignment":
         require(isinstance(features, Clip), f"{name}: only clip knows words")
-        without = lambda shot: without_word(shot.prompt, case.identifier)  # noqa: E731
+        without = lambda shot: without_identifier(shot.prompt, case.identifier)  # noqa: E731
         return TextAlignment(name=name, clip=features, prompt=without)
     if what == "diversity":
         return kinds.Diversity(name=name, features=features)

@@ -34,12 +34,22 @@ class ScopeSettings:
     stop: float = 1.0
     """Fraction of the sampling steps at which it is switched off again."""
     where: Literal["subject"] | None = None
-    """subject: acts only where the attention to the subject's words is, which doubles the U-net's work."""
+    """subject: acts only where the attention to the subject's words is, which doubles the U-net's work there."""
+    where_stop: float = 1.0
+    """Fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere."""
 
     def __post_init__(self) -> None:
         require(
             0 <= self.start < self.stop <= 1,
             f"scope.start {self.start} and scope.stop {self.stop} must be fractions of the steps, start below stop",
+        )
+        require(
+            0 < self.where_stop <= 1,
+            f"scope.where_stop must be a fraction of the steps, above 0 and at most 1, got {self.where_stop}",
+        )
+        require(
+            self.where is not None or self.where_stop == 1,
+            f"scope.where_stop {self.where_stop} ends scope.where, which is not set; set where: subject",
         )
         require(
             self.uncond_weight is None or 0 <= self.uncond_weight <= 100,

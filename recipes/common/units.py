@@ -48,7 +48,9 @@ class Case:
     @property
     def of_class(self) -> Case:
         """The same prompts without the identifier, which ask for anything of the class; for the base alone."""
-        prompts = [" ".join(word for word in prompt.split() if word != self.identifier) for prompt in self.prompts]
+        from adapters.scope import without_identifier
+
+        prompts = [without_identifier(prompt, self.identifier) for prompt in self.prompts]
         return replace(self, prompts=list(dict.fromkeys(prompts)), adapter=None, conditions={}, targets={})
 
     def inputs(self, prompt: str, seed: int) -> dict[str, Any]:

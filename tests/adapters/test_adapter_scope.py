@@ -131,6 +131,38 @@ def test_outside_of_the_map_the_base_may_be_asked_something_else(pipe, folder):
     assert "encode_prompt" not in vars(pipe)
 
 
+def test_the_place_counts_in_the_first_steps_only(pipe, folder):
+    """Until `where_stop` the base is taken outside of the map, then the adapter everywhere."""
+    plain = both_halves(pipe)
+    with adapters.load(pipe, folder):
+        adapted = both_halves(pipe)
+    asked = []
+
+    def where(call: adapters.scope.Call):
+        asked.append(float(call.timestep))
+        return everywhere(0.0)(call)
+
+    for stop, wanted, calls in ((0.25, plain, 1), (1.0, plain, 1)):
+        asked.clear()
+        with adapters.load(pipe, folder, scope=Scope(where=where, where_stop=stop)):
+            assert torch.equal(both_halves(pipe), wanted)  # the first of four steps
+        assert len(asked) == calls
+    pipe.scheduler.set_timesteps(4)
+    later = pipe.scheduler.timesteps[1]
+    with adapters.load(pipe, folder, scope=Scope(where=where, where_stop=0.25)):
+        asked.clear()
+        sample, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 16)
+        pipe.unet(sample, later, context)
+        assert not asked
+    assert not torch.equal(adapted, plain)
+
+
+def test_a_prompt_without_its_subject_has_its_articles():
+    assert adapters.scope.without_identifier("a sks owl and a sks dog", "sks") == "an owl and a dog"
+    assert adapters.scope.without_identifier("An sks dog by a inn", "sks") == "A dog by a inn"  # theirs is theirs
+    assert adapters.scope.renamed("a big <rex> and a sks eel", {"<rex>": "owl", "sks": ""}) == "a big owl and an eel"
+
+
 def test_a_whole_unet_is_asked_beside_the_bases(pipe, tmp_path):
     tuned = type(pipe.unet).from_config(pipe.unet.config)
     tuned.save_pretrained(tmp_path / "unet")
@@ -170,6 +202,7 @@ def test_what_a_scope_cannot_do_is_said(pipe, make_adapter, folder, tmp_path):
         ({"start": 0.6, "stop": 0.5}, "start=0.6, stop=0.5"),
         ({"uncond_weight": -1.0}, "uncond_weight=-1.0"),
         ({"elsewhere": str}, "give `where` too"),
+        ({"where_stop": 0.0}, "where_stop=0.0"),
     ):
         with pytest.raises(AdapterError, match=said):
             Scope(**bad)
@@ -188,9 +221,22 @@ def test_what_a_scope_cannot_do_is_said(pipe, make_adapter, folder, tmp_path):
 def test_a_scope_goes_through_a_file_and_a_strange_one_is_refused():
     scope = Scope(uncond_weight=0.2, start=0.1, stop=0.9)
     assert Scope.from_config(scope.to_config()) == scope
-    for strange in ({}, {"format": 2}, {**scope.to_config(), "radius": 3}, {"format": 1, "start": "x"}):
+    with pytest.raises(AdapterError, match=r"cannot be written to a file; make it with Scope.of_subject"):
+        Scope(where=everywhere(1.0)).to_config()
+    words = []
+    subject = adapters.scope.Subject(identifier="sks", noun="dog")
+    placed = Scope.of_subject(lambda said: words.append(said) or everywhere(1.0), subject, where_stop=0.3, start=0.1)
+    config = json.loads(json.dumps(placed.to_config()))
+    found = Scope.from_config(config, lambda said: words.append(said) or placed.where)
+    assert found.to_config() == config
+    assert (found.where_stop, found.start, words) == (0.3, 0.1, ["sks dog", "sks dog"])
+    assert found.elsewhere("a sks dog") == "a dog"
+    with pytest.raises(AdapterError, match=r"in the place of sks dog only; pass place="):
+        Scope.from_config(config)
+    odd = [{**config, "where": where} for where in ("sks", {"identifier": "sks"}, {**config["where"], "stop": "x"})]
+    for strange in ({}, {"format": 2}, {**scope.to_config(), "radius": 3}, {"format": 1, "start": "x"}, *odd):
         with pytest.raises(AdapterError, match="scope"):
-            Scope.from_config(strange)
+            Scope.from_config(strange, lambda said: everywhere(1.0))
 
 
 def test_a_shipped_scope_is_put_on_with_the_shipped_guidance(pipe, folder):
@@ -208,6 +254,13 @@ def test_a_shipped_scope_is_put_on_with_the_shipped_guidance(pipe, folder):
     assert given == [{"_class_name": "SemanticGuider"}]
     with pytest.warns(UserWarning, match="ships the guidance"), adapters.load(pipe, folder):
         assert not torch.equal(both_halves(pipe)[0], plain[0])
+    subject = adapters.scope.Subject(identifier="a", noun="dog")
+    nowhere = Scope.of_subject(lambda words: everywhere(0.0), subject).to_config()
+    (folder / "guider_config.json").write_text(json.dumps({"scope": nowhere}))
+    with adapters.load(pipe, folder, guidance=guidance, place=lambda pipe, words: everywhere(0.0)):
+        assert torch.equal(both_halves(pipe), plain)
+    with pytest.raises(AdapterError, match=r"in the place of a dog only; pass place="):
+        adapters.load(pipe, folder, guidance=guidance)
     (folder / "guider_config.json").write_text(json.dumps({"scope": {"format": 9}}))
     with pytest.raises(AdapterError, match="this version knows format 1"):
         adapters.load(pipe, folder, guidance=guidance)

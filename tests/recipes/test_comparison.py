@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import fields
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters import Scope
 from recipes.common.comparison import resolve
 from recipes.common.guidance import guider_of
 from recipes.common.search import JOINT, resolve_search
@@ -305,5 +307,9 @@ def test_every_scope_is_tried_in_a_dry_run_and_none_is_plain(call: Callable, tmp
 def test_a_scope_ships_with_the_guider_where_a_file_can_say_it() -> None:
     late = GuidanceSettings(method="cfg", scope=ScopeSettings(uncond_weight=0.0, start=0.2))
     assert guider_of(late)["scope"] == {"format": 1, "uncond_weight": 0.0, "start": 0.2, "stop": 1.0}
-    with pytest.raises(TrainingError, match=r"scope.where cannot ship"):
-        guider_of(GuidanceSettings(method="cfg", scope=ScopeSettings(where="subject")))
+    placed = GuidanceSettings(method="cfg", scope=ScopeSettings(where="subject", where_stop=0.3))
+    shipped = guider_of(placed, "sks", "dog")["scope"]
+    assert shipped["where"] == {"identifier": "sks", "noun": "dog", "stop": 0.3}
+    assert Scope.from_config(shipped, lambda words: lambda call: contextlib.nullcontext()).where_stop == 0.3
+    with pytest.raises(TrainingError, match=r"scope.where: subject: no subject is given"):
+        guider_of(placed)

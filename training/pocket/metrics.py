@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapters.measuring.metrics import Identity, Measure
 from adapters.measuring.sample import Shot
+from adapters.scope import without_identifier
 
 from ..config import require
 from . import captions, judge, scenes
@@ -31,7 +32,6 @@ __all__ = [
     "prompt_accuracy",
     "subject_regions",
     "subject_similarity",
-    "without_word",
 ]
 
 PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
@@ -60,7 +60,9 @@ def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
 
 
 def _scores(shots: Sequence[Shot], identifier: str) -> list[Score]:
-    return judge().scores([shot.image for shot in shots], [without_word(shot.prompt, identifier) for shot in shots])
+    return judge().scores(
+        [shot.image for shot in shots], [without_identifier(shot.prompt, identifier) for shot in shots]
+    )
 
 
 def subject_similarity(pictures: Sequence[Image.Image], masks: Sequence[np.ndarray], noun: str) -> Measure:
@@ -115,7 +117,7 @@ def identity(
 
     def likeness(shots: Sequence[Shot]) -> np.ndarray:
         shown = to_pixels([shot.image for shot in shots])
-        regions, _ = subject_regions(shown, [without_word(shot.prompt, identifier) for shot in shots], noun)
+        regions, _ = subject_regions(shown, [without_identifier(shot.prompt, identifier) for shot in shots], noun)
         cosines = _unit((judge().features(shown, regions) - mean) / spread) @ wanted.T
         cosines[~regions.flatten(1).any(1)] = torch.nan
         return cosines.double().numpy()
@@ -123,7 +125,7 @@ def identity(
     def drawn() -> list[Shot]:
         """The base's pictures in which the judge sees the class; the others are no standard."""
         shots = list(classes())
-        prompts = [without_word(shot.prompt, identifier) for shot in shots]
+        prompts = [without_identifier(shot.prompt, identifier) for shot in shots]
         _, named = subject_regions(to_pixels([shot.image for shot in shots]), prompts, noun)
         return [shot for shot, there in zip(shots, named.tolist(), strict=True) if there]
 
@@ -179,11 +181,6 @@ def class_iou(condition: Callable[[Shot], Image.Image], name: str = "class IoU")
         return values
 
     return Measure(name, True, measure)
-
-
-def without_word(prompt: str, word: str) -> str:
-    """The prompt without every occurrence of a word."""
-    return " ".join(part for part in prompt.split() if part != word)
 
 
 def label_of(what: str, noun: str) -> int:

@@ -222,7 +222,7 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str], tokens: T
             "import adapters, scfg",
             *_fresh(card, kinds),
             "",
-            f'with adapters.load(pipe, "."{weight}, guidance={guidance}) as attached:',
+            f'with adapters.load(pipe, "."{weight}, guidance={guidance}, place=scfg.place_of) as attached:',
             f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}, {_more(kinds)}).images[0]",
             "```",
         ]

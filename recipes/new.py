@@ -11,9 +11,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recipes import dreambooth_lora
 from recipes.common.base import POCKET
-from recipes.common.cli import explained, quiet
+from recipes.common.cli import CONFIGS, explained, quiet
 from recipes.common.photos import Photos, look
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
 from training.config import parse, require
@@ -161,6 +163,11 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     }
     if photos.masks:
         values["data"]["masks"] = str(photos.masks)
+    if photos.masks and base == POCKET:
+        shipped = yaml.safe_load((CONFIGS / "dreambooth_lora" / "pocket_dog.yaml").read_text("utf-8"))["dreambooth"]
+        lines = CONFIGS.parent / "prompts" / Path(shipped["class_prompt_file"]).name
+        values["dreambooth"] = shipped | {"identifier": identifier, "class_prompt": article(noun)}
+        values["dreambooth"]["class_prompt_file"] = str(lines)
     if photos.prompt:
         values["data"]["prompt"] = photos.prompt
     if base != POCKET:

@@ -20,7 +20,7 @@ from .data.images import Sample, rgb
 from .errors import TrainingError
 from .models import Parts, encode_images
 
-__all__ = ["compose", "placed"]
+__all__ = ["check", "compose", "placed"]
 
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either
@@ -63,6 +63,19 @@ def compose(drawn: Image.Image, region: Tensor, subject: Sample, caption: str) -
     picture.paste(cut, place, shape)
     where.paste(255, (*place, place[0] + size[0], place[1] + size[1]), shape)
     return Sample(image=picture, caption=caption, mask=where)
+
+
+def check(data: Views, identifier: str) -> None:
+    """Whether the subject can be cut out and named, before anything is drawn.
+
+    Raises:
+        TrainingError: a picture without a mask, or a caption in which no word follows the identifier.
+    """
+    for number in range(len(data.source)):
+        sample = data.source[number]
+        if sample.mask is None:
+            raise TrainingError("dreambooth.company cuts the subject out of its pictures: set data.masks")
+        _noun(sample.caption, identifier)
 
 
 def _extent(region: Tensor, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -112,9 +125,9 @@ def placed(
         region: from the word of the class to where it is in a picture.
 
     Raises:
-        TrainingError: pictures without masks, captions in which no word follows the identifier, or no picture in which
-            the base shows the class.
+        TrainingError: see `check`; or no picture in which the base shows the class.
     """
+    check(data, identifier)
     noun = _noun(data.source[0].caption, identifier)
     where = region(noun)
     samples: list[Sample] = []
@@ -126,8 +139,6 @@ def placed(
         mean, std = encode_images(parts.vae, view.pixels[None])
         found = where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption)
         subject = data.source[len(samples) % len(data.source)]
-        if subject.mask is None:
-            raise TrainingError("dreambooth.company cuts the subject out of its pictures: set data.masks")
         caption = line.replace("{}", f"a {identifier} {noun}")
         made = compose(drawn.source[number].image, found, subject, caption)
         samples += [made] if made else []

@@ -149,6 +149,9 @@ def prior(
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     named = settings.preserve == "base" and (settings.identifier is not None or bool(words))
     own = _of_class(data, rename) if named else None
+    if settings.company:
+        assert settings.identifier is not None  # see the settings
+        company.check(data, settings.identifier)
     if settings.class_prompt is not None:
         views = _class_views(parts, settings, data.sizes[0][0], Path(settings.class_folder or folder), seed, batch_size)
     elif own is not None:
@@ -161,7 +164,7 @@ def prior(
     placed = None
     if settings.company:
         assert region is not None
-        assert settings.identifier is not None  # see the settings
+        assert settings.identifier is not None
         placed = company.placed(
             parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
         )

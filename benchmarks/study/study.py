@@ -198,12 +198,15 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
 def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     small = {"lora.rank": 2, "train.learning_rate": 2e-3, "train.save_precision": "fp16"}  # .36 MB each: some ship
     small |= {"train.ema": None, "objective.caption_dropout": 0, "dreambooth.identifier": None}
+    small |= {"dreambooth.company": 0, "dreambooth.prior_ratio": 1, "dreambooth.prior_weight": 1}
+    small |= {"dreambooth.preserve": "pictures"}  # as these adapters of the results were trained
     small |= {"dreambooth.class_images": 64, "dreambooth.steps": 20, "dreambooth.guidance_scale": 4.0}
     aware = {**small, "data.masks": None, "objective.background": 0.2}  # of the loss outside the class word's region
     for recipe, made, weights, how, count in (
         ("dreambooth_lora", "lora", "lora", small, len(subjects)),
-        ("dreambooth", "full", "dreambooth/unet", {}, 13),  # 208 units; each takes minutes
+        ("dreambooth", "full", "dreambooth/unet", {"dreambooth.preserve": "pictures"}, 13),  # each takes minutes
         ("dreambooth_lora", "aware", "lora", aware, 9),  # of twelve prompts: 216 units
+        ("dreambooth_lora", "kept", "lora", {}, len(subjects)),  # the demo's config
     ):
         folders = {subject: RECIPES / "subjects" / subject for subject in subjects[:count]}
         for subject, folder in folders.items():
@@ -214,7 +217,6 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
                 "dreambooth.class_prompt": article(kind),
                 "dreambooth.class_prompt_file": RECIPES / "prompts" / "class.txt",
                 "dreambooth.class_folder": out / "class_images" / subject,
-                "dreambooth.preserve": "pictures",  # as all adapters of the results were trained
                 **({"region": kind} if made == "aware" else {}),
                 **how,
                 **ALONE,
@@ -236,6 +238,9 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
         )
         if made == "aware":
             yield replace(stage, config="measure/aware.yaml")
+            continue
+        if made == "kept":
+            yield replace(stage, config="measure/placed.yaml", quick={**stage.quick, "measure.weights": None})
             continue
         yield stage
         yield replace(stage, name=f"drift-{made}", config="measure/drift.yaml", quick=FEW)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -165,5 +166,24 @@ def _scope(pipe: Any, settings: ScopeSettings, identifier: str, noun: str) -> An
     if settings.where is None:
         return adapters.Scope(**steps)
     subject = Subject(identifier=identifier, noun=noun)
-    place: Any = partial(scfg.place_of, pipe)
+
+    def place(words: str) -> Any:
+        found = scfg.place_of(pipe, words)
+        change = CONTROLS.get(settings.where or "")
+        return found if change is None else partial(_changed, found, change)
+
     return adapters.Scope.of_subject(place, subject, where_stop=settings.where_stop, **steps)
+
+
+# Maps (B, 1, h, w) that cover as much as the subject's: evenly, or half a picture away.
+CONTROLS: dict[str, Callable[[Any], Any]] = {
+    "uniform": lambda place: place.mean((2, 3), keepdim=True).expand_as(place),
+    "elsewhere": lambda place: place.roll((place.shape[2] // 2, place.shape[3] // 2), (2, 3)),
+}
+
+
+@contextmanager
+def _changed(place: Any, change: Callable[[Any], Any], call: Any) -> Iterator[Callable[[], Any]]:
+    """A subject's place, changed into a control of it."""
+    with place(call) as found:
+        yield lambda: change(found())

@@ -59,6 +59,10 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
     scope = settings.scope
     if scope is None:
         return config
+    require(
+        scope.where in (None, "subject"),
+        f"scope.where: {scope.where} is a control of a comparison and does not ship; set subject or null",
+    )
     require(scope.where is None or bool(identifier), "scope.where: subject: no subject is given; set measure.subjects")
     where = {"identifier": identifier, "noun": noun, "stop": scope.where_stop}
     reach = adapters.Scope(uncond_weight=scope.uncond_weight, start=scope.start, stop=scope.stop).to_config()

@@ -33,8 +33,9 @@ class ScopeSettings:
     """Fraction of the sampling steps at which the adapter is switched on."""
     stop: float = 1.0
     """Fraction of the sampling steps at which it is switched off again."""
-    where: Literal["subject"] | None = None
-    """subject: acts only where the attention to the subject's words is, which doubles the U-net's work there."""
+    where: Literal["subject", "uniform", "elsewhere"] | None = None
+    """subject: acts only where the attention to the subject's words is, which doubles the U-net's work. As controls,
+    uniform acts everywhere by the subject's share of the picture, and elsewhere in a wrong place of the same shape."""
     where_stop: float = 1.0
     """Fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere."""
 

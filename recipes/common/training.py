@@ -96,10 +96,12 @@ def _say_stages(settings: Training, found: Any) -> None:
 def class_prior(parts: Any, settings: Any, pictures: Any) -> Any:
     """The samples of the class that a DreamBooth recipe's settings ask for; missing class images are generated."""
     from recipes.common.region_mask import region_of
-    from training import dreambooth
+    from training import company, dreambooth
 
     chosen = settings.dreambooth
     if settings.train.dry_run and chosen.class_prompt and chosen.preserve != "off":
+        if chosen.company:
+            company.check(pictures, chosen.identifier)
         say(f"would generate up to {chosen.class_images} pictures of the class; the trial takes the subject's instead")
         return dreambooth.Prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight

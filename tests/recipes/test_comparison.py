@@ -289,6 +289,7 @@ def test_a_scope_that_cannot_be_is_refused(arm: dict, adapter: str | None, said:
 
 def test_every_scope_is_tried_in_a_dry_run_and_none_is_plain(call: Callable, tmp_path: Path) -> None:
     scopes = {"base's unconditional": {"uncond_weight": 0}, "late": {"start": 0.2}, "place": {"where": "subject"}}
+    scopes |= {"even": {"where": "uniform", "where_stop": 0.3}, "wrong": {"where": "elsewhere", "where_stop": 0.3}}
     arms = {"CFG": {"method": "cfg"}, "S-CFG": {"method": "semantic"}}
     arms |= {name: {"method": "cfg", "scope": scope} for name, scope in scopes.items()}
     subject = ROOT / "recipes" / "subjects" / "bird"
@@ -313,3 +314,5 @@ def test_a_scope_ships_with_the_guider_where_a_file_can_say_it() -> None:
     assert Scope.from_config(shipped, lambda words: lambda call: contextlib.nullcontext()).where_stop == 0.3
     with pytest.raises(TrainingError, match=r"scope.where: subject: no subject is given"):
         guider_of(placed)
+    with pytest.raises(TrainingError, match=r"scope.where: uniform is a control of a comparison and does not ship"):
+        guider_of(GuidanceSettings(method="cfg", scope=ScopeSettings(where="uniform")), "sks", "dog")

@@ -217,10 +217,10 @@ def test_a_subject_is_placed_where_the_base_drew_its_class(base: Path, tmp_path:
     assert made.placed is not None
     assert made.own is not None
     streams = prepare._streams(data, made, lambda found: Live(found, parts.factor))
-    assert [stream.share for stream in streams] == [0.5, 0.5, 0.5, 0.5]  # own, placed, class images, own as the class
+    assert [stream.share for stream in streams] == [0.5, 0.5, 0.5, 0.5]  # own, placed, class, placed as class
     assert [stream.weight for stream in streams] == [2, 2, 2, 2]
     assert [stream.preserved for stream in streams] == [False, False, True, True]
-    assert streams[3].entries.captions == ["a dog", "a dog at night", "an owl and a dog"]
+    assert streams[3].entries.captions == ["a dog on grass", "a dog at night"] * 2  # under both captions
     captions = [made.placed.caption(index) for index in range(len(made.placed))]
     assert captions == ["a sks dog on grass", "a sks dog at night"] * 2
     drawn = np.asarray(made.views.source[0].image)
@@ -291,6 +291,7 @@ def test_what_cannot_be_preserved_is_refused(base: Path, pictures: Path, tmp_pat
     asked = {"class_prompt": "a dog", "class_prompt_file": str(lines), "class_images": 1, "steps": 1, "company": 0.5}
     with pytest.raises(TrainingError, match=r"dreambooth.company cuts the subject out of its pictures: set data.masks"):
         prior(settings(**asked), subject(tmp_path / "bare", masks=False), region=square)
+    assert not list(tmp_path.rglob("00000.png"))  # said before any class image is drawn
     with pytest.raises(TrainingError, match=r"dreambooth.company 0.5 .*set dreambooth.identifier, class_prompt"):
         settings(company=0.5)
     with pytest.raises(TrainingError, match=r"surroundings: base and company need dreambooth.preserve: base, not off"):

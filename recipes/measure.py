@@ -141,14 +141,15 @@ def _name_of(case: Case, shot: Any) -> str:
 def _drift(pipe: Any, comparison: Comparison, settings: Settings) -> dict[str, float]:
     """Mean distance of the adapter's pictures to the base's, of prompts that do not name the subject."""
     from adapters.measuring.metrics import Drift
-    from recipes.common import metrics as metrics_by_name
+    from recipes.common import spaces
 
     plan, case = settings.measure, comparison.units[0]
     other = replace(case, prompts=list(plan.drift_prompts), conditions={}, targets={}, name=f"{case.name}-unrelated")
     arms = (comparison.baseline, comparison.arm)
     shots = _sample(pipe, other, (comparison.bare, *arms), settings)
-    where = next((name for name in ("dino", "clip") if name in plan.spaces), "judge" if comparison.pocket else "colour")
-    features = metrics_by_name.space(where, plan.spaces.get(where))
+    known = [name for name in ("dinov3", "dinov2", "dino", "clip") if name in plan.spaces]
+    where = next(iter(known), "judge" if comparison.pocket else "colour")
+    features = spaces.space_of(where, plan)
     metric = Drift(name=f"drift ({where})", features=features, base=shots[BASE])
     return {f"drift ({where}) of {arm.name}": float(metric(shots[arm.name]).mean()) for arm in arms}
 

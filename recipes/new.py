@@ -198,11 +198,15 @@ def _compared(photos: Photos, networks: dict[str, str]) -> dict[str, Any]:
         "subjects": [str(photos.folder)],
         "seeds": [1, 2],
         "spaces": spaces,
-        "minimum_effect": 0.005,
+        "minimum_effect": 0.05,  # of identity, a share of pictures
+        "tolerance": 0.005,  # of alignment, a cosine
     }
     if len(spaces) == len(NETWORKS):
-        return {"measure": plan | {"referee": "similarity (dino)"}}
-    only = {"clip": ["alignment (clip)", "similarity (clip)"], "dino": ["similarity (dino)"]}
+        return {"measure": plan | {"referee": "similarity (clip)"}}
+    only = {
+        "clip": ["identity (clip)", "alignment (clip)", "similarity (clip)"],
+        "dino": ["identity (dino)", "similarity (dino)"],
+    }
     return {"measure": plan | {"metrics": only[next(iter(spaces))]}}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -30,7 +31,24 @@ from transformers import (
     ViTModel,
 )
 
-__all__ = ["RESOLUTION", "clip", "controlnet", "deepfloyd", "deepfloyd_upscaler", "sd", "sdxl", "vit"]
+__all__ = [
+    "RESOLUTION",
+    "clip",
+    "controlnet",
+    "deepfloyd",
+    "deepfloyd_upscaler",
+    "depth",
+    "dinov2",
+    "dinov3",
+    "grounding",
+    "owl",
+    "reader",
+    "sam",
+    "sd",
+    "sdxl",
+    "siglip",
+    "vit",
+]
 
 RESOLUTION = 32  # pixels; 8x8 latents at the tiny VAE's factor of 4
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>"
@@ -242,3 +260,167 @@ def vit(folder: Path) -> Path:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ViTModel(ViTConfig(**small, image_size=224, patch_size=32), add_pooling_layer=False).save_pretrained(folder)
     return folder
+
+
+# ---------------------------------------------------------------------------------------------- scorers
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def dinov2(folder: Path) -> Path:
+    torch.manual_seed(7)
+    transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, image_size=28, patch_size=14)).save_pretrained(folder)
+    return folder
+
+
+def dinov3(folder: Path) -> Path:
+    torch.manual_seed(8)
+    config = transformers.DINOv3ViTConfig(**SMALL, image_size=32, patch_size=16, num_register_tokens=2)
+    transformers.DINOv3ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def siglip(folder: Path) -> Path:
+    torch.manual_seed(9)
+    words = _words()
+    config = transformers.SiglipConfig(
+        text_config={**SMALL, "vocab_size": len(words), "max_position_embeddings": 24, "projection_size": 16},
+        vision_config={**SMALL, "image_size": 16, "patch_size": 8},
+    )
+    transformers.SiglipModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def owl(folder: Path) -> Path:
+    torch.manual_seed(10)
+    words = tokenizer(24)
+    text = {**SMALL, "vocab_size": len(words), "max_position_embeddings": 24}
+    config = transformers.Owlv2Config(
+        text_config={**text, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id},
+        vision_config={**SMALL, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    transformers.Owlv2ForObjectDetection(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def grounding(folder: Path) -> Path:
+    torch.manual_seed(11)
+    words = _words()
+    config = transformers.GroundingDinoConfig(
+        backbone_config=transformers.SwinConfig(
+            embed_dim=8,
+            depths=[1, 1, 1],
+            num_heads=[1, 1, 1],
+            window_size=2,
+            image_size=32,
+            out_features=["stage2", "stage3"],
+        ),
+        text_config=transformers.BertConfig(**SMALL, vocab_size=len(words), max_position_embeddings=64),
+        d_model=32,  # its group norms have 32 groups
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=5,
+        num_feature_levels=2,
+        encoder_n_points=1,
+        decoder_n_points=1,
+        max_text_len=32,
+    )
+    transformers.GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def sam(folder: Path) -> Path:
+    torch.manual_seed(12)
+    config = transformers.SamConfig(
+        vision_config={
+            "hidden_size": 16,
+            "output_channels": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 8,
+            "mlp_dim": 16,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+            "num_pos_feats": 4,
+        },
+        prompt_encoder_config={"hidden_size": 8, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 8,
+            "mlp_dim": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 8,
+            "iou_head_depth": 2,
+        },
+    )
+    transformers.SamModel(config).save_pretrained(folder)
+    return folder
+
+
+def depth(folder: Path) -> Path:
+    torch.manual_seed(13)
+    config = transformers.DPTConfig(
+        **{**SMALL, "num_hidden_layers": 4},
+        image_size=32,
+        patch_size=8,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        is_hybrid=False,
+    )
+    transformers.DPTForDepthEstimation(config).save_pretrained(folder)
+    return folder
+
+
+def reader(folder: Path) -> Path:
+    """A LLaVA: pictures and text in, text out."""
+    torch.manual_seed(14)
+    words = _words("<image>")
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**SMALL, image_size=16, patch_size=8),
+        text_config=transformers.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=len(words)),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    processor = transformers.LlavaProcessor(
+        pictures, words, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _words(*more: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the words that the tests say."""
+    import tokenizers
+
+    said = (
+        "a an and are at below cat answer car dog exactly figure green in is left no of or picture please red show s "
+    )
+    said += "snow the there this two yes Yes No USER ASSISTANT above blue photo does assistant . : , ? one three"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *more]
+    vocabulary = {word: number for number, word in enumerate([*special, *said.split()])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        additional_special_tokens=list(more),
+    )

@@ -70,7 +70,9 @@ class Comparison:
     """By name, in the order of the tables: the base first, where it is drawn."""
     units: Sequence[Case]
     higher_is_better: Mapping[str, bool]
-    """The metrics by name, in their order."""
+    """The metrics by name, in their order, but those of `preferences`."""
+    preferences: Sequence[str]
+    """Metrics that stronger guidance raises by itself: told at equal effective scale only."""
     primary: str
     identity: str | None
     """The metric that says whether it is this subject; null: there is no subject, or no such metric."""
@@ -148,6 +150,7 @@ class Comparison:
             sweeps=self.sweeps,
             notes={
                 "held out": "prompts and seeds were neither trained nor tuned on",
+                **({"only at equal effective scale": list(self.preferences)} if self.preferences else {}),
                 "guidance": {arm.name: asdict(arm.guidance) for arm in self.arms.values() if not arm.bare},
             },
         )
@@ -190,6 +193,9 @@ def resolve(
         _check_held_out(plan, units, found)
     _check_scopes(arms, units, adapter)
     up = metrics.check(plan, units, pocket=pocket)
+    preferences = [name for name in up if name == metrics.PREFERENCE]
+    up = {name: better for name, better in up.items() if name not in preferences}
+    require(bool(up), f"measure.metrics: {', '.join(preferences)} cannot decide; name another metric beside it")
     for flag in ("primary", "referee", "identity", "accuracy"):
         name = getattr(plan, flag)
         require(name is None or name in up, f"measure.{flag} {name!r} is none of the metrics {', '.join(up)}")
@@ -204,6 +210,7 @@ def resolve(
         arms=arms,
         units=units,
         higher_is_better=up,
+        preferences=preferences,
         primary=primary,
         identity=identity,
         accuracy=accuracy,

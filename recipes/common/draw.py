@@ -56,7 +56,7 @@ def draw(
             prompts,
             seeds,
             around=guided(pipe, guidance),
-            record=None if plain else effective_scales,
+            record=None if plain or guidance.scale == 1 else effective_scales,  # at scale 1 nothing is guided
             guidance_scale=guidance.scale,
             steps=sampling.steps,
             batch_size=sampling.batch_size,

@@ -7,24 +7,24 @@
 | subject similarity | the subject's region against its pictures, in the judge's features | pocket, subject |
 | class IoU | the condition's classes against those the judge sees | pocket, targets |
 | canny F1, MS-SSIM | edges against the condition, structure against the target | targets |
-| alignment (clip) | cosine of picture and prompt, identifier left out | clip |
+| alignment (SPACE) | cosine of picture and prompt, identifier left out | clip or siglip2 |
 | identity (SPACE) | the same in another space, of whole pictures | subject |
-| similarity (SPACE), masked similarity (judge) | cosine to the subject's pictures | subject |
+| similarity (SPACE), masked similarity (SPACE) | cosine to the subject's pictures | subject |
 | diversity (SPACE) | distance to the other pictures of a prompt | two seeds |
 | drift (SPACE) | distance to the base's own picture of the same prompt and seed | adapter, `base_arm` |
 | kernel distance (SPACE) | to `reference`; the mean over pictures is KID | reference |
 | saturation, contrast, clipped share | burnt pictures | |
+| preference, VQAScore, questions, objects, depth | see `scorers` | a model each |
 
-SPACE is clip, dino, judge, lite0 (EfficientNet-Lite0) or colour.
+SPACE is one of `spaces.SPACES`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,14 +32,12 @@ from torch import Tensor
 
 from adapters.measuring import metrics as kinds
 from adapters.measuring.metrics import Metric
-from adapters.measuring.metrics.networks import Clip, TextAlignment, Vit, efficientnet_lite0
+from adapters.measuring.metrics.networks import TextAlignment
 from adapters.measuring.sample import Shot
 from adapters.scope import without_identifier
 from training.config import require
-from training.data import images
 from training.errors import TrainingError
-from training.pocket import PocketError, captions, judge, scenes
-from training.pocket.control import Scenes
+from training.pocket import PocketError, captions, judge
 from training.pocket.metrics import (
     IDENTITY,
     MARGIN,
@@ -53,23 +51,21 @@ from training.pocket.metrics import (
     subject_similarity,
 )
 
-from .base import POCKET
-from .cli import named
+from .scorers import PREFERENCE, SCORERS, check_scorers, located, scorer
 from .settings import MeasureSettings
+from .spaces import check_frechet, check_spaces, pictures, reference, space_of
 from .units import Case
 
 __all__ = [
+    "PREFERENCE",
     "PROMPT",
     "SUBJECT",
     "check",
     "defaults",
-    "frechet",
     "judged",
     "metrics",
     "of_subject",
-    "pictures",
     "prompt_accuracy",
-    "space",
     "subject_similarity",
 ]
 
@@ -78,7 +74,7 @@ IN_SPACE = re.compile(r"(alignment|identity|similarity|masked similarity|diversi
 
 # How far each goes in whatever it measures, for the two that say what an adapter does for a subject.
 OF_SUBJECT = re.compile(r"identity|identity \(\w+\)|subject similarity|(masked )?similarity \(\w+\)")
-OF_PROMPT = (PROMPT, "alignment (clip)")
+OF_PROMPT = (PROMPT, "alignment (clip)", "alignment (siglip2)", "VQAScore", *SCORERS["vqa"], *SCORERS["detector"])
 
 
 def of_subject(settings: MeasureSettings, names: Sequence[str]) -> tuple[str | None, str | None]:
@@ -102,7 +98,10 @@ def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
         return [*own, PROMPT] if pocket else [*own, "alignment (clip)"]
     if pocket:
         return [IDENTITY, PROMPT, SUBJECT] if settings.subjects else [PROMPT]
-    return ["alignment (clip)", *(["similarity (dino)", "similarity (clip)"] if settings.subjects else [])]
+    if not settings.subjects:
+        return ["alignment (clip)"]
+    looks = next((name for name in ("dinov3", "dinov2") if name in settings.spaces), "dino")
+    return [f"identity ({looks})", "alignment (clip)", f"similarity ({looks})", "similarity (clip)"]
 
 
 def metrics(
@@ -129,6 +128,8 @@ def check(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> 
         TrainingError: an unknown or repeated metric, or what one needs and the comparison does not have.
     """
     names = defaults(settings, pocket=pocket)
+    check_spaces(settings)
+    check_scorers(settings, names, units)
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"measure.metrics: {twice!r} is there twice")
     made = [metrics(settings, case, pocket=pocket) for case in units]
@@ -188,16 +189,20 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
     }
     if name in plain:
         return plain[name]()
+    made = scorer(name, settings, case, lambda shot: _target(name, case, shot))
+    if made is not None:
+        return made
     found = IN_SPACE.fullmatch(name)
     if found is None:
+        known = [*plain, *(one for several in SCORERS.values() for one in several)]
         raise TrainingError(
-            f"measure.metrics: {name!r} is unknown; there are {', '.join(plain)}, and alignment, similarity, masked "
-            "similarity, diversity, drift, kernel distance of a space, such as 'similarity (dino)'"
+            f"measure.metrics: {name!r} is unknown; there are {', '.join(known)}, and alignment, identity, similarity, "
+            "masked similarity, diversity, drift, kernel distance of a space, such as 'similarity (dino)'"
         )
     what, where = found.groups()
-    features = space(where, settings.spaces.get(where))
+    features = space_of(where, settings)
     if what == "alignment":
-        require(isinstance(features, Clip), f"{name}: only clip knows words")
+        require(hasattr(features, "text"), f"measure.metrics: {name}: only clip and siglip2 know words")
         without = lambda shot: without_identifier(shot.prompt, case.identifier)  # noqa: E731
         return TextAlignment(name=name, clip=features, prompt=without)
     if what == "diversity":
@@ -206,80 +211,25 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
         require(settings.base_arm, f"{name} compares with the base's own pictures: set measure.base_arm true")
         return kinds.Drift(name=name, features=features, base=base)
     if what == "kernel distance":
-        return kinds.Kid(name=name, features=features, references=_reference(settings.reference, name))
+        return kinds.Kid(name=name, features=features, references=reference(settings.reference, name))
     shown, masks = pictures(_folder(name, case))
     if what == "identity":
+        require(len(shown) > 1, f"{name} needs two pictures in {case.folder}, to see how alike they are")
         likeness, own = kinds.likeness_in(features, shown)
         return kinds.Identity(name=name, likeness=likeness, own=own, classes=lambda: classes)
     if what == "similarity":
         return kinds.Similarity(name=name, features=features, references=shown)
-    require(masks is not None, f"{name} needs {case.folder}/masks")
+    if "detector" in settings.models:
+        found_in = located(settings, case.noun)
+        cut = partial(found_in, shown) if masks is None else masks
+        return kinds.Similarity(name=name, features=features, references=shown, reference_masks=cut, mask=found_in)
+    require(masks is not None, f"{name} needs {case.folder}/masks, or measure.models.detector, which finds the subject")
     label = label_of(name, case.noun)
-    found_in = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
-    return kinds.Similarity(name=name, features=features, references=shown, reference_masks=masks, mask=found_in)
-
-
-@lru_cache(maxsize=8)
-def space(name: str, path: str | None = None) -> Any:
-    """A feature space: pictures -> (n, d)."""
-    from training.ranks import state
-
-    free: dict[str, Callable[[], Any]] = {
-        "judge": lambda: judge().features,
-        "colour": lambda: kinds.color_histogram,
-        "lite0": efficientnet_lite0,
-    }
-    if name in free:
-        return free[name]()
-    require(name in ("clip", "dino"), f"feature space {name!r} is unknown; there are clip, dino, {', '.join(free)}")
-    require(
-        path is not None, f"feature space {name} needs its network: set measure.spaces.{name} to a folder or hub id"
-    )
-    assert path is not None
-    device = str(state().device)
-    with named(f"measure.spaces.{name}"):
-        return Clip(name=path, device=device) if name == "clip" else Vit(name=path, device=device)
-
-
-def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
-    """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
-    assert settings.frechet is not None
-    features = space(settings.frechet, settings.spaces.get(settings.frechet))
-    real = _real(settings.frechet, settings.spaces.get(settings.frechet), settings.reference)
-    return kinds.frechet(features([shot.image for shot in shots]), real)
-
-
-def check_frechet(settings: MeasureSettings) -> None:
-    """Says what `measure.frechet` lacks: its network, or the reference's pictures."""
-    assert settings.frechet is not None
-    space(settings.frechet, settings.spaces.get(settings.frechet))
-    require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
-    if settings.reference != POCKET:
-        images.folder(str(settings.reference), prompt="", minimum=1, say=_silent)
-
-
-@lru_cache(maxsize=2)
-def _real(name: str, path: str | None, reference: str | None) -> Any:
-    """Features of the reference's pictures, the same for every arm."""
-    rows = space(name, path)(_reference(reference, "measure.frechet"))
-    require(len(rows) >= 2, f"measure.reference {reference} has fewer than two pictures")
-    return rows
-
-
-def _reference(reference: str | None, what: str) -> list[Image.Image]:
-    require(reference is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
-    assert reference is not None
-    if reference == POCKET:
-        drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
-        return [drawn[i].image for i in range(len(drawn))]
-    return pictures(Path(reference))[0]
+    seen = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
+    return kinds.Similarity(name=name, features=features, references=shown, reference_masks=masks, mask=seen)
 
 
 # ---------------------------------------------------------------------------------------------- small things
-
-
-def _silent(line: str) -> None:
-    """Each metric reads the same folder again; what there is to say of it was said where it trained."""
 
 
 def _identity(name: str, case: Case, classes: Sequence[Shot]) -> Metric:
@@ -301,15 +251,6 @@ def _condition(what: str, case: Case, shot: Shot) -> Image.Image:
 def _target(what: str, case: Case, shot: Shot) -> Image.Image:
     require(shot.prompt in case.targets, f"{what} needs target pictures: set measure.targets")
     return case.targets[shot.prompt].resize(shot.image.size, Image.Resampling.LANCZOS)
-
-
-def pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
-    """The pictures of a folder, and their masks where it has a folder `masks`."""
-    masks = folder / "masks"
-    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1, say=_silent)
-    samples = [source[i] for i in range(len(source))]
-    given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
-    return [sample.image for sample in samples], given or None
 
 
 def _masked(what: str, case: Case) -> tuple[list[Image.Image], list[np.ndarray]]:

@@ -49,6 +49,7 @@ def write_results(
     if design.sweeps:
         equal = at_equal_scale(rows, design)
         facts["at equal effective scale"] = equal if isinstance(equal, str) else equal.verdict.sentence
+        facts |= _preferences(equal, comparison)
     facts |= _frechet(comparison, shots)
     page = adapters.measuring.report.render(
         gains,
@@ -97,10 +98,10 @@ def title(comparison: Comparison, record: Mapping[str, Any]) -> str:
 
 def _pictures_of(comparison: Comparison) -> list[Any]:
     """A few pictures of the subjects, as what the report's are to be held against."""
-    from recipes.common import metrics
+    from recipes.common import spaces
 
     folders = [case.folder for case in comparison.units if case.folder is not None]
-    found = [metrics.pictures(folder)[0] for folder in folders[:4]]
+    found = [spaces.pictures(folder)[0] for folder in folders[:4]]
     return [picture for several in found for picture in several[: 4 // len(found)]]
 
 
@@ -127,13 +128,13 @@ def _facts(pipe: Any, base: str, sampling: SamplingSettings) -> dict[str, Any]:
 
 def _frechet(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     """Every arm's Fréchet distance to the reference, where one is asked for."""
-    from recipes.common import metrics
+    from recipes.common import spaces
 
     plan = comparison.plan
     if plan.frechet is None:
         return {}
     return {
-        f"Fréchet distance ({plan.frechet}), {name}": f"{metrics.frechet(plan, taken):.4g} (n = {len(taken)})"
+        f"Fréchet distance ({plan.frechet}), {name}": f"{spaces.frechet(plan, taken):.4g} (n = {len(taken)})"
         for name, taken in shots.items()
     }
 
@@ -144,13 +145,26 @@ def at_equal_scale(rows: Sequence[Any], design: Any) -> Any:
 
     label, sweep = f"{design.baseline} at equal effective scale", design.sweeps.get(design.baseline, {})
     try:
+        preferences = dict.fromkeys(design.notes.get("only at equal effective scale", ()), True)
+        judged = {**design.higher_is_better, **preferences}
         equal = adapters.measuring.gains.at_effective_scale(
-            rows, design.arm, sweep, list(design.higher_is_better), name=label, recorded=EFFECTIVE
+            rows, design.arm, sweep, list(judged), name=label, recorded=EFFECTIVE
         )
     except adapters.GainsError as error:
         return f"not known: {error}"
     pair = [row for row in rows if row.arm == design.arm] + equal
-    return adapters.measuring.gains.compare(pair, replace(design, baseline=label, sweeps={}, base=None, plain=()))
+    return adapters.measuring.gains.compare(
+        pair, replace(design, baseline=label, higher_is_better=judged, sweeps={}, base=None, plain=())
+    )
+
+
+def _preferences(equal: Any, comparison: Comparison) -> dict[str, str]:
+    """What people would prefer, by the models for it, with the strength of guidance taken out."""
+    if isinstance(equal, str):
+        return dict.fromkeys(comparison.preferences, equal)
+    own = {c.metric: c for c in equal.contrasts if c.arm == comparison.plan.arm}
+    said = "{name} at equal effective scale", "{one.difference:+.2g} ({one.low:+.2g} to {one.high:+.2g})"
+    return {said[0].format(name=name): said[1].format(one=own[name]) for name in comparison.preferences}
 
 
 def _overlay(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> Callable[[Any], dict[str, Any]]:

@@ -172,7 +172,18 @@ class MeasureSettings:
     metrics: list[str] = field(default_factory=list)
     """Metrics by name, see docs/gains.md. Default: depends on the task and the base."""
     spaces: dict[str, str] = field(default_factory=dict)
-    """Feature space (clip, dino) -> folder or hub id of its network. `judge`, `lite0` and `colour` need none."""
+    """Feature space (clip, siglip2, dino, dinov2, dinov3) -> folder or hub id of its network. `judge`, `lite0` and
+    `colour` need none."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Model of a scorer (pickscore, vqa, detector, segmenter, depth) -> its folder or hub id; see docs/gains.md."""
+    questions: str | None = None
+    """JSON file: prompt -> questions with answers, for question accuracy. Default: questions made from the prompt."""
+    objects: str | None = None
+    """File of GenEval's form: what each prompt says, for detected objects. Default: read from the prompt."""
+    device: str | None = None
+    """Device of the metrics' networks, such as cpu or cuda:1. null: the one that draws."""
+    batch_size: int = 16
+    """Pictures that a metric's network sees at once."""
     primary: str | None = None
     """The metric that decides. Default: the first one."""
     referee: str | None = None
@@ -200,7 +211,7 @@ class MeasureSettings:
         _numbers("measure.sweep", self.sweep, 1)
         _numbers("measure.weights", self.weights or [], -100, 100)
         _numbers("measure.scale", [] if self.scale is None else [self.scale], 1)
-        for flag, least in (("limit", 1), ("skip", 0), ("overlays", 0)):
+        for flag, least in (("limit", 1), ("skip", 0), ("overlays", 0), ("batch_size", 1)):
             value = getattr(self, flag)
             require(value is None or value >= least, f"measure.{flag} must be at least {least}, got {value}")
         require(0 < self.minimum_effect < inf, f"measure.minimum_effect must be > 0, got {self.minimum_effect}")

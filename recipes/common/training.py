@@ -58,7 +58,7 @@ def check(settings: Training, *, controlnet: bool = False, whole: bool = False) 
         controlnet: what trains is a ControlNet, not an adapter.
         whole: what trains is the U-net itself.
     """
-    from recipes.common import metrics
+    from recipes.common import scorers, spaces
 
     if settings.measure is None:
         return
@@ -66,7 +66,8 @@ def check(settings: Training, *, controlnet: bool = False, whole: bool = False) 
     comparison = resolve(settings.measure, base=settings.base, adapter=adapter, controlnet=network)
     if settings.tune is not None:
         resolve_search(settings.tune, comparison, adapter=adapter)
-    metrics.space.cache_clear()  # networks of metrics would keep their memory while training
+    for kept in (spaces.space, scorers.model):
+        kept.cache_clear()  # networks of metrics would keep their memory while training
 
 
 def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:

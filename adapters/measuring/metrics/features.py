@@ -19,7 +19,7 @@ from PIL import Image
 from ...errors import GainsError
 from ..sample import Shot
 
-__all__ = ["Diversity", "Drift", "Features", "Similarity", "cutout", "unit_features"]
+__all__ = ["Diversity", "Drift", "FaceSimilarity", "Features", "Similarity", "cutout", "unit_features"]
 
 Features = Callable[[Sequence[Image.Image]], Any]
 Mask = Callable[[Sequence[Image.Image]], Sequence[np.ndarray]]
@@ -51,7 +51,8 @@ class Similarity:
     name: str
     features: Features
     references: Sequence[Image.Image]
-    reference_masks: Sequence[np.ndarray] | None = None
+    reference_masks: Sequence[np.ndarray] | Callable[[], Sequence[np.ndarray]] | None = None
+    """(H, W) bool each, or what gives them when they are first needed."""
     mask: Mask | None = None
     """Masks of the generated images, from a segmenter; an image with an empty mask scores 0: no subject is there."""
     higher_is_better: bool = True
@@ -66,7 +67,11 @@ class Similarity:
     def _wanted(self) -> np.ndarray:
         references = list(self.references)
         if self.reference_masks is not None:
-            references = [cutout(i, np.asarray(m)) for i, m in zip(references, self.reference_masks, strict=True)]
+            masks = self.reference_masks() if callable(self.reference_masks) else self.reference_masks
+            pairs = [(i, np.asarray(m)) for i, m in zip(references, masks, strict=True) if np.asarray(m).any()]
+            if not pairs:
+                raise GainsError(f"{self.name}: the subject is found in none of its {len(references)} pictures")
+            references = [cutout(image, mask) for image, mask in pairs]
         return unit_features(self.features, references)
 
     def __call__(self, shots: Sequence[Shot]) -> np.ndarray:
@@ -120,3 +125,29 @@ class Drift:
         ours = unit_features(self.features, [shot.image for shot in shots])
         theirs = unit_features(self.features, [table[shot.key] for shot in shots])
         return 1 - (ours * theirs).sum(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceSimilarity:
+    """Mean cosine between the face of a picture and those of the references, by ArcFace (arXiv:1801.07698) or the like.
+
+    No face network is read here, for the usual weights come as ONNX and forbid commercial use: give a callable of your
+    own, such as insightface's. A picture in which it finds no face scores 0.
+    """
+
+    embed: Callable[[Image.Image], np.ndarray | None]
+    """A picture -> the embedding (d,) of its largest face; None where there is none."""
+    references: Sequence[Image.Image]
+    name: str = "face similarity"
+    higher_is_better: bool = True
+
+    @cached_property
+    def _wanted(self) -> np.ndarray:
+        found = [face for face in map(self.embed, self.references) if face is not None]
+        if not found:
+            raise GainsError(f"{self.name}: no face is found in any of the {len(self.references)} references")
+        return unit_features(lambda _: np.stack(found), self.references[: len(found)])
+
+    def __call__(self, shots: Sequence[Shot]) -> list[float]:
+        faces = [self.embed(shot.image) for shot in shots]
+        return [0.0 if face is None else float((self._wanted @ (face / np.linalg.norm(face))).mean()) for face in faces]

@@ -1,14 +1,13 @@
-"""Feature spaces that need a trained network: CLIP, DINO and DINOv2 through transformers, LPIPS, EfficientNet-Lite0.
+"""Feature spaces of trained networks: CLIP, DINO to DINOv3 through transformers, LPIPS, EfficientNet-Lite0.
 
-Nothing is imported or read before a space is built; a name is a Hub id or a local path, read from safetensors only.
-Preprocessing is done here, with PIL's bicubic resize and centre crop as these models were trained, because
-transformers' image processors change with whether torchvision is installed.
+A network is checked when it is named and loaded when it is first asked; see `pretrained`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +18,11 @@ from PIL import Image
 from ...errors import AdapterError, FileError
 from ...files import sha256
 from ..sample import Shot
+from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, batched, checked, pixels, pretrained
 
-__all__ = ["Clip", "Lpips", "TextAlignment", "Vit", "efficientnet_lite0", "pixels"]
+__all__ = ["Clip", "Lpips", "TextAlignment", "Vit", "efficientnet_lite0"]
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-
-def pixels(
-    images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float], *, resize: int | None = None
-) -> torch.Tensor:
-    """(n, 3, size, size): shorter side to `resize` (default `size`), centre crop, normalised."""
-    rows = []
-    for image in images:
-        scale = (resize or size) / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        rows.append(np.asarray(small.crop((left, top, left + size, top + size)), dtype=np.float32) / 255)
-    batch = (np.stack(rows) - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
-
-
-def _batched(function: Callable[[Any], torch.Tensor], items: Sequence[Any], size: int) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([function(items[i : i + size]).float().cpu() for i in range(0, len(items), size)])
-
-
-def _pretrained(kind: Any, name: str | Path) -> Any:
-    try:
-        return kind.from_pretrained(name, use_safetensors=True)
-    except OSError as error:
-        raise FileError(f"{name}: no such model here or on the Hub ({' '.join(str(error).split())[:160]})") from error
 
 
 @dataclass(kw_only=True)
@@ -61,14 +32,26 @@ class Clip:
     name: str | Path
     device: str = "cpu"
     batch_size: int = 16
-    _model: Any = field(init=False, repr=False)
-    _tokenizer: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        from transformers import CLIPModel, CLIPTokenizer
+        checked(self.name, ["clip"])
 
-        self._model = _pretrained(CLIPModel, self.name).eval().to(self.device)
-        self._tokenizer = CLIPTokenizer.from_pretrained(self.name)
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import CLIPModel
+
+        return pretrained(CLIPModel, self.name, self.device)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(self.name)
+
+    @property
+    def temperature(self) -> float:
+        """What a cosine is multiplied by in the model's own logits."""
+        return float(self._model.logit_scale.detach().exp())
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         size = self._model.config.vision_config.image_size
@@ -78,7 +61,7 @@ class Clip:
             # Not get_image_features: what it returns differs between transformers 4 and 5.
             return self._model.visual_projection(self._model.vision_model(pixel_values=values).pooler_output)
 
-        return _batched(encode, images, self.batch_size)
+        return batched(encode, images, self.batch_size)
 
     def text(self, prompts: Sequence[str]) -> torch.Tensor:
         def encode(batch: Sequence[str]) -> torch.Tensor:
@@ -87,15 +70,16 @@ class Clip:
             output = self._model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
             return self._model.text_projection(output.pooler_output)
 
-        return _batched(encode, prompts, self.batch_size)
+        return batched(encode, prompts, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextAlignment:
-    """CLIP-T: cosine between image and prompt; `prompt` swaps a learned identifier for its class noun."""
+    """Cosine between image and prompt, in CLIP's space CLIP-T; `prompt` swaps a learned identifier for its noun."""
 
     name: str
-    clip: Clip
+    clip: Any
+    """`Clip` or `Siglip`: anything that is called with images and has `text`."""
     prompt: Callable[[Shot], str] = lambda shot: shot.prompt
     higher_is_better: bool = True
 
@@ -107,7 +91,7 @@ class TextAlignment:
 
 @dataclass(kw_only=True)
 class Vit:
-    """The class token of a vision transformer: DINO (`facebook/dino-vits16`), DINOv2 (`facebook/dinov2-small`)."""
+    """The class token of a vision transformer: DINO (`facebook/dino-vits16`), DINOv2, DINOv3 (its ViTs)."""
 
     name: str | Path
     device: str = "cpu"
@@ -115,19 +99,24 @@ class Vit:
     size: int = 224
     resize: int = 256
     """DINO's evaluation: shorter side to 256, centre crop of 224."""
-    _model: Any = field(init=False, repr=False)
+    kinds: Sequence[str] = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+    """`model_type`s whose first token is the class token."""
 
     def __post_init__(self) -> None:
+        checked(self.name, self.kinds)
+
+    @cached_property
+    def _model(self) -> Any:
         from transformers import AutoModel
 
-        self._model = _pretrained(AutoModel, self.name).eval().to(self.device)
+        return pretrained(AutoModel, self.name, self.device)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         def encode(batch: Sequence[Image.Image]) -> torch.Tensor:
             values = pixels(batch, self.size, IMAGENET_MEAN, IMAGENET_STD, resize=self.resize).to(self.device)
             return self._model(pixel_values=values).last_hidden_state[:, 0]
 
-        return _batched(encode, images, self.batch_size)
+        return batched(encode, images, self.batch_size)
 
 
 @dataclass(kw_only=True)
@@ -186,4 +175,4 @@ def efficientnet_lite0(*, batch_size: int = 16) -> Callable[[Sequence[Image.Imag
         values = pixels(batch, 224, (0.498,) * 3, (0.502,) * 3, resize=256)  # TensorFlow-Lite's (x - 127) / 128
         return model.extract_features(values).mean(dim=(2, 3))
 
-    return lambda images: _batched(encode, images, batch_size)
+    return lambda images: batched(encode, images, batch_size)

@@ -1,0 +1,87 @@
+"""A network by name: checked when it is named, loaded when it is first asked.
+
+A name is a local folder or a Hub id. The check reads the config alone, so a missing folder, an id that cannot be
+reached or a model of another class is said before anything is drawn; weights are read from safetensors only, and no
+code of a repository is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...errors import FileError
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "IMAGENET_MEAN", "IMAGENET_STD", "batched", "checked", "pixels", "pretrained"]
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def checked(name: str | Path, kinds: Sequence[str] = ()) -> Any:
+    """The config of a model that is there and of a kind that will do; no weights are read.
+
+    Args:
+        kinds: `model_type`s of transformers; empty: any.
+
+    Raises:
+        FileError: it is not there, of another kind, or has no safetensors.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(name).expanduser()
+    try:
+        config = AutoConfig.from_pretrained(folder if folder.is_dir() else name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileError(f"{name}: no such model here or on the Hub ({' '.join(str(error).split())[:160]})") from error
+    found = config.model_type
+    if kinds and found not in kinds:
+        raise FileError(f"{name} is a model of type {found}; this needs {' or '.join(kinds)}")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise FileError(f"{name} has no *.safetensors, and weights are read from nothing else")
+    return config
+
+
+def pretrained(kind: Any, name: str | Path, device: str) -> Any:
+    """The model in evaluation mode, from safetensors."""
+    folder = Path(name).expanduser()
+    try:
+        return kind.from_pretrained(folder if folder.is_dir() else name, use_safetensors=True).eval().to(device)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{name} cannot be loaded ({' '.join(str(error).split())[:160]})") from error
+
+
+def pixels(
+    images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float], *, resize: int | None = None
+) -> torch.Tensor:
+    """(n, 3, size, size): shorter side to `resize` (default `size`), centre crop, normalised.
+
+    Done here, with PIL's bicubic resize, because transformers' image processors change with whether torchvision is
+    installed.
+    """
+    rows = []
+    for image in images:
+        scale = (resize or size) / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        rows.append(small.crop((left, top, left + size, top + size)))
+    return normalised(rows, mean, std)
+
+
+def normalised(images: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(n, 3, H, W) of pictures of one size."""
+    rows = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
+    batch = (rows - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
+
+
+def batched(function: Callable[[Any], torch.Tensor], items: Sequence[Any], size: int) -> torch.Tensor:
+    """The function over the items, `size` at a time, on the CPU in float32."""
+    with torch.no_grad():
+        return torch.cat([function(items[i : i + size]).float().cpu() for i in range(0, len(items), size)])

@@ -1,0 +1,143 @@
+"""Feature spaces by name, and the pictures that others are held against in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from adapters.measuring import metrics as kinds
+from adapters.measuring.metrics.alignment import Siglip
+from adapters.measuring.metrics.networks import Clip, Vit, efficientnet_lite0
+from adapters.measuring.sample import Shot
+from training.config import require
+from training.data import images
+from training.pocket import judge, scenes
+from training.pocket.control import Scenes
+
+from .base import POCKET
+from .cli import named
+from .settings import MeasureSettings
+
+__all__ = [
+    "SPACES",
+    "check_frechet",
+    "check_spaces",
+    "device_of",
+    "frechet",
+    "pictures",
+    "reference",
+    "space",
+    "space_of",
+]
+
+NETWORKS: dict[str, Callable[..., Any]] = {
+    "clip": Clip,
+    "siglip2": Siglip,
+    "dino": Vit,
+    "dinov2": lambda **given: Vit(kinds=("dinov2", "dinov2_with_registers"), **given),
+    "dinov3": lambda **given: Vit(kinds=("dinov3_vit",), **given),
+}
+"""Those that `measure.spaces` gives a network to."""
+FREE: dict[str, Callable[[], Any]] = {
+    "judge": lambda: judge().features,
+    "colour": lambda: kinds.color_histogram,
+    "lite0": efficientnet_lite0,
+}
+SPACES = (*NETWORKS, *FREE)
+
+
+@lru_cache(maxsize=8)
+def space(name: str, path: str | None = None, device: str | None = None, batch_size: int = 16) -> Any:
+    """A feature space: pictures -> (n, d). A network is looked at now, and loaded when it is first asked."""
+    if name in FREE:
+        return FREE[name]()
+    require(name in NETWORKS, f"feature space {name!r} is unknown; there are {', '.join(SPACES)}")
+    require(
+        path is not None, f"feature space {name} needs its network: set measure.spaces.{name} to a folder or hub id"
+    )
+    with named(f"measure.spaces.{name}"):
+        return NETWORKS[name](name=path, device=device_of(device), batch_size=batch_size)
+
+
+def space_of(name: str, settings: MeasureSettings) -> Any:
+    """The space as the settings have it."""
+    return space(name, settings.spaces.get(name), settings.device, settings.batch_size)
+
+
+def device_of(device: str | None) -> str:
+    """Where networks of metrics compute: as set, or where this process does.
+
+    Raises:
+        TrainingError: there is no such device here.
+    """
+    import torch
+
+    from training.ranks import state
+
+    if device is None:
+        return str(state().device)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        require(False, f"measure.device {device!r} is not here ({str(error).splitlines()[0][:120]}); set cpu or cuda")
+    return device
+
+
+def check_spaces(settings: MeasureSettings) -> None:
+    """Every space that is given a network is one that needs it, and the device is there."""
+    for name in settings.spaces:
+        require(name in NETWORKS, f"measure.spaces: {name!r} is none of {', '.join(NETWORKS)}")
+    device_of(settings.device)
+
+
+def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
+    """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
+    assert settings.frechet is not None
+    features = space_of(settings.frechet, settings)
+    given = (settings.spaces.get(settings.frechet), settings.device, settings.batch_size)
+    return kinds.frechet(features([shot.image for shot in shots]), _real(settings.frechet, given, settings.reference))
+
+
+def check_frechet(settings: MeasureSettings) -> None:
+    """Says what `measure.frechet` lacks: its network, or the reference's pictures."""
+    assert settings.frechet is not None
+    space_of(settings.frechet, settings)
+    require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
+    if settings.reference != POCKET:
+        images.folder(str(settings.reference), prompt="", minimum=1, say=_silent)
+
+
+@lru_cache(maxsize=2)
+def _real(name: str, given: tuple[Any, ...], place: str | None) -> Any:
+    """Features of the reference's pictures, the same for every arm."""
+    rows = space(name, *given)(reference(place, "measure.frechet"))
+    require(len(rows) >= 2, f"measure.reference {place} has fewer than two pictures")
+    return rows
+
+
+def reference(place: str | None, what: str) -> list[Image.Image]:
+    """The pictures of `measure.reference`."""
+    require(place is not None, f"{what} needs measure.reference, a folder of real pictures or pocket")
+    assert place is not None
+    if place == POCKET:
+        drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
+        return [drawn[i].image for i in range(len(drawn))]
+    return pictures(Path(place))[0]
+
+
+def pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
+    """The pictures of a folder, and their masks where it has a folder `masks`."""
+    masks = folder / "masks"
+    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1, say=_silent)
+    samples = [source[i] for i in range(len(source))]
+    given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
+    return [sample.image for sample in samples], given or None
+
+
+def _silent(line: str) -> None:
+    """Each metric reads the same folder again; what there is to say of it was said where it trained."""

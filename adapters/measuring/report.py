@@ -1,15 +1,11 @@
 """`report.html`: one self-contained page that opens with two sentences: on the adapter, and on the guidance.
 
-Readable without JavaScript (pairs stand side by side) and on a phone; with JavaScript each pair lies under a slider
-that the arrow keys move. Nothing is fetched: pictures are data URIs, and a content security policy allows exactly one
-script, by its hash, so no text of a prompt or a name can run.
+Readable on a phone, in the dark, by keyboard and by ear. There is no script: buttons under a strip of pictures show one
+of them large, by style alone. Nothing is fetched: pictures are data URIs.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -18,63 +14,17 @@ from PIL import Image
 
 from . import words
 from .gains import Contrast, Gains
+from .page import LIMIT, SIDES, Draw, drawer, html, table
 from .plane import sentences
-from .plot import plot
+from .plot import Point, plot
 from .sample import Shot
 
 __all__ = ["render"]
 
-SIDE, SHARP = 512, 128
 Overlay = Callable[[Shot], Mapping[str, Image.Image]]
-Joined = dict[tuple[str, int, str], tuple[Shot | None, Shot, Shot]]
-
-_SCRIPT = """
-document.documentElement.classList.add("live");
-for (const box of document.querySelectorAll(".pair")) {
-  const slider = box.querySelector("input");
-  const move = () => box.style.setProperty("--cut", slider.value + "%");
-  slider.addEventListener("input", move);
-  move();
-}
-"""
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d0d7de; --soft: #f3f5f7; --mark: #0b57d0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --paper: #14171a; --line: #3a4046; --soft: #1e2226; --mark: #8ab4f8; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 62rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.verdict { border-left: .4rem solid var(--mark); background: var(--soft); padding: .75rem 1rem; font-size: 1.1rem; }
-.scroll { overflow-x: auto; } .scroll:focus-visible, input:focus-visible { outline: 3px solid var(--mark); }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th[scope=row], thead th:first-child, td.text { text-align: left; }
-th[scope=row], td.text { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
-.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1.5rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; margin-top: .4rem; }
-.pictures { display: grid; grid-template-columns: 1fr 1fr; gap: .25rem; }
-.pictures div { position: relative; } .pictures img { width: 100%; height: auto; display: block; }
-img.sharp { image-rendering: pixelated; }
-.references { display: grid; grid-template-columns: repeat(4, minmax(0, 8rem)); gap: .5rem; }
-.references img { width: 100%; height: auto; display: block; }
-.base { position: relative; margin-bottom: .25rem; } .base img { width: 50%; height: auto; display: block; }
-dt { font-weight: bold; } dd { margin: 0 0 .4rem 1rem; }
-.tag { position: absolute; bottom: .3rem; left: .3rem; padding: 0 .4rem; font-size: .75rem; background: #000b;
-  color: #fff; }
-.pair input { display: none; width: 100%; margin: .5rem 0 0; min-height: 2rem; accent-color: var(--mark); }
-.live .pair input { display: block; }
-.live .pictures { display: block; position: relative; }
-.live .pictures div + div { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--cut, 50%)); }
-.live .pictures div + div .tag { left: auto; right: .3rem; }
-.live .pictures::after { content: ""; position: absolute; inset: 0 auto 0 var(--cut, 50%); border-left: 2px solid #fff;
-  box-shadow: 0 0 2px #000; }
-details img { width: 100%; height: auto; } details summary { cursor: pointer; font-size: .85rem; padding: .4rem 0; }
-pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); }
-"""
+Key = tuple[str, int, str]
+Joined = dict[Key, dict[str, Shot]]
+"""(prompt, seed, latents) -> arm -> picture: base, where there is one, baseline, arm."""
 
 
 def render(
@@ -87,8 +37,9 @@ def render(
     pairs: int = 12,
     facts: Mapping[str, Any] | None = None,
     references: Sequence[Image.Image] = (),
+    checkpoints: Sequence[Point] = (),
 ) -> str:
-    """The page as text.
+    """The page as text, below `page.LIMIT` bytes: larger pictures are made smaller until it is.
 
     Args:
         shots: images of at least the design's arm and baseline; joined as the comparison joined them.
@@ -96,50 +47,59 @@ def render(
         pairs: how many pairs are shown, spread evenly; the worst five follow below.
         facts: further lines of the last table.
         references: the subject's own pictures; the first four are shown.
+        checkpoints: (step, mean, low, high, label) of what was chosen from.
     """
     joined = _joined(gains, shots)
-    ends = {name: [(w["prompt"], w["seed"], w["latents"]) for w in pairs_of] for name, pairs_of in _ends(gains).items()}
     shown = list(joined)[:: max(1, len(joined) // pairs)][:pairs]  # spread over all prompts
-    script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'"
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        *(f'<p class="verdict">{escape(said)}</p>' for said in (words.adapter(gains), words.guidance(gains)) if said),
-        _how_to_read(gains),
-        _references(references),
-        "<h2>Pairs: same prompt, same seed, same noise</h2>",
-        _gallery(gains, joined, shown, overlay),
-        _plane(gains),
-        "<h2>Every way to sample</h2>",
-        _arms(gains),
-    ]
-    for name, keys in ends.items():
-        body += [f"<h2>The five pairs that {name} most</h2>", _ends_table(gains, name)]
-        body.append(_gallery(gains, joined, [key for key in keys if key in joined], overlay))
-    body += [
-        _curves(gains),
-        "<h2>Statistics</h2>",
-        _statistics(gains),
-        "<h2>How it was made</h2>",
-        _facts({**(facts or {}), **gains.design.notes}),
-        f"<pre>{escape(command)}</pre>" if command else "",
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}: measured gains</title><style>{_STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in body if part)
-        + f"\n</main><script>{_SCRIPT}</script></body></html>\n"
-    )
+    over = {key: overlay(joined[key][gains.design.arm]) for key in shown} if overlay is not None else {}
+    for side in SIDES:
+        draw = drawer(side)
+        body = [
+            f"<h1>{escape(title)}</h1>",
+            *(
+                f'<p class="verdict">{escape(said)}</p>'
+                for said in (words.adapter(gains), words.guidance(gains))
+                if said
+            ),
+            _how_to_read(gains),
+            _references(references, draw),
+            "<h2>Results: same prompt, same seed, same noise</h2>",
+            _gallery("shown", joined, shown, draw, over),
+            _plane(gains),
+            "<h2>Every way to sample</h2>",
+            _arms(gains),
+        ]
+        for name, ends in _ends(gains).items():
+            keys = [(one["prompt"], one["seed"], one["latents"]) for one in ends]
+            kept = [key for key in keys if key in joined]
+            body.append(f"<h2>Where {escape(gains.design.arm)} {name} most</h2>")
+            body += [_ends_table(gains, name), _gallery(name, joined, kept, draw, {})]
+        body += [
+            _curves(gains, checkpoints),
+            "<h2>Statistics</h2>",
+            _statistics(gains),
+            "<h2>How it was made</h2>",
+            _facts({**(facts or {}), **gains.design.notes}),
+            f"<pre>{escape(command)}</pre>" if command else "",
+        ]
+        page = html(title, body)
+        if len(page.encode()) < LIMIT:
+            break
+    return page
 
 
 def _joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> Joined:
-    """(prompt, seed, latents) -> pictures of the base, where there is one, of the baseline and of the arm."""
-    bare = {shot.key: shot for shot in shots.get(gains.design.base or "", ())}
-    ours = {shot.key: shot for shot in shots.get(gains.design.arm, ())}
-    theirs = {shot.key: shot for shot in shots.get(gains.design.baseline, ())}
-    return {key: (bare.get(key), theirs[key], ours[key]) for key in ours if key in theirs}
+    design = gains.design
+    found = {name: {shot.key: shot for shot in shots.get(name, ())} for name in (design.baseline, design.arm)}
+    both = [key for key in found[design.arm] if key in found[design.baseline]]
+    bare = {shot.key: shot for shot in shots.get(design.base or "", ())}
+    return {
+        key: {
+            **({str(design.base): bare[key]} if key in bare else {}),
+            **{name: own[key] for name, own in found.items()},
+        }
+        for key in both
+    }
 
 
 def _design(gains: Gains) -> str:
@@ -157,25 +117,32 @@ def _ends(gains: Gains) -> dict[str, list[dict[str, Any]]]:
 
 
 def _how_to_read(gains: Gains) -> str:
+    """The words of the two sentences, and behind a fold all others."""
     design, counts = gains.design, gains.counts
-    lines = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>"
-        for name, said in {
-            **words.arms(gains),
-            design.primary: "the measure that decides about the guidance",
-            "pair": "two pictures of the same prompt that began with the same noise; only what is compared differs",
-            "interval": f"where the true mean lies, in {design.confidence:.0%} of such studies",
-        }.items()
-    )
-    count = f"{counts['prompts']} prompts, {counts['seeds']} seed(s) each, drawn in {len(gains.arms)} ways."
-    return f"<details><summary>How to read this: {escape(count)}</summary><dl>{lines}</dl></details>"
+    every = words.arms(gains)
+    first = {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
+    first |= {name: said for name in words.decide(gains) if (said := words.metric(name))}
+    more = {
+        **every,
+        **{name: said for name in design.higher_is_better if (said := words.metric(name)) and name not in first},
+        design.primary: "the measure that decides about the guidance; " + words.metric(design.primary),
+        "pair": "two pictures of the same prompt that began with the same noise; only what is compared differs",
+        "interval": f"where the true mean lies, in {design.confidence:.0%} of such studies",
+    }
+    count = f"{counts['prompts']} prompts, {counts['seeds']} seed(s) each, drawn in {len(gains.arms)} ways"
+    return f"{_terms(first)}<details><summary>How to read the rest: {escape(count)}</summary>{_terms(more)}</details>"
 
 
-def _references(references: Sequence[Image.Image]) -> str:
+def _terms(said: Mapping[str, str]) -> str:
+    lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in said.items())
+    return f"<dl>{lines}</dl>"
+
+
+def _references(references: Sequence[Image.Image], draw: Draw) -> str:
     if not references:
         return ""
     pictures = "".join(
-        f"<div>{_picture(image, f'The subject, picture {number}')}</div>"
+        f"<div>{draw(image, f'The subject, picture {number}')}</div>"
         for number, image in enumerate(references[:4], start=1)
     )
     return f'<h2>The subject</h2><div class="references">{pictures}</div>'
@@ -198,12 +165,12 @@ def _plane(gains: Gains) -> str:
             series[one["arm"]] = [point(one["arm"])]
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(drawn))
     rows = [[name, *(f"{words.number(m, means[name][m])}" for m in (x, y))] for name in means]
-    table = _table("The points of the figure", ["point", x, y], rows)
+    listed = table("The points of the figure", ["point", x, y], rows)
     return (
         "<h2>The subject against the prompt</h2><p>Up and to the right is better. Plain guidance reaches the line by "
         "its scale and the adapter's weight alone; what does not lie above it adds nothing.</p>"
         f"<div class=curves>{plot(series, x, y)}</div><ul>{said}</ul>"
-        f"<details><summary>The figure as a table</summary>{table}</details>"
+        f"<details><summary>The figure as a table</summary>{listed}</details>"
     )
 
 
@@ -219,70 +186,42 @@ def _statistics(gains: Gains) -> str:
     )
 
 
-def _uri(image: Image.Image) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    small.save(data, "WEBP", quality=90, method=4, lossless=max(small.size) <= SHARP)
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
-
-
-def _picture(image: Image.Image, alt: str) -> str:
-    sharp = ' class="sharp"' if max(image.size) <= SHARP else ""
-    size = f'width="{image.width}" height="{image.height}"'
-    return f'<img{sharp} src="{_uri(image)}" {size} alt="{escape(alt)}" loading="lazy">'
-
-
-def _gallery(gains: Gains, joined: Joined, keys: Sequence[Any], overlay: Overlay | None) -> str:
+def _gallery(
+    group: str, joined: Joined, keys: Sequence[Key], draw: Draw, over: Mapping[Key, Mapping[str, Image.Image]]
+) -> str:
     if not keys:
         return "<p>No pictures were kept.</p>"
-    figures = [_pair(gains, *joined[key], overlay) for key in keys]
+    figures = [_strip(joined[key], draw, over.get(key, {}), f"{group}{i}") for i, key in enumerate(keys)]
     return f'<div class="pairs">{"".join(figures)}</div>'
 
 
-def _pair(gains: Gains, base: Shot | None, before: Shot, after: Shot, overlay: Overlay | None) -> str:
-    names = gains.design.baseline, gains.design.arm
+def _strip(pictures: Mapping[str, Shot], draw: Draw, over: Mapping[str, Image.Image], group: str) -> str:
+    """Base, baseline and arm side by side, and buttons that show one of them alone."""
+    first = next(iter(pictures.values()))
+    said = f"{first.prompt}, seed {first.seed}"
     sides = "".join(
-        f"<div>{_picture(shot.image, f'{name}: {shot.prompt}, seed {shot.seed}')}"
-        f'<span class="tag">{escape(name)}</span></div>'
-        for name, shot in zip(names, (before, after), strict=True)
+        f'<div class="side side{i}">{draw(shot.image, f"{name}: {said}")}<span>{escape(name)}</span></div>'
+        for i, (name, shot) in enumerate(pictures.items(), start=1)
     )
-    label = f"Divider between {names[0]} (left) and {names[1]} (right): {after.prompt}, seed {after.seed}"
+    buttons = "".join(
+        f'<label><input type="radio" name="{group}" class="pick{i}"{"" if i else " checked"}> {escape(name)}</label>'
+        for i, name in enumerate(["all", *pictures])
+    )
     extra = "".join(
-        f"<details><summary>{escape(name)}</summary>{_picture(picture, f'{name}: {after.prompt}')}</details>"
-        for name, picture in (overlay(after) if overlay is not None else {}).items()
-    )
-    bare = (
-        ""
-        if base is None
-        else (
-            f'<div class="base">{_picture(base.image, f"base: {base.prompt}, seed {base.seed}")}'
-            f'<span class="tag">{escape(str(gains.design.base))}</span></div>'
-        )
+        f"<details><summary>{escape(name)}</summary>{draw(picture, f'{name}: {first.prompt}')}</details>"
+        for name, picture in over.items()
     )
     return (
-        f'<figure class="pair">{bare}<div class="pictures">{sides}</div>'
-        f'<input type="range" min="0" max="100" value="50" aria-label="{escape(label)}">'
-        f"<figcaption>{escape(after.prompt)} · seed {after.seed}</figcaption>{extra}</figure>"
-    )
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    lines = []
-    for first, *rest in rows:
-        cells = [f"<td{' class=text' if i in text else ''}>{escape(cell)}</td>" for i, cell in enumerate(rest, start=1)]
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<figure class="pair"><figcaption>{escape(first.prompt)} · seed {first.seed}</figcaption>'
+        f'<div class="strip">{sides}</div><fieldset><legend>show</legend>{buttons}</fieldset>{extra}</figure>'
     )
 
 
 def _arms(gains: Gains) -> str:
     metrics = gains.design.higher_is_better
     head = ["arm", *(f"{m} {'↑' if up else '↓'}" for m, up in metrics.items()), "s per image"]
-    recorded = sorted({name for arm in gains.arms for name in arm["recorded"]})
+    hidden = gains.design.notes.get("only at equal effective scale", ())
+    recorded = sorted({name for arm in gains.arms for name in arm["recorded"]} - {*hidden})
     rows = []
     for arm in gains.arms:
         values = [arm["metrics"][m] for m in metrics]
@@ -291,7 +230,7 @@ def _arms(gains: Gains) -> str:
         ]
         extra = [f"{arm['recorded'][name]:.4g}" if name in arm["recorded"] else "" for name in recorded]
         rows.append([arm["name"], *cells, f"{arm['seconds']:.3g}", *extra])
-    return _table("Every arm with its means and intervals", [*head, *recorded], rows)
+    return table("Every arm with its means and intervals", [*head, *recorded], rows)
 
 
 def _contrasts(contrasts: Sequence[Contrast]) -> str:
@@ -307,7 +246,7 @@ def _contrasts(contrasts: Sequence[Contrast]) -> str:
         "detectable",
         "failures",
     ]
-    return _table("Differences, arm by arm", head, [_line(c) for c in contrasts], text=[1])
+    return table("Differences, arm by arm", head, [_line(c) for c in contrasts], text=[1])
 
 
 def _line(c: Contrast) -> list[str]:
@@ -328,22 +267,24 @@ def _line(c: Contrast) -> list[str]:
 def _ends_table(gains: Gains, name: str) -> str:
     head = ["prompt", "seed", f"difference in {gains.design.primary}"]
     rows = [[w["prompt"], str(w["seed"]), f"{w['difference']:+.3g}"] for w in _ends(gains)[name]]
-    return _table(f"The five that {name} most", head, rows)
+    return table(f"The five that {name} most", head, rows)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    return _table("Facts", ["what", "value"], [[str(k), str(v)] for k, v in facts.items()], text=[1]) if facts else ""
+    return table("Facts", ["what", "value"], [[str(k), str(v)] for k, v in facts.items()], text=[1]) if facts else ""
 
 
-def _curves(gains: Gains) -> str:
-    if not gains.curves:
+def _curves(gains: Gains, checkpoints: Sequence[Point]) -> str:
+    if not gains.curves and not checkpoints:
         return ""
     design = gains.design
-    drawn = [plot(_series(gains, None, m), "guidance scale", m) for m in design.higher_is_better]
-    others = [m for m in design.higher_is_better if m != design.primary]
-    drawn += [plot(_series(gains, m, design.primary), m, design.primary) for m in others]
-    words = "Bars are intervals of the mean; points are labelled with the guidance scale."
-    return f"<h2>Curves</h2><p>{words}</p><div class=curves>{''.join(drawn)}</div>"
+    drawn = [plot({"checkpoints": checkpoints}, "training step", "what was maximised")] if len(checkpoints) > 1 else []
+    if gains.curves:
+        drawn += [plot(_series(gains, None, m), "guidance scale", m) for m in design.higher_is_better]
+        others = [m for m in design.higher_is_better if m != design.primary]
+        drawn += [plot(_series(gains, m, design.primary), m, design.primary) for m in others]
+    said = "Bars are intervals of the mean; points are labelled with the guidance scale, or the checkpoint chosen."
+    return f"<h2>Curves</h2><p>{said}</p><div class=curves>{''.join(drawn)}</div>"
 
 
 def _series(gains: Gains, x: str | None, y: str) -> dict[str, list[tuple[float, float, float, float, str]]]:

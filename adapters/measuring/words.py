@@ -9,9 +9,9 @@ from typing import Any
 
 from .gains import Gains
 
-__all__ = ["adapter", "arms", "guidance", "interval", "number"]
+__all__ = ["adapter", "arms", "decide", "guidance", "interval", "metric", "number"]
 
-_SHARES = re.compile(r"identity|.*accuracy|.* share|.*\bIoU|.*\bF1.*")
+_SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
     "gain": "The adapter draws its subject, and the pictures keep to their prompts as the base's do.",
     "unclear": "The adapter draws its subject. Whether the pictures keep to their prompts as before is not clear.",
@@ -30,6 +30,25 @@ _GUIDANCE = {
     "trade-off": "{arm} makes the pictures better in one way and worse in another than plain guidance does.",
     "harm": "{arm} makes the pictures worse than plain guidance does.",
     "no detectable gain": "{arm} is not shown to make the pictures better than plain guidance does.",
+}
+_METRICS = {
+    r"identity": "share of pictures that are nearer to the subject's photos than the base's pictures of its class are",
+    r"identity margin": "how much nearer to the subject's photos than to its class a picture is; above 0 is nearer",
+    r"identity \((.+)\)": "the same, by what the network {} sees in whole pictures",
+    r"prompt accuracy": "share of the objects, colours, places and backgrounds a prompt names that are in the picture",
+    r"(object|colour|relation|background) accuracy": "the part of prompt accuracy that is about the {}",
+    r"(?:subject|masked) similarity.*": "how alike the subject looks to its photos, 1 being equal, without background",
+    r"similarity \((.+)\)": "how alike pictures are to the subject's photos for the network {}, 1 being equal",
+    r"alignment \((.+)\)": "how well picture and prompt fit for the network {}; compare with other arms only",
+    r"class IoU": "share of the picture where the kind of thing asked for is seen, 100 % being all",
+    r"canny F1": "how far the edges of the picture are those asked for, 100 % being all",
+    r"VQAScore": "probability that a model says yes to: does this picture show its prompt?",
+    r"question (?:accuracy|probability)": "share of questions about the prompt that a model answers rightly",
+    r"detected objects": "share of pictures with everything the prompt names, as often, coloured and placed as it says",
+    r"depth RMSE": "difference to the depth asked for, 0 being none",
+    r"diversity.*": "how different the pictures of one prompt are from each other",
+    r"drift.*": "how far a picture is from the base's own",
+    r"saturation|contrast|clipped share": "signs of burnt pictures; less is better",
 }
 _METHODS = {
     "cfg": "plain classifier-free guidance, as every pipeline has it",
@@ -79,6 +98,21 @@ def _arm(guidance: Mapping[str, Any]) -> str:
     said += [f"adapter weight {guidance['weight']:g}"] if guidance.get("weight") not in (None, 1.0) else []
     said += [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
     return ", ".join(said)
+
+
+def decide(gains: Gains) -> list[str]:
+    """The metrics of the two sentences."""
+    design = gains.design
+    about = [design.identity, design.accuracy] if gains.adapter else []
+    return list(dict.fromkeys([*filter(None, about), design.primary]))
+
+
+def metric(name: str) -> str:
+    """What a metric says, in a line; empty where it is one's own."""
+    for pattern, said in _METRICS.items():
+        if found := re.fullmatch(pattern, name):
+            return said.format(*found.groups())
+    return ""
 
 
 def number(metric: str, value: Mapping[str, Any]) -> str:

@@ -238,6 +238,13 @@ def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str
             for name, arm in guidances.items()
             if name not in known and arm.method in ("dose", "placebo", "pointwise")
         }
+        # An arm with a scope differs from the tuned one of its method in the scope alone.
+        best = {guidances[name].method: guidances[name] for name in (plan.arm, plan.baseline)}
+        guidances |= {
+            name: replace(best[arm.method], scope=arm.scope)
+            for name, arm in guidances.items()
+            if name not in known and arm.scope is not None and arm.method in best
+        }
     for name in (plan.baseline, plan.arm):
         own = guidances[name]
         guidances |= {f"{name} @ {scale:g}": replace(own, scale=scale) for scale in plan.sweep if scale != own.scale}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,11 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     placebo = found["placebo"].guidance
     assert (placebo.method, placebo.scale, placebo.options, placebo.weight) == ("placebo", 3.0, {"stop": 0.5}, 0.6)
     scoped = GuidanceSettings(method="cfg", scope=ScopeSettings(stop=0.5))
+    plan = MeasureSettings(subjects=[str(ROOT / "recipes" / "subjects" / "bird")], seeds=[9], limit=2)
+    plain = tuned(tmp_path / "plain", best={"CFG": GuidanceSettings(method="cfg", scale=2.0, weight=0.6)})
+    plan = replace(plan, arms={**plan.arms, "CFG early": scoped})
+    early = resolve(plan, base=POCKET, adapter=BIRD, tuned=str(plain)).arms["CFG early"].guidance
+    assert (early.scale, early.weight, early.scope) == (2.0, 0.6, scoped.scope)
     place = tuned(tmp_path / "scoped", best={"CFG": scoped})
     assert Tuned.read(place).best["CFG"] == scoped
     for change, said in (

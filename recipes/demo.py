@@ -11,7 +11,6 @@ import argparse
 import time
 from pathlib import Path
 
-from adapters.files import read_json
 from recipes import dreambooth_lora
 from recipes.common.cli import alone, explained, quiet
 from training.config import parse
@@ -41,6 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     begin = time.perf_counter()
     quiet()
+    from adapters.files import read_json  # torch: not before the options are known
+
     subject = HERE / "subjects" / options.subject
     changes = {
         "data.source": subject,

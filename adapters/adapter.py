@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["COMPONENTS", "KIND_OF", "Adapter", "Kind", "Module", "Tokens"]
+__all__ = ["BESIDE", "COMPONENTS", "KIND_OF", "Adapter", "Kind", "Module", "Tokens"]
 
-Kind = Literal["lora", "loha", "lokr"]
+Kind = Literal["lora", "loha", "lokr", "full", "norm"]
+"""full: a whole difference of a layer's weight; norm: the same of a normalisation. Both in LyCORIS' words."""
 Tokens = Mapping[str, Mapping[str, torch.Tensor]]
 """Learned token -> component -> vectors (n, width)."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -19,8 +20,17 @@ _PARAMETERS: dict[Kind, tuple[str, ...]] = {
     "lora": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "full": ("diff",),
+    "norm": ("w_norm",),
 }
 KIND_OF: dict[str, Kind] = {name: kind for kind, names in _PARAMETERS.items() for name in names}
+BESIDE: dict[str, tuple[Kind, ...]] = {
+    "dora_scale": ("lora", "loha", "lokr"),
+    "diff_b": ("full", "lora", "loha", "lokr"),
+    "b_norm": ("norm",),
+}
+"""Parameters that peft has no place for -> the kinds beside whose own they may lie."""
+_WEIGHT_DECOMPOSED = {"lora": "dora", "loha": "doha", "lokr": "dokr"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,11 @@ class Module:
 
     kind: Kind
     tensors: Mapping[str, torch.Tensor]
-    """By peft's parameter names: `lora_A.weight` (r, in[, kh, kw]), `lora_B.weight` (out, r[, 1, 1]), …"""
+    """By peft's parameter names: `lora_A.weight` (r, in[, kh, kw]), `lora_B.weight` (out, r[, 1, 1]), …
+
+    By LyCORIS' where peft has none: `dora_scale` (out, 1[, 1, 1]) or, over inputs, (1, in[, 1, 1]); `diff` (out, in[,
+    kh, kw]), `diff_b` (out,), `w_norm` and `b_norm` (width,).
+    """
     rank: int
     alpha: float
     rslora: bool = False
@@ -41,7 +55,24 @@ class Module:
 
     @property
     def dora(self) -> bool:
+        """A DoRA as peft has it: a LoRA with a magnitude per output."""
         return "lora_magnitude_vector" in self.tensors
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether magnitudes rescale the changed weight, peft's or others."""
+        return self.dora or "dora_scale" in self.tensors
+
+    @property
+    def merges_only(self) -> str | None:
+        """What of it no layer of peft computes, so that it can only be added into the weights; None: nothing."""
+        if self.kind == "full":
+            return "a whole weight difference"
+        if self.kind == "norm":
+            return "a trained norm"
+        if "dora_scale" in self.tensors:
+            return "DoRA magnitudes over inputs" if self.kind == "lora" else f"DoRA magnitudes on a {self.kind}"
+        return "a trained bias" if "diff_b" in self.tensors else None
 
     @property
     def full(self) -> bool:
@@ -70,5 +101,11 @@ class Adapter:
 
     @property
     def kinds(self) -> list[str]:
-        """lora, dora, loha, lokr: those that occur."""
-        return sorted({"dora" if module.dora else module.kind for module in self.modules.values()})
+        """lora, loha, lokr, with magnitudes dora, doha, dokr; full, norm: those that occur."""
+        return sorted({_WEIGHT_DECOMPOSED[m.kind] if m.decomposed else m.kind for m in self.modules.values()})
+
+    @property
+    def merges_only(self) -> str | None:
+        """The first layer that can only be merged, and why; None: peft computes all of them."""
+        found = ((name, module.merges_only) for name, module in self.modules.items())
+        return next((f"{name} has {why}" for name, why in found if why), None)

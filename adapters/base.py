@@ -64,7 +64,7 @@ def _own_parameters(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
         if table is not layer:
             own[f"{path.removeprefix('text_model.')}.weight"] = stored(table)
     for merged in reversed(merged_into(module)):
-        own |= {f"{path}.weight": value for path, value in merged.originals(module).items()}
+        own |= merged.originals(module)
     named = (
         (name.replace(".base_layer.", ".").removeprefix("text_model."), value) for name, value in named_values(module)
     )

@@ -82,7 +82,7 @@ def render(
     """`README.md`.
 
     Args:
-        kinds: lora, dora, loha, lokr, controlnet, unet, tokens.
+        kinds: those of an `Adapter`; controlnet, unet, tokens.
         has: names of the files beside it.
         notes: further remarks on compatibility.
         tokens: learned tokens, if some belong to two text encoders.
@@ -114,7 +114,7 @@ def _harm(gains: Gains | None) -> list[str]:
 
 
 def _head(card: Card, kinds: Sequence[str], gains: Gains | None) -> dict[str, Any]:
-    adapters = [kind for kind in kinds if kind in ("lora", "dora", "loha", "lokr")]
+    adapters = [kind for kind in kinds if kind not in ("controlnet", "unet", "tokens")]
     tags = ["text-to-image", "diffusers", *(["lora", *adapters] if adapters else kinds), *card.tags]
     head: dict[str, Any] = {
         "base_model": card.base_model,

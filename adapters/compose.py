@@ -46,15 +46,31 @@ def delta(module: Module, weight: torch.Tensor) -> torch.Tensor:
     """What a module adds to `weight` (out, in[, kh, kw]) at adapter weight 1, in float32 (float64 for float64)."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     parts = {name: tensor.to(weight.device, dtype) for name, tensor in module.tensors.items()}
-    change = {"lora": _lora, "loha": _loha, "lokr": _lokr}[module.kind](parts, weight.shape) * module.scale
-    if not module.dora:
+    made = {"lora": _lora, "loha": _loha, "lokr": _lokr, "full": _whole, "norm": _whole}[module.kind]
+    change = made(parts, weight.shape) * module.scale
+    if not module.decomposed:
         return change
-    # DoRA (arXiv:2402.09353, eq. 5): the changed weight, rescaled to a learned norm per output.
+    # DoRA (arXiv:2402.09353, eq. 5): the changed weight, rescaled to a learned norm per output, or per input.
     base = weight.to(dtype)
     changed = base + change
-    norm = changed.flatten(1).norm(dim=1)
-    gain = (parts["lora_magnitude_vector"].reshape(-1) / norm).reshape(-1, *[1] * (weight.ndim - 1))
-    return changed * gain - base
+    magnitude = parts.get("dora_scale", parts.get("lora_magnitude_vector"))
+    assert magnitude is not None
+    over_inputs = "dora_scale" in parts and _over_inputs(module, weight.shape)
+    axis = 1 if over_inputs else 0
+    norm = changed.movedim(axis, 0).flatten(1).norm(dim=1)
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    return changed * (magnitude.reshape(-1) / norm).reshape(shape) - base
+
+
+def _over_inputs(module: Module, shape: Sequence[int]) -> bool:
+    """Whether LyCORIS' magnitudes are one per input (1, in, …) instead of one per output (out, 1, …)."""
+    scale = module.tensors["dora_scale"]
+    return scale.ndim > 1 and scale.shape[0] == 1 and shape[0] != 1
+
+
+def _whole(p: Mapping[str, torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    return p["diff" if "diff" in p else "w_norm"].reshape(shape)
 
 
 def _lora(p: Mapping[str, torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
@@ -92,6 +108,8 @@ def change_shape(p: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
     """The shape of what a module's factors make; of LoHa and LoKr without a core, a kernel is in the columns."""
     if "lora_A.weight" in p:
         return (p["lora_B.weight"].shape[0], *p["lora_A.weight"].shape[1:])
+    if whole := [p[name] for name in ("diff", "w_norm") if name in p]:
+        return tuple(whole[0].shape)
     if "hada_t1" in p:
         return (p["hada_w1_a"].shape[1], p["hada_w1_b"].shape[1], *p["hada_t1"].shape[2:])
     if "hada_w1_a" in p:
@@ -123,19 +141,45 @@ def _layer(model: torch.nn.Module, path: str, name: str) -> torch.nn.Module:
 
 
 def deltas(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: float = 1.0) -> dict[str, torch.Tensor]:
-    """Every module's change at that weight; DoRA, which is no sum, has it on its low-rank part, as peft does."""
+    """Every weight's change at that weight; DoRA, which is no sum, has it on its low-rank part, as peft does.
+
+    Magnitudes that peft has not (`dora_scale`) are taken as LyCORIS does at weight 1, and the change scaled.
+    """
     result = {}
     for name, module in adapter.modules.items():
-        component, _, path = name.partition(".")
-        if component not in models:
-            raise AdapterError(f"{name}: no model for {component}; given are {sorted(models)}")
-        base = stored(_layer(models[component], path, name))
+        if set(module.tensors) in ({"diff_b"}, {"b_norm"}):
+            continue
+        base = stored(_named_layer(name, models))
         scaled = replace(module, alpha=module.alpha * weight) if module.dora else module
         try:
             result[name] = delta(scaled, base.detach()) * (1 if module.dora else weight)
         except RuntimeError as error:
             raise FormatError(f"{name}: its factors do not make a weight of shape {tuple(base.shape)}") from error
     return result
+
+
+def _bias_deltas(
+    adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Every bias' change at that weight."""
+    result = {}
+    for name, module in adapter.modules.items():
+        found = [module.tensors[parameter] for parameter in ("diff_b", "b_norm") if parameter in module.tensors]
+        if found:
+            layer = _named_layer(name, models)
+            if layer.bias is None:
+                raise AdapterError(f"{name}: the adapter changes a bias, the model's layer has none")
+            base = stored(layer, "bias")
+            dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+            result[name] = found[0].to(base.device, dtype).reshape(base.shape) * weight
+    return result
+
+
+def _named_layer(name: str, models: Mapping[str, torch.nn.Module]) -> torch.nn.Module:
+    component, _, path = name.partition(".")
+    if component not in models:
+        raise AdapterError(f"{name}: no model for {component}; given are {sorted(models)}")
+    return _layer(models[component], path, name)
 
 
 # ---------------------------------------------------------------------------------------------- merging
@@ -150,27 +194,28 @@ class Merged:
         self._adapter, self._models, self._saved = adapter, models, dict(saved)
 
     def originals(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Layer -> its weight as it was, for the layers of one of the models."""
+        """Parameter -> its value as it was, for those of one of the models."""
         split = ((name.partition("."), value) for name, value in self._saved.items())
         return {path: value for (component, _, path), value in split if self._models[component] is model}
 
     def unmerge(self) -> None:
         """Restore the weights to the bit; calling it twice is harmless. The last merge is undone first."""
         for name, value in self._saved.items():
-            component, _, path = name.partition(".")
-            stack = merged_into(self._models[component])
+            model = self._models[name.partition(".")[0]]
+            stack = merged_into(model)
             if stack and stack[-1] is not self:
                 raise AdapterError("another adapter was merged on top of this one; unmerge that first")
-            _restore(self._models[component], path, name, value)
+            _restore(model, name, value)
         self._saved.clear()
         for model in self._models.values():
             if self in merged_into(model):
                 merged_into(model).remove(self)
 
 
-def _restore(model: torch.nn.Module, path: str, name: str, value: torch.Tensor) -> None:
-    """Put a weight back; what was fused into it meanwhile through peft (`fuse_lora`) is fused again."""
-    target = stored(_layer(model, path, name), writable=True)
+def _restore(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a parameter back; what was fused into it meanwhile through peft (`fuse_lora`) is fused again."""
+    path, _, parameter = name.partition(".")[2].rpartition(".")
+    target = stored(_layer(model, path, name), parameter, writable=True)
     tuner = _module(model, path)
     fused = list(getattr(tuner, "merged_adapters", []))
     if fused:
@@ -194,12 +239,12 @@ def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: fl
     for model in models.values():
         if any(_same(adapter, other._adapter) for other in merged_into(model)):
             raise AdapterError("this adapter is already merged here; unmerge it before merging it again")
-    changes = deltas(adapter, models, weight=weight)
+    changes = {(name, "weight"): change for name, change in deltas(adapter, models, weight=weight).items()}
+    changes |= {(name, "bias"): change for name, change in _bias_deltas(adapter, models, weight=weight).items()}
     saved = {}
-    for name, change in changes.items():
-        component, _, path = name.partition(".")
-        target = stored(_layer(models[component], path, name), writable=True)
-        saved[name] = target.detach().clone()
+    for (name, parameter), change in changes.items():
+        target = stored(_named_layer(name, models), parameter, writable=True)
+        saved[f"{name}.{parameter}"] = target.detach().clone()
         target.data.copy_(target.detach().to(change.dtype) + change)
     merged = Merged(adapter, models, saved)
     for model in models.values():
@@ -232,10 +277,9 @@ def weighted_sum(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         for adapter, weight in adapters:
             if (module := adapter.modules.get(name)) is None:
                 continue
-            if module.kind != "lora" or module.dora:
-                raise FormatError(
-                    f"{name} is {'dora' if module.dora else module.kind}; turn it into a LoRA first (to_lora)"
-                )
+            if module.kind != "lora" or module.dora or module.merges_only:
+                kind = module.merges_only or ("dora" if module.dora else module.kind)
+                raise FormatError(f"{name} is {kind}; turn it into a LoRA first (to_lora)")
             downs.append(module.tensors["lora_A.weight"].float())
             ups.append(module.tensors["lora_B.weight"].float() * (weight * module.scale))
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
@@ -257,14 +301,17 @@ def _truncated(wanted: torch.Tensor, rank: int) -> tuple[Module, float, float]:
     return module, float((s[kept:] ** 2).sum()), float((s**2).sum())
 
 
-def _approximate(wanted: Mapping[str, torch.Tensor], rank: int, tokens: Tokens | None = None) -> Approximation:
+def _approximate(
+    wanted: Mapping[str, torch.Tensor], rank: int, tokens: Tokens | None = None, *, lost: float = 0.0
+) -> Approximation:
+    """`lost`: the squared norm of changes that no LoRA carries, which counts into the error."""
     if rank < 1:
         raise AdapterError(f"rank={rank}: expected a whole number >= 1")
-    modules, errors, missed, total = {}, {}, 0.0, 0.0
+    modules, errors, missed, total = {}, {}, lost, lost
     for name, change in wanted.items():
-        modules[name], lost, whole = _truncated(change, rank)
-        errors[name] = math.sqrt(lost / whole) if whole else 0.0
-        missed, total = missed + lost, total + whole
+        modules[name], cut, whole = _truncated(change, rank)
+        errors[name] = math.sqrt(cut / whole) if whole else 0.0
+        missed, total = missed + cut, total + whole
     error = math.sqrt(missed / total) if total else 0.0
     return Approximation(adapter=Adapter(modules=modules, tokens=tokens or {}), error=error, errors=errors)
 
@@ -273,7 +320,7 @@ def rerank(adapter: Adapter, rank: int) -> Approximation:
     """A plain LoRA at another rank, at most `rank` per module; needs no base model."""
     wanted = {}
     for name, module in adapter.modules.items():
-        if module.kind != "lora" or module.dora:
+        if module.kind != "lora" or module.dora or module.merges_only:
             raise FormatError(f"{name} is not plain LoRA; use to_lora with the base model")
         down, up = module.tensors["lora_A.weight"].float(), module.tensors["lora_B.weight"].float()
         wanted[name] = _lora({"lora_A.weight": down, "lora_B.weight": up}, (len(up), *down.shape[1:])) * module.scale
@@ -281,8 +328,17 @@ def rerank(adapter: Adapter, rank: int) -> Approximation:
 
 
 def to_lora(adapter: Adapter, models: Mapping[str, torch.nn.Module], rank: int) -> Approximation:
-    """Any kind as the nearest LoRA of that rank, with the error stated."""
-    return _approximate(deltas(adapter, models), rank, adapter.tokens)
+    """Any kind as the nearest LoRA of that rank, with the error stated; changed norms and biases count into it."""
+    changes = deltas(adapter, models)
+    lost = [*_bias_deltas(adapter, models).values(), *(c for c in changes.values() if c.ndim < 2)]
+    wanted = {name: change for name, change in changes.items() if change.ndim > 1}
+    if not wanted:
+        raise AdapterError("the adapter changes norms and biases alone, which no LoRA can do")
+    return _approximate(wanted, rank, adapter.tokens, lost=sum(map(_squared, lost)))
+
+
+def _squared(change: torch.Tensor) -> float:
+    return float((change.double() ** 2).sum())
 
 
 def extract(base: Mapping[str, torch.nn.Module], tuned: Mapping[str, torch.nn.Module], rank: int) -> Approximation:
@@ -312,10 +368,7 @@ def extract(base: Mapping[str, torch.nn.Module], tuned: Mapping[str, torch.nn.Mo
             if name.endswith(".weight") and path in layers and getattr(layers[path], "groups", 1) == 1:
                 wanted[f"{component}.{path.removeprefix('text_model.')}"] = change
             else:
-                lost += float((change.double() ** 2).sum())
+                lost += _squared(change)
     if not wanted:
         raise AdapterError("the two models have the same linear and convolution weights; there is nothing to extract")
-    found = _approximate(wanted, rank)
-    total = sum(float((change.double() ** 2).sum()) for change in wanted.values())
-    error = math.sqrt((found.error**2 * total + lost) / (total + lost))
-    return Approximation(adapter=found.adapter, error=error, errors=found.errors)
+    return _approximate(wanted, rank, lost=lost)

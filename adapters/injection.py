@@ -70,13 +70,15 @@ def fit(model: torch.nn.Module, adapter: Adapter, component: str) -> dict[str, M
         name = f"{component}.{path}"
         layer: Any = model.get_submodule(real[path]) if path in real else None
         if path in real and real[path] in carrying:
-            if not any(p.removesuffix(".weight") in layer.adapter_layer_names for p in module.tensors):
+            beside = any(p.removesuffix(".weight") in layer.adapter_layer_names for p in module.tensors)
+            if not beside and module.merges_only is None:
                 raise AdapterError(f"{name} already carries another kind of adapter; detach or merge it first")
             layer = layer.get_base_layer()
         shape = getattr(getattr(layer, "weight", None), "shape", None)
         if shape is None:
             raise BaseMismatchError(f"{name}: the pipeline has no such layer; the adapter is for another base")
         fitted[name] = _shaped(module, name, tuple(shape))
+        _check_beside(module, name, layer)
     return fitted
 
 
@@ -96,12 +98,31 @@ def _shaped(module: Module, name: str, shape: tuple[int, ...]) -> Module:
     if module.dora:
         kept = tensors["lora_magnitude_vector"].reshape(-1)
         tensors["lora_magnitude_vector"] = kept.reshape(1, -1, 1, 1) if len(shape) == 4 else kept
-    changes, wanted = change_shape(tensors), shape
+    if set(tensors) <= {"diff_b", "b_norm"}:
+        return module
+    changes = change_shape(tensors)
+    fits = changes == shape
     if module.kind != "lora":  # its product is reshaped to the weight, whose kernel may be in its columns
-        changes, wanted = (changes[0], math.prod(changes[1:])), (shape[0], math.prod(shape[1:]))
-    if changes != wanted:
+        fits = (changes[0], math.prod(changes[1:])) == (shape[0], math.prod(shape[1:]))
+    if not fits:
         raise BaseMismatchError(f"{name}: the adapter changes a weight of shape {changes}, the base's is {shape}")
     return replace(module, tensors=tensors)
+
+
+def _check_beside(module: Module, name: str, layer: Any) -> None:
+    """A bias and LyCORIS' magnitudes, of which broadcasting would take any."""
+    for parameter in ("diff_b", "b_norm"):
+        if parameter in module.tensors and layer.bias is None:
+            raise BaseMismatchError(f"{name}: the adapter changes a bias, the base's layer has none")
+        if parameter in module.tensors and module.tensors[parameter].numel() != layer.bias.numel():
+            sizes = f"{module.tensors[parameter].numel()} values, the base's has {layer.bias.numel()}"
+            raise BaseMismatchError(f"{name}: the adapter's change of the bias has {sizes}")
+    if "dora_scale" in module.tensors:
+        scale, shape = module.tensors["dora_scale"], tuple(layer.weight.shape)
+        if scale.numel() != shape[0] and (scale.shape[0] != 1 or scale.numel() != shape[1]):
+            raise BaseMismatchError(
+                f"{name}: dora_scale {tuple(scale.shape)} is neither one per output nor one per input of {shape}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- on

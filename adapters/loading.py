@@ -81,7 +81,9 @@ def load(
         place: finds words in the pictures of a pipeline, such as `scfg.place_of`; a shipped scope may need it.
 
     The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
-    have left. A pipeline may be compiled or offloaded; a DoRA on a sequentially offloaded one is always merged.
+    have left. A pipeline may be compiled or offloaded. What peft has no layer for (LyCORIS' whole differences, norms
+    and biases, DoRA magnitudes on LoHa, LoKr or over inputs) is always merged, as is a DoRA on sequentially offloaded
+    weights.
 
     Raises:
         FileError: altered or unsafe files.
@@ -155,7 +157,8 @@ def _adapter(pipe: Any, source: Source, name: str, weight: float, merged: bool) 
         for component in adapter.components:
             part = replace(adapter, modules=fit(models[component], adapter, component))
             # A DoRA reads the base's weights in every step, which offloading leaves empty.
-            if merged or ("dora" in part.kinds and any(map(is_offloaded, models[component].modules()))):
+            dora = any(module.dora for module in part.modules.values())
+            if merged or part.merges_only or (dora and any(map(is_offloaded, models[component].modules()))):
                 refuse_fused(models[component], component)
                 undo.callback(compose.merge(part, models, weight=weight).unmerge)
             else:
@@ -204,6 +207,11 @@ def _within(pipe: Any, scope: Scope, source: Source, attached: Attached, before:
         raise AdapterError(
             f"scope: {source.path} changes {kind or ' and '.join(texts)}, which takes no part in single steps of "
             "sampling; a scope is for adapters of the U-net alone"
+        )
+    if kind is None and attached.name not in _names(models["unet"]):
+        why = read_adapter(source).merges_only or "it is a DoRA, and the weights are offloaded"
+        raise AdapterError(
+            f"scope: {source.path} can only be added into the weights here ({why}); a scope needs it beside them"
         )
     other = unwrapped(before) if kind == "unet" else None
     return scoped(pipe, scope, unet=models["unet"], name=attached.name, weight=attached.weight, base=other)

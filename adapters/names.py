@@ -30,7 +30,8 @@ _WORDS = (
         "proj_in",
         "proj_out",
     ),
-    *("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut"),
+    *("conv", "conv1", "conv2", "conv_in", "conv_norm_out", "conv_out", "conv_shortcut"),
+    *("norm", "norm1", "norm2", "norm3", "layer_norm1", "layer_norm2", "final_layer_norm"),
     *("time_emb_proj", "time_embedding", "add_embedding", "linear_1", "linear_2"),
     *(
         "encoder",
@@ -60,6 +61,7 @@ _PREFIXES = {
 }
 _SGM_PLAIN = {
     "input_blocks_0_0": "conv_in",
+    "out_0": "conv_norm_out",
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
@@ -67,7 +69,9 @@ _SGM_PLAIN = {
     "label_emb_0_2": "add_embedding_linear_2",
 }
 _SGM_RESNET = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "emb_layers_1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
@@ -77,7 +81,7 @@ _TO_SGM_RESNET = {new: old for old, new in _SGM_RESNET.items()}
 _SGM_WORDS = ("input_blocks", "output_blocks", "middle_block", "out", "time_embed", "label_emb")
 _SDXL_BLOCK = r"(norm|proj_in|proj_out|transformer_blocks\.{}\..+)"
 _SDXL = re.compile(
-    r"conv_in|conv_out|(time|add)_embedding\.linear_[12]"
+    r"conv_in|conv_norm_out|conv_out|(time|add)_embedding\.linear_[12]"
     r"|down_blocks\.[01]\.downsamplers\.0\.conv|up_blocks\.[01]\.upsamplers\.0\.conv"
     r"|(down_blocks\.[012]\.resnets\.[01]|up_blocks\.[012]\.resnets\.[012]|mid_block\.resnets\.[01])\..+"
     r"|(down_blocks\.1\.attentions\.[01]|up_blocks\.1\.attentions\.[012])\."

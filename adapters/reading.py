@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .adapter import COMPONENTS, KIND_OF, Adapter, Kind, Module
+from .adapter import BESIDE, COMPONENTS, KIND_OF, Adapter, Kind, Module
 from .errors import FormatError
 from .names import from_sgm_path, module_name
 from .tokens import bundled
@@ -27,7 +27,6 @@ KOHYA_HEADER = "adapters.modules"
 PARAMETER_NAMES = {
     "lora_down.weight": "lora_A.weight",
     "lora_up.weight": "lora_B.weight",
-    "dora_scale": "lora_magnitude_vector",
 }
 """kohya's name of a parameter -> peft's; those of LoHa and LoKr are the same in both."""
 _EXTRA = ("alpha", "lora_mid.weight")
@@ -45,8 +44,6 @@ _OLD = (
 # A peft model's own state dict holds the adapter's name behind the parameter's.
 _NAMED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|hada_\w+|lokr_\w+)\.(?!(?:weight|bias)$)([^.]+)(\.weight)?$")
 _REASONS = {
-    r"\.(w|b)_norm$": "a trained norm (LyCORIS' train_norm)",
-    r"\.diff(_b)?$": "a whole weight difference (LyCORIS' full, or an extraction)",
     r"\.(bias|lora_B\.bias|bias_\w+)$": "a trained bias",
     r"\.(oft_\w+|a\d\.weight|b\d\.weight|on_input|weight)$": "no LoRA, DoRA, LoHa or LoKr parameter (OFT, GLoRA, IA3?)",
     r"\.lora_embedding_[AB]$": "a LoRA of an embedding table",
@@ -55,7 +52,8 @@ _REASONS = {
 }
 _TRANSFORMER = re.compile(r"(^|[._])(double|single)_(stream_)?blocks|^transformer[._]|^lora_transformer_|joint_blocks")
 _UNET_WORDS = (
-    *("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_out", "time_embedding", "add_embedding"),
+    *("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_norm_out", "conv_out"),
+    *("time_embedding", "add_embedding"),
     *("input_blocks", "output_blocks", "middle_block", "out", "time_embed", "label_emb"),
 )
 _MAX_PATTERN, _MAX_REPEATS = 512, 4
@@ -117,7 +115,7 @@ def _parsed(key: str, component: str) -> _Key:
         raise FormatError(f"{key!r} belongs to a diffusion transformer (FLUX, SD3, …); the bases here are U-nets")
     if match := re.match(r"((?:lora|lycoris)_[A-Za-z0-9_]+)\.(.+)$", key):
         parameter = PARAMETER_NAMES.get(match[2], match[2])
-        if parameter not in KIND_OF and parameter not in _EXTRA:
+        if parameter not in (*KIND_OF, *BESIDE, *_EXTRA):
             raise FormatError(_refusal(key))
         name = module_name(match[1])
         return _Key(name, name.partition(".")[2], parameter, True)
@@ -125,7 +123,7 @@ def _parsed(key: str, component: str) -> _Key:
     name = _NAMED.sub(r".\1\3", name)
     for pattern, new in _OLD:
         name = re.sub(pattern, new, name)
-    found = next((p for p in (*KIND_OF, *PARAMETER_NAMES, *_EXTRA) if name.endswith("." + p)), None)
+    found = next((p for p in (*KIND_OF, *BESIDE, *PARAMETER_NAMES, *_EXTRA) if name.endswith("." + p)), None)
     if found is None:
         raise FormatError(_refusal(key))
     component, _, path = name.removesuffix("." + found).partition(".")
@@ -229,12 +227,14 @@ def _module(
     if "lora_mid.weight" in parts:
         parts = _without_core(name, parts)
     kind = _kind(name, parts)
-    if "lora_magnitude_vector" in parts and lycoris:
-        parts["lora_magnitude_vector"] = _magnitude_to_peft(name, parts)
+    if kind == "lora" and "dora_scale" in parts:
+        parts = _magnitude_to_peft(parts)
     declared = _number(name, config, path, "alpha_pattern", "lora_alpha" if kind == "lora" else "alpha")
     rank = _rank(kind, parts, _number(name, config, path, "rank_pattern", "r"))
     rslora = bool(config.get("use_rslora", False)) and kind == "lora"
-    if alpha is None:
+    if kind in ("full", "norm"):
+        alpha = float(rank)
+    elif alpha is None:
         alpha = float(rank) if declared is None else declared
     module = Module(kind=kind, tensors=dict(parts), rank=rank, alpha=alpha, rslora=rslora)
     return replace(module, alpha=float(rank)) if lycoris and module.full else module
@@ -254,20 +254,20 @@ def _without_core(name: str, parts: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def _kind(name: str, parts: Mapping[str, torch.Tensor]) -> Kind:
-    kinds = {KIND_OF[parameter] for parameter in parts}
-    if len(kinds) == 2 and "lora_magnitude_vector" in parts and not {"lora_A.weight", "lora_B.weight"} & set(parts):
-        other = (kinds - {"lora"}).pop()
-        raise FormatError(
-            f"{name} is {other} with DoRA magnitudes (dora_scale); peft has no such layer, merge it with LyCORIS"
-        )
+    kinds = {KIND_OF[parameter] for parameter in parts if parameter in KIND_OF}
+    beside = [parameter for parameter in parts if parameter in BESIDE]
+    if not kinds and beside != ["dora_scale"]:  # a bias alone
+        kinds = {BESIDE[beside[0]][0]}
     if len(kinds) != 1:
-        raise FormatError(f"{name} mixes {sorted(kinds)}")
+        raise FormatError(f"{name} mixes {sorted(kinds)}" if kinds else f"{name} has a dora_scale but no weights")
     kind = kinds.pop()
+    if wrong := [parameter for parameter in beside if kind not in BESIDE[parameter]]:
+        raise FormatError(f"{name} mixes {kind} and {wrong[0]}")
     need: list[list[str]] = {
         "lora": [["lora_A.weight"], ["lora_B.weight"]],
         "loha": [["hada_w1_a"], ["hada_w1_b"], ["hada_w2_a"], ["hada_w2_b"]],
         "lokr": [[f"lokr_w{n}", f"lokr_w{n}_{side}"] for n in (1, 2) for side in "ab"],
-    }[kind]
+    }.get(kind, [])
     for choice in need:
         if not any(c in parts for c in choice):
             raise FormatError(f"{name} lacks {choice[-1]}")
@@ -279,6 +279,8 @@ def _rank(kind: Kind, parts: Mapping[str, torch.Tensor], declared: float | None)
         return parts["lora_A.weight"].shape[0]
     if kind == "loha":
         return parts["hada_w1_b"].shape[0]
+    if kind in ("full", "norm"):
+        return 1
     for parameter in ("lokr_w2_b", "lokr_w1_b"):
         if parameter in parts:
             return parts[parameter].shape[0]
@@ -286,14 +288,13 @@ def _rank(kind: Kind, parts: Mapping[str, torch.Tensor], declared: float | None)
     return int(declared or max(*parts["lokr_w1"].shape, *parts["lokr_w2"].shape[:2]))
 
 
-def _magnitude_to_peft(name: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    scale, up = parts["lora_magnitude_vector"], parts["lora_B.weight"]
-    if scale.shape[0] != up.shape[0] or scale.numel() != up.shape[0]:
-        raise FormatError(
-            f"{name}: dora_scale of shape {tuple(scale.shape)} runs over inputs (wd_on_output off); "
-            "peft represents only a magnitude per output"
-        )
-    return scale.reshape(1, -1, 1, 1) if up.ndim == 4 else scale.reshape(-1)
+def _magnitude_to_peft(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA's magnitudes in peft's shape; over inputs (LyCORIS' wd_on_out off) they stay as they are."""
+    scale, up = parts["dora_scale"], parts["lora_B.weight"]
+    if scale.shape[:1] != up.shape[:1] or scale.numel() != up.shape[0]:
+        return dict(parts)
+    rest = {key: tensor for key, tensor in parts.items() if key != "dora_scale"}
+    return {**rest, "lora_magnitude_vector": scale.reshape(1, -1, 1, 1) if up.ndim == 4 else scale.reshape(-1)}
 
 
 def _checked(adapter: Adapter) -> Adapter:
@@ -310,7 +311,7 @@ def _checked(adapter: Adapter) -> Adapter:
                     f"{name}: lora_A {tuple(down.shape)} and lora_B {tuple(up.shape)} do not fit together"
                 )
             if module.dora and parts["lora_magnitude_vector"].numel() != up.shape[0]:
-                raise FormatError(f"{name}: the DoRA magnitude runs over inputs; peft represents only outputs")
+                raise FormatError(f"{name}: the DoRA magnitudes are not one per output, which is all that peft has")
     return adapter
 
 

@@ -20,9 +20,9 @@ from .measuring import report
 from .measuring.gains import FORMAT, Gains
 from .measuring.sample import Shot, write
 from .measuring.table import Row, write_csv
-from .source import GUIDER_FILE, MODEL_FILE, MODELS, open_source, read_adapter, tokens_of
+from .source import EXACT_KOHYA, GUIDER_FILE, MODEL_FILE, MODELS, open_source, read_adapter, tokens_of
 from .tokens import EMBEDS_FILE, read_tokens, write_tokens
-from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
+from .writing import LORA_FILE, suits_diffusers, write_diffusers, write_kohya, write_peft
 
 __all__ = ["push", "ship", "versions"]
 
@@ -146,16 +146,16 @@ def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]
 def _adapter(
     stage: Path, adapter: Adapter, name: str | None, sdxl: bool | None, models: Models | None
 ) -> tuple[list[str], list[str]]:
-    plain = set(adapter.kinds) <= {"lora", "dora"}
+    plain = suits_diffusers(adapter)
     notes = []
     if plain:
         write_diffusers(stage / LORA_FILE, adapter)
         notes.append(f"`{LORA_FILE}` loads through plain `pipe.load_lora_weights`.")
     else:
         notes.append(
-            f"{', '.join(k for k in adapter.kinds if k in ('loha', 'lokr'))} does not load through plain diffusers "
-            "from this folder. Use `adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate "
-            "it by a LoRA whose error is printed (`python -m adapters convert --to diffusers --rank N`)."
+            f"This adapter ({', '.join(adapter.kinds)}) does not load through plain diffusers from this folder. Use "
+            "`adapters.load`, merge it into a U-net (`python -m adapters merge`), or approximate it by a LoRA whose "
+            "error is printed (`python -m adapters convert --to diffusers --rank N`)."
         )
     if name is not None or not plain:
         try:
@@ -172,10 +172,10 @@ def _adapter(
 def _kohya(stage: Path, adapter: Adapter, name: str, sdxl: bool | None, models: Models | None) -> list[str]:
     """The file for ComfyUI, Forge and A1111, and a note on it; for a DoRA, which they misread, the nearest LoRA."""
     file = f"{name}.kohya.safetensors"
-    if "dora" not in adapter.kinds:
+    if not any(module.decomposed for module in adapter.modules.values()):
         write_kohya(stage / file, adapter, sdxl=sdxl)
         return [f"`{file}` is for ComfyUI, Forge, A1111 and LyCORIS; every module has its alpha."]
-    exact = f"{name}.dora.kohya.safetensors"
+    exact = name + EXACT_KOHYA
     write_kohya(stage / exact, adapter, sdxl=sdxl)
     notes = [
         f"`{exact}` is this DoRA in LyCORIS' keys, which LyCORIS reads as it is meant. diffusers drops the DoRA "

@@ -16,6 +16,8 @@ from .writing import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 
 __all__ = ["Source", "open_source", "read_adapter", "tokens_of", "whole_model"]
 
+EXACT_KOHYA = ".dora.kohya.safetensors"
+"""Ending of the file beside which the nearest LoRA lies."""
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
 GUIDER_FILE = "guider_config.json"
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -91,7 +93,7 @@ def tokens_of(source: Source) -> Tokens:
 
 
 def _weight_files(source: Source) -> list[tuple[Path, str]]:
-    """(file, component of keys that do not say theirs): diffusers' file, else peft's, else the only one there is."""
+    """(file, component of keys that do not say theirs): diffusers' file, else peft's, else the only exact one."""
     if (path := source.file(LORA_FILE)) is not None:
         return [(path, "unet")]
     places = (("", "unet"), *((f"{component}/", component) for component in COMPONENTS))
@@ -99,6 +101,7 @@ def _weight_files(source: Source) -> list[tuple[Path, str]]:
     if len({component for _, component in found}) < len(found):
         raise FileError(f"{source.path}: {PEFT_FILE} is in it and in its folder unet; remove one")
     others = [path for path in sorted(source.path.glob("*.safetensors")) if path.name != EMBEDS_FILE]
+    others = [path for path in others if path.name.endswith(EXACT_KOHYA)] or others
     return found or ([(others[0], "unet")] if len(others) == 1 else [])
 
 

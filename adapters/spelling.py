@@ -22,7 +22,7 @@ from .reading import HEADER, KOHYA_HEADER, PARAMETER_NAMES
 
 __all__ = ["is_sdxl", "to_diffusers", "to_kohya", "to_peft"]
 
-_TO_KOHYA = {peft: kohya for kohya, peft in PARAMETER_NAMES.items()}
+_TO_KOHYA = {**{peft: kohya for kohya, peft in PARAMETER_NAMES.items()}, "lora_magnitude_vector": "dora_scale"}
 
 
 def to_kohya(
@@ -76,8 +76,9 @@ def _kohya_parameters(module: Module) -> Iterator[tuple[str, torch.Tensor]]:
         elif parameter == "lokr_w1" and module.full and module.scale != 1:
             tensor = tensor * module.scale
         yield _TO_KOHYA.get(parameter, parameter), tensor
-    alpha = float(module.rank) if module.full else module.scale * module.rank
-    yield "alpha", torch.tensor(alpha, dtype=torch.float32)
+    if module.kind not in ("full", "norm"):
+        alpha = float(module.rank) if module.full else module.scale * module.rank
+        yield "alpha", torch.tensor(alpha, dtype=torch.float32)
 
 
 def _kohya_header(adapter: Adapter, tensors: Mapping[str, torch.Tensor], sdxl: bool) -> dict[str, str]:
@@ -87,7 +88,7 @@ def _kohya_header(adapter: Adapter, tensors: Mapping[str, torch.Tensor], sdxl: b
     header = {
         "ss_network_module": "networks.lora" if adapter.kinds in (["lora"], ["dora"]) else "lycoris.kohya",
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
-        "ss_network_alpha": f"{alphas.most_common(1)[0][0]:g}",
+        "ss_network_alpha": f"{next(iter(alphas.most_common(1)), (1,))[0]:g}",
     }
     if sdxl:
         architecture = "stable-diffusion-xl-v1-base/lora"
@@ -115,6 +116,7 @@ def _unify(adapter: Adapter) -> Adapter:
 
 def to_diffusers(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, header) for `pytorch_lora_weights.safetensors`: LoRA and DoRA only, alphas in the header."""
+    _refuse_merges_only(adapter, "no spelling of diffusers' or peft's")
     other = [name for name, module in adapter.modules.items() if module.kind != "lora"]
     if other:
         raise FormatError(
@@ -129,6 +131,14 @@ def to_diffusers(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, s
             tensors.update(_old_text_keys(prefix, module) if middle else _prefixed(prefix, module))
         header.update({f"{component}.{k}": v for k, v in _lora_config(adapter.part(component)).items()})
     return tensors, {HEADER: json.dumps(header, sort_keys=True)}
+
+
+def _refuse_merges_only(adapter: Adapter, what: str) -> None:
+    if (why := adapter.merges_only) is not None:
+        raise FormatError(
+            f"{why}, for which there is {what}; kohya keys hold it, merge adds it to a U-net, and convert --rank N "
+            "--base PIPELINE makes the nearest LoRA"
+        )
 
 
 def _prefixed(prefix: str, module: Module) -> dict[str, torch.Tensor]:
@@ -177,6 +187,7 @@ def to_peft(adapter: Adapter, component: str = "unet") -> tuple[dict[str, torch.
     modules = adapter.part(component)
     if not modules:
         raise FormatError(f"no modules of {component}; this adapter has {adapter.components}")
+    _refuse_merges_only(adapter, "no layer in peft")
     kinds = {m.kind for m in modules.values()}
     if len(kinds) != 1:
         raise FormatError(f"{component} mixes {sorted(kinds)}; a peft adapter is of one kind")

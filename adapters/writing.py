@@ -11,7 +11,16 @@ from .adapter import Adapter
 from .spelling import to_diffusers, to_kohya, to_peft
 from .tokens import EMBEDS_FILE, write_tokens
 
-__all__ = ["LORA_FILE", "PEFT_CONFIG", "PEFT_FILE", "write_adapter", "write_diffusers", "write_kohya", "write_peft"]
+__all__ = [
+    "LORA_FILE",
+    "PEFT_CONFIG",
+    "PEFT_FILE",
+    "suits_diffusers",
+    "write_adapter",
+    "write_diffusers",
+    "write_kohya",
+    "write_peft",
+]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
@@ -23,12 +32,17 @@ def write_adapter(folder: Path, adapter: Adapter, metadata: Mapping[str, str] | 
 
     `pipe.load_lora_weights(folder)` reads the first, `PeftModel.from_pretrained(unet, folder / "unet")` the second.
     """
-    if set(adapter.kinds) <= {"lora", "dora"}:
+    if suits_diffusers(adapter):
         write_diffusers(folder / LORA_FILE, adapter, metadata)
     else:
         write_peft(folder, adapter, metadata, unet="unet")
     if adapter.tokens:
         write_tokens(folder / EMBEDS_FILE, adapter.tokens, metadata)
+
+
+def suits_diffusers(adapter: Adapter) -> bool:
+    """Whether diffusers' spelling holds all of it: LoRA and DoRA, with nothing beside them."""
+    return set(adapter.kinds) <= {"lora", "dora"} and adapter.merges_only is None
 
 
 def write_diffusers(path: Path, adapter: Adapter, metadata: Mapping[str, str] | None = None) -> None:

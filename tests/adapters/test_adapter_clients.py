@@ -78,6 +78,18 @@ def original_names() -> Iterator[str]:
             number += 1
 
 
+def original_norms() -> Iterator[str]:
+    """The normalisations beside them."""
+    layers = list(original_names())
+    for name in layers:
+        for layer, norm in (("in_layers.2", "in_layers.0"), ("out_layers.3", "out_layers.0"), ("proj_in", "norm")):
+            if name.endswith(f".{layer}"):
+                yield name.removesuffix(layer) + norm
+        if name.endswith(".ff.net.2"):
+            yield from (f"{name.removesuffix('ff.net.2')}norm{number}" for number in (1, 2, 3))
+    yield "out.0"
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     return sdxl_unet()
@@ -85,13 +97,18 @@ def unet() -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def original(unet) -> dict[str, str]:
+    return converted(unet, original_names())
+
+
+def converted(unet: UNet2DConditionModel, layers: Iterator[str]) -> dict[str, str]:
     """Original name -> diffusers' name, as diffusers itself converts a checkpoint of SDXL."""
-    marks = {name: torch.full((1,), float(number)) for number, name in enumerate(original_names())}
+    marks = {name: torch.full((1,), float(number)) for number, name in enumerate(layers)}
+    given = {name: torch.full((1,), -1.0) for name in original_names() if name not in marks}  # it asks for these
     place = "model.diffusion_model."
-    checkpoint = {f"{place}{name}.{end}": mark for name, mark in marks.items() for end in ("weight", "bias")}
+    checkpoint = {f"{place}{name}.{end}": mark for name, mark in (marks | given).items() for end in ("weight", "bias")}
     config = {**unet.config, "class_embed_type": None, "addition_embed_type": "text_time", "layers_per_block": 2}
-    converted = convert_ldm_unet_checkpoint(checkpoint, config)
-    back = {int(mark): name.removesuffix(".weight") for name, mark in converted.items() if name.endswith("weight")}
+    renamed = convert_ldm_unet_checkpoint(checkpoint, config)
+    back = {int(mark): name.removesuffix(".weight") for name, mark in renamed.items() if name.endswith("weight")}
     return {name: back[number] for number, name in enumerate(marks)}
 
 
@@ -106,6 +123,19 @@ def test_every_layer_of_sdxl_has_the_original_name(unet, original):
         assert names.kohya_name(f"unet.{new}", sdxl=True, sgm=True) == flat
         assert names.module_name(flat) == f"unet.{new}"
         assert names.from_sgm_path(old) == new
+
+
+def test_every_norm_of_sdxl_has_the_original_name(unet):
+    original = converted(unet, original_norms())
+    assert set(original.values()) == set(norms_of(unet))
+    for old, new in original.items():
+        flat = "lora_unet_" + old.replace(".", "_")
+        assert names.kohya_name(f"unet.{new}", sdxl=True, sgm=True) == flat
+        assert names.module_name(flat) == f"unet.{new}"
+
+
+def norms_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.GroupNorm | torch.nn.LayerNorm)}
 
 
 def random_lora(model: torch.nn.Module, rank: int = 2) -> keys.Adapter:
@@ -148,6 +178,10 @@ ALGORITHMS = {
     "lora, tucker": ("LoConModule", {"use_tucker": True}),
     "rslora": ("LoConModule", {"rs_lora": True}),
     "dora": ("LoConModule", {"weight_decompose": True, "wd_on_out": True}),
+    "dora over inputs": ("LoConModule", {"weight_decompose": True, "wd_on_out": False}),
+    "doha": ("LohaModule", {"weight_decompose": True, "wd_on_out": True}),
+    "doha over inputs": ("LohaModule", {"weight_decompose": True, "wd_on_out": False}),
+    "dokr": ("LokrModule", {"weight_decompose": True, "wd_on_out": True}),
     "loha": ("LohaModule", {}),
     "loha, tucker": ("LohaModule", {"use_tucker": True}),
     "lokr": ("LokrModule", {}),
@@ -158,7 +192,7 @@ ALGORITHMS = {
     "lokr, scalar": ("LokrModule", {"use_scalar": True}),
 }
 # LyCORIS 4.1.3 fails on layers of its own files here: it builds the module anew with another factor.
-NOT_ITS_OWN = ("lokr, tucker", "lokr, both decomposed", "lokr, unbalanced")
+NOT_ITS_OWN = ("lokr, tucker", "lokr, both decomposed", "lokr, unbalanced", "dora over inputs", "doha over inputs")
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +224,8 @@ def effect_of(change: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
 
 
 def inputs(layer: torch.nn.Module) -> torch.Tensor:
-    width = layer.weight.shape[1]  # type: ignore[union-attr, index]
-    shape = (2, width, 4, 4) if isinstance(layer, torch.nn.Conv2d) else (8, width)
+    width = layer.weight.shape[-1 if layer.weight.ndim == 1 else 1]  # type: ignore[union-attr, index]
+    shape = (2, width, 4, 4) if isinstance(layer, torch.nn.Conv2d | torch.nn.GroupNorm) else (8, width)
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
@@ -259,6 +293,40 @@ def test_lycoris_reads_every_key_of_ours(layouts, tmp_path, kind, layout):
         assert {name for name in state if name.startswith(f"{flat}.")} <= known
         again = lycoris.make_module(algorithm, parameters, flat, layer).double().eval()
         assert off_by(effect(again, layer), wanted[flat]) < 1e-5, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["sd-1", "sdxl"])
+def test_whole_differences_and_norms_as_lycoris_has_them(layouts, tmp_path, layout):
+    """LyCORIS puts a file on the layers, we put it and our copy of it into the weights."""
+    lycoris = pytest.importorskip("lycoris.modules", reason="pip install --no-deps lycoris-lora einops toml")
+    model, flats = layouts[layout]
+    generator, tensors, flats = torch.Generator().manual_seed(2), {}, dict(flats)
+    flats |= {names.kohya_name(f"unet.{n}", sdxl=layout == "sdxl", sgm=layout == "sdxl"): n for n in norms_of(model)}
+    for flat, path in flats.items():
+        layer = model.get_submodule(path)
+        ends = ("w_norm", "b_norm") if path in norms_of(model) else ("diff", "diff_b")
+        for end, value in zip(ends, (layer.weight, layer.bias), strict=True):
+            if value is not None:
+                noise = torch.randn(value.shape, generator=generator, dtype=torch.float64) * 0.3
+                tensors[f"{flat}.{end}"] = noise
+    files.write_tensors(tmp_path / "theirs.safetensors", tensors)
+    adapter = source.read_adapter(source.open_source(tmp_path / "theirs.safetensors"))
+    write_kohya(tmp_path / "ours.safetensors", adapter, sdxl=layout == "sdxl")
+    ours, _ = files.read_tensors(tmp_path / "ours.safetensors")
+    assert ours.keys() == tensors.keys()
+    wanted = {}
+    for flat, path in flats.items():
+        algorithm, parameters = lycoris.get_module(ours, flat)
+        assert {n for n in ours if n.startswith(f"{flat}.")} <= {f"{flat}.{n}" for n in algorithm.weight_list}
+        layer = model.get_submodule(path)
+        wanted[path] = effect(lycoris.make_module(algorithm, parameters, flat, layer).double().eval(), layer)
+    changed = copy.deepcopy(model)
+    compose.merge(keys.Adapter(modules=fit(changed, adapter, "unet")), {"unet": changed})
+    for path, theirs in wanted.items():
+        x = inputs(model.get_submodule(path))
+        with torch.no_grad():
+            assert off_by(changed.get_submodule(path)(x) - model.get_submodule(path)(x), theirs) < 1e-5, path
 
 
 def test_the_layouts_are_told_apart(layouts):

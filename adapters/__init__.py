@@ -6,10 +6,10 @@ folder, `measuring.verify.verify` recomputes its numbers.
 
 from __future__ import annotations
 
-from . import compose, files, keys, loading, measuring, ship, source
+from . import compose, files, keys, loading, measuring, ship, signing, source
 from .base import describe
 from .card import Card
-from .errors import AdapterError, BaseMismatchError, FileError, FormatError, GainsError
+from .errors import AdapterError, BaseMismatchError, FileError, FormatError, GainsError, SignatureError
 from .keys import Adapter
 from .loading import Attached, load
 from .measuring.gains import Design, Gains
@@ -31,6 +31,7 @@ __all__ = [
     "Row",
     "Scope",
     "Shot",
+    "SignatureError",
     "compose",
     "describe",
     "files",
@@ -39,5 +40,6 @@ __all__ = [
     "loading",
     "measuring",
     "ship",
+    "signing",
     "source",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AdapterError", "BaseMismatchError", "FileError", "FormatError", "GainsError"]
+__all__ = ["AdapterError", "BaseMismatchError", "FileError", "FormatError", "GainsError", "SignatureError"]
 
 
 class AdapterError(ValueError):
@@ -23,3 +23,7 @@ class BaseMismatchError(AdapterError):
 
 class GainsError(AdapterError):
     """A comparison that would not mean what it says."""
+
+
+class SignatureError(AdapterError):
+    """A release that is not signed as it should be, or a key that cannot sign."""

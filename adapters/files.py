@@ -31,6 +31,7 @@ from .whole import append_line, recover, sweep, write_bytes, write_file, write_f
 
 __all__ = [
     "MANIFEST",
+    "SIGNATURE",
     "append_line",
     "check_name",
     "opened",
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+SIGNATURE = f"{MANIFEST}.sig"  # beside it, and in no manifest: see adapters.signing
 MAX_HEADER = 16 * 2**20  # an SDXL checkpoint's header is below 1 MiB
 MAX_JSON = 64 * 2**20
 MAX_TENSORS = 50_000  # a LoKr of SDXL with text encoders has 7,000; each costs time, however small it is
@@ -289,7 +291,8 @@ def check_name(name: object) -> str:
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """`manifest.json`: sha256 and size of every file in `folder`, and `facts` (kind, base identity, versions)."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if name not in (MANIFEST, SIGNATURE)]
     files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
     write_text(folder / MANIFEST, json.dumps({**facts, "files": files}, indent=2, sort_keys=True) + "\n")
 
@@ -338,7 +341,7 @@ def unnamed(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
                     raise FileError(f"{folder}: deeper than {MAX_DEPTH} folders, or more than {MAX_FILES} files")
                 if entry.is_dir(follow_symlinks=False):
                     places.append((path, depth + 1))
-                elif (name := path.relative_to(folder).as_posix()) not in manifest["files"] and name != MANIFEST:
+                elif (name := path.relative_to(folder).as_posix()) not in (*manifest["files"], MANIFEST, SIGNATURE):
                     found.append(name)
     return sorted(found)
 

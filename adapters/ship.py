@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import compose, files
+from . import compose, files, signing
 from .adapter import Adapter
 from .card import Card, render, slug
 from .errors import AdapterError, FileError, FormatError
@@ -49,6 +49,7 @@ def ship(
     facts: Mapping[str, Any] | None = None,
     name: str | None = None,
     compact: bool = False,
+    key: str | Path | None = None,
 ) -> Path:
     """Write a release folder; an older one of the same name is replaced in one step.
 
@@ -68,6 +69,7 @@ def ship(
         name: of the kohya file; by default made from the card's title.
         compact: small enough to be kept under version control: weights in one spelling (diffusers', else peft's), one
             sample an arm, no page; `python -m adapters convert` makes the other spellings.
+        key: private key of OpenSSH to sign the manifest with, see `adapters.signing.sign`.
 
     Returns: the folder.
     """
@@ -97,6 +99,8 @@ def ship(
         (stage / "README.md").write_text(text, "utf-8")
         kind = kinds[0] if len(kinds) == 1 else "mixed"
         files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions()})
+        if key is not None:
+            signing.sign(stage, key)
     return target
 
 
@@ -226,6 +230,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True, dry_run: boo
     validate_repo_id(repo_id)
     path = Path(folder)
     names = [*sorted(files.verify_folder(path)["files"]), files.MANIFEST]
+    names += [files.SIGNATURE] if (path / files.SIGNATURE).is_file() else []
     if not dry_run:
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)

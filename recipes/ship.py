@@ -44,6 +44,8 @@ def run(settings: Settings) -> Path | None:
 
     if not state().is_main_process:
         return None
+    if settings.ship.sign:
+        adapters.signing.check_key(settings.ship.sign)
     measured = Path(settings.measured) if settings.measured else None
     plan, gains, rows, shots, best, facts = _measured(measured)
     if gains is not None and gains.adapter is not None and gains.adapter.word in ("harm", "no detectable change"):
@@ -65,9 +67,10 @@ def run(settings: Settings) -> Path | None:
         facts=facts,
         page=(measured / "report.html").read_text("utf-8") if measured else None,
         compact=settings.ship.compact,
+        key=settings.ship.sign,
     )
-    paged = measured and not settings.ship.compact
-    say(f"shipped {folder}; open {folder / ('report.html' if paged else 'README.md')}")
+    page = "README.md" if measured is None or settings.ship.compact else "report.html"
+    say(f"shipped {folder}, {'signed' if settings.ship.sign else 'unsigned'}; open {folder / page}")
     if settings.ship.push:
         names = adapters.ship.push(folder, settings.ship.push, private=settings.ship.private)
         say(f"pushed {len(names)} files to {settings.ship.push}")

@@ -173,9 +173,11 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
     config = guider_of(guidance)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     if (folder / files.MANIFEST).exists():
+        signed = (folder / files.SIGNATURE).exists()
         _into_release(folder, text)
+        unsigned = "; it is unsigned now" if signed else ""
         measured = "; card and gains.json still tell of what was measured" if (folder / "gains.json").exists() else ""
-        return f"saved {folder / GUIDER_FILE} and its entry in {files.MANIFEST}{measured}"
+        return f"saved {folder / GUIDER_FILE} and its entry in {files.MANIFEST}{measured}{unsigned}"
     weights = [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
     require(bool(weights), f"adapter {adapter} is a folder without weights; nothing is saved there")
     files.write_text(folder / GUIDER_FILE, text)
@@ -197,7 +199,8 @@ def _into_release(folder: Path, text: str) -> None:
         files.write_manifest(stage, facts)
 
         def there(place: str, found: list[str]) -> list[str]:
-            return [name for name in found if (stage / Path(place).relative_to(folder) / name).is_file()]
+            old = [files.SIGNATURE] if Path(place) == folder else []  # it was of the manifest before
+            return old + [name for name in found if (stage / Path(place).relative_to(folder) / name).is_file()]
 
         # What the manifest does not name is kept, and stays unnamed: it was not shipped and shall not be.
         shutil.copytree(folder, stage, symlinks=True, dirs_exist_ok=True, ignore=there)

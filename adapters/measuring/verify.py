@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, signing
 from ..errors import FileError, GainsError
 from . import archive, tune
 from .gains import Design, Gains, compare
@@ -23,19 +23,21 @@ _SINCE_2 = {  # fields that format 2 of gains.json added
 TOLERANCE = 1e-9  # relative; sums may be ordered differently by another numpy
 
 
-def verify(source: str | Path) -> dict[str, Any]:
+def verify(source: str | Path, *, signers: str | Path | None = None) -> dict[str, Any]:
     """Check files against the manifest and numbers against their table; returns a summary, raises on any difference.
 
     Args:
         source: a release folder, or what `adapters.measuring.archive.pack` made of one.
+        signers: file of public keys, by one of which it must be signed.
     """
     with archive.unpacked(Path(source)) as folder:  # which also makes errors name the archive
-        return _verified(folder)
+        return _verified(folder, signers)
 
 
-def _verified(path: Path) -> dict[str, Any]:
+def _verified(path: Path, signers: str | Path | None) -> dict[str, Any]:
     manifest = files.verify_folder(path)
     summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
+    summary["signature"] = signing.checked(path, signers)
     if others := files.unnamed(path, manifest):
         summary["not in the manifest"] = others
     with files.understood(path):

@@ -287,6 +287,8 @@ class ShipSettings:
     """Known limitations, one sentence each."""
     compact: bool = False
     """Writes the weights in one format only, few samples and no report page, to fit into version control."""
+    sign: str | None = None
+    """Private key of OpenSSH to sign the release with, such as ~/.ssh/id_ed25519. null: unsigned."""
     push: str | None = None
     """Hub id (owner/name) to upload to. null: no upload."""
     private: bool = True

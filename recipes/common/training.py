@@ -58,8 +58,11 @@ def check(settings: Training, *, controlnet: bool = False, whole: bool = False) 
         controlnet: what trains is a ControlNet, not an adapter.
         whole: what trains is the U-net itself.
     """
+    import adapters
     from recipes.common import scorers, spaces
 
+    if settings.ship is not None and settings.ship.sign:
+        adapters.signing.check_key(settings.ship.sign)
     if settings.measure is None:
         return
     network, adapter = (TO_COME, None) if controlnet else (None, WHOLE_TO_COME if whole else TO_COME)

@@ -44,6 +44,7 @@ PREFIX = "step-"
 FREE = (
     "out",
     "train.resume",
+    "train.if_damaged",
     "train.dry_run",
     "train.save_every",
     "train.save_precision",
@@ -143,10 +144,15 @@ def _step(path: Path) -> int:
     return int(number) if number.isascii() and number.isdigit() else -1
 
 
-def find(resume: str, folder: Path, say: Callable[[str], None] = print) -> tuple[Path, State] | None:
+def find(
+    resume: str, folder: Path, say: Callable[[str], None] = print, *, stop_if_damaged: bool = False
+) -> tuple[Path, State] | None:
     """The checkpoint that `train.resume` names: a path, or `latest` in `folder` (None when there is none).
 
     A damaged latest one is said, and the one before it is taken.
+
+    Args:
+        stop_if_damaged: a damaged latest one is an error instead.
 
     Raises:
         TrainingError: the path is no checkpoint, or a damaged one; or all in `folder` are damaged.
@@ -162,6 +168,10 @@ def find(resume: str, folder: Path, say: Callable[[str], None] = print) -> tuple
         try:
             return path, load(path)
         except TrainingError as error:
+            if stop_if_damaged:
+                raise TrainingError(
+                    f"{error}, delete it, or set train.if_damaged to earlier, which takes the one before it"
+                ) from error
             say(f"{error}: it is left alone, and the one before it is tried")
     if there:
         raise TrainingError(f"all checkpoints in {folder} are damaged; delete them to start from the beginning")

@@ -330,6 +330,8 @@ class TrainSettings:
     """Precision of the saved result and snapshots. Checkpoints are always float32."""
     resume: str | None = "latest"
     """Checkpoint to continue from: `latest` (if there is one), a checkpoint folder, or null to start again."""
+    if_damaged: Literal["earlier", "stop"] = "earlier"
+    """If the latest checkpoint is damaged. earlier: a line says so, and the one before it is taken; stop: an error."""
     log_every: int = 10
     """Steps between log lines. The loss is read from the device only then."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])

@@ -185,8 +185,8 @@ def _resume(run: _Run) -> None:
     Raises:
         TrainingError: settings or data that shape the weights have changed, each named with both values.
     """
-    resume = run.settings.resume
-    found = checkpoint.find(resume, run.out / "checkpoints", run.say) if resume else None
+    resume, stop = run.settings.resume, run.settings.if_damaged == "stop"
+    found = checkpoint.find(resume, run.out / "checkpoints", run.say, stop_if_damaged=stop) if resume else None
     if found is None:
         return
     path, state = found

@@ -85,6 +85,8 @@ def test_interrupted_and_resumed_is_uninterrupted(name: str, base: Path, picture
     there = sorted((tmp_path / "cut" / "checkpoints").iterdir())
     if len(there) > 1:
         flip(there[-1] / "optimizer.safetensors")
+        with pytest.raises(TrainingError, match=rf"{there[-1]} is damaged .* set train.if_damaged to earlier"):
+            training_driver.train({**cut, "train": {**asked["train"], "resume": "latest", "if_damaged": "stop"}})
     training_driver.train({**cut, "train": {**asked["train"], "resume": "latest"}}, say=said.append)
     assert any(f"{there[-1]} is damaged" in line for line in said) == (len(there) > 1)
     same_end(tmp_path / "whole", tmp_path / "cut")

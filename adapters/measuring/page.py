@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 .verdict { border-left: .4rem solid var(--mark); background: var(--soft); padding: .75rem 1rem; font-size: 1.1rem;
   margin: .75rem 0; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: .75rem 0 1.25rem; }
 .scroll:focus-visible, input:focus-visible, summary:focus-visible { outline: 3px solid var(--mark); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
@@ -48,7 +48,9 @@ fieldset label { padding: .35rem 0; cursor: pointer; } legend { float: left; pad
 input { accent-color: var(--mark); }
 .pair:has(.pick1:checked) .side:not(.side1), .pair:has(.pick2:checked) .side:not(.side2),
 .pair:has(.pick3:checked) .side:not(.side3) { display: none; }
-dl { margin: .5rem 0; } dt { font-weight: bold; } dd { margin: 0 0 .4rem 1rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1rem; margin: .75rem 0;
+  font-size: .9rem; } dt { font-weight: bold; } dd { margin: 0; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 .4rem 1rem; } }
 details summary { cursor: pointer; font-size: .9rem; padding: .4rem 0; }
 pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }

@@ -66,14 +66,20 @@ def _axes(x0, x1, y0, y1, place, x_label, y_label) -> str:  # type: ignore[no-un
     for i in range(5):
         x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
         px, py = place(x, y)
-        parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{x:.3g}</text>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{_tick(x, x1 - x0)}</text>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{_tick(y, y1 - y0)}</text>')
         parts.append(f'<path d="M{left:.1f} {py:.1f}H{right:.1f}" stroke="currentColor" opacity=".12"/>')
     parts.append(
         f'<text x="{(left + right) / 2:.1f}" y="{bottom + 40:.1f}" text-anchor="middle">{escape(x_label)}</text>'
     )
     parts.append(f'<text x="{left}" y="14" font-weight="bold">{escape(y_label)}</text>')
     return "".join(parts)
+
+
+def _tick(value: float, span: float) -> str:
+    """With the digits that tell the five ticks of a span apart."""
+    digits = max(0, 1 - math.floor(math.log10(span)))
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, place) -> str:  # type: ignore[no-untyped-def]

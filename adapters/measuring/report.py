@@ -47,7 +47,7 @@ def render(
         pairs: how many pairs are shown, spread evenly; the worst five follow below.
         facts: further lines of the last table.
         references: the subject's own pictures; the first four are shown.
-        checkpoints: (step, mean, low, high, label) of what was chosen from.
+        checkpoints: (place, mean, low, high, label) of the checkpoints that one was chosen from, in order.
     """
     joined = _joined(gains, shots)
     shown = list(joined)[:: max(1, len(joined) // pairs)][:pairs]  # spread over all prompts
@@ -113,14 +113,19 @@ def _design(gains: Gains) -> str:
 
 
 def _ends(gains: Gains) -> dict[str, list[dict[str, Any]]]:
-    return {name: found for name, found in (("gained", gains.best), ("lost", gains.worst)) if found}
+    """The pairs at both ends that differ at all, those that gained first."""
+    up = 1 if gains.design.higher_is_better[gains.design.primary] else -1
+    gained = [one for one in gains.best if up * one["difference"] > 0]
+    lost = [one for one in gains.worst if up * one["difference"] < 0]
+    return {name: found for name, found in (("gained", gained), ("lost", lost)) if found}
 
 
 def _how_to_read(gains: Gains) -> str:
     """The words of the two sentences, and behind a fold all others."""
     design, counts = gains.design, gains.counts
     every = words.arms(gains)
-    first = {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
+    first = dict(words.TERMS if gains.adapter else words.TERMS[1:])
+    first |= {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
     first |= {name: said for name in words.decide(gains) if (said := words.metric(name))}
     more = {
         **every,
@@ -159,7 +164,7 @@ def _plane(gains: Gains) -> str:
         value = means[name][y]
         return means[name][x]["mean"], value["mean"], value["mean"], value["mean"], name
 
-    series = {"front of plain guidance": [point(name) for name in drawn["front"]]}
+    series = {"plain guidance": [point(name) for name in drawn["front"]]}
     for one in drawn["points"]:
         if one["arm"] not in drawn["front"]:
             series[one["arm"]] = [point(one["arm"])]
@@ -278,12 +283,16 @@ def _curves(gains: Gains, checkpoints: Sequence[Point]) -> str:
     if not gains.curves and not checkpoints:
         return ""
     design = gains.design
-    drawn = [plot({"checkpoints": checkpoints}, "training step", "what was maximised")] if len(checkpoints) > 1 else []
+    drawn = (
+        [plot({"checkpoints": checkpoints}, "checkpoint, in order", "what was maximised")]
+        if len(checkpoints) > 1
+        else []
+    )
     if gains.curves:
         drawn += [plot(_series(gains, None, m), "guidance scale", m) for m in design.higher_is_better]
         others = [m for m in design.higher_is_better if m != design.primary]
         drawn += [plot(_series(gains, m, design.primary), m, design.primary) for m in others]
-    said = "Bars are intervals of the mean; points are labelled with the guidance scale, or the checkpoint chosen."
+    said = "Bars are intervals of the mean; points are labelled with the guidance scale, or with the checkpoint."
     return f"<h2>Curves</h2><p>{said}</p><div class=curves>{''.join(drawn)}</div>"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .gains import Gains
 
-__all__ = ["adapter", "arms", "decide", "guidance", "interval", "metric", "number"]
+__all__ = ["TERMS", "adapter", "arms", "decide", "guidance", "interval", "metric", "number"]
 
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
@@ -31,8 +31,13 @@ _GUIDANCE = {
     "harm": "{arm} makes the pictures worse than plain guidance does.",
     "no detectable gain": "{arm} is not shown to make the pictures better than plain guidance does.",
 }
+TERMS = (
+    ("adapter", "what was trained: a small change to the base model, which teaches it a subject or a task"),
+    ("guidance", "what pushes a picture towards its prompt while it is drawn; the scale says how strongly"),
+)
+"""What the two sentences take for known."""
 _METRICS = {
-    r"identity": "share of pictures that are nearer to the subject's photos than the base's pictures of its class are",
+    r"identity": "share of pictures that show this very subject and not just something of its class",
     r"identity margin": "how much nearer to the subject's photos than to its class a picture is; above 0 is nearer",
     r"identity \((.+)\)": "the same, by what the network {} sees in whole pictures",
     r"prompt accuracy": "share of the objects, colours, places and backgrounds a prompt names that are in the picture",
@@ -51,8 +56,8 @@ _METRICS = {
     r"saturation|contrast|clipped share": "signs of burnt pictures; less is better",
 }
 _METHODS = {
-    "cfg": "plain classifier-free guidance, as every pipeline has it",
-    "semantic": "S-CFG: guidance whose strength is levelled between the regions that the prompt's words occupy",
+    "cfg": "plain guidance (classifier-free guidance), equally strong everywhere",
+    "semantic": "semantic-aware guidance: each part of the picture that a word fills has its own strength",
     "dose": "control: plain guidance, everywhere as strong as S-CFG is on average",
     "placebo": "control: S-CFG's strengths, handed to the wrong regions",
     "pointwise": "control: strength levelled at every point, without regions",
@@ -68,7 +73,7 @@ def adapter(gains: Gains) -> str:
     said = (_ALONE if design.identity is None else _ADAPTER)[gains.adapter.word]
     names = [design.primary] if design.identity is None else [design.identity, str(design.accuracy)]
     before, after = means[str(design.base)], means[design.baseline]
-    moved = [f"{name} {number(name, before[name])} before, {number(name, after[name])} with it" for name in names]
+    moved = [f"{name} {number(name, before[name])} without it, {number(name, after[name])} with it" for name in names]
     return f"{said} {_sentence('; '.join(moved))}"
 
 
@@ -87,7 +92,7 @@ def arms(gains: Gains) -> dict[str, str]:
     for arm in gains.arms:
         name = arm["name"]
         if name == gains.design.base or (name == "base" and name not in notes):
-            told[name] = "the base model without the adapter, plain guidance"
+            told[name] = "the model that the adapter was trained on, without it, with plain guidance"
         elif name in notes:
             told[name] = _arm(notes[name])
     return told

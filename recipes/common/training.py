@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.base import POCKET
-from recipes.common.cli import say
+from recipes.common.cli import named, say
 from recipes.common.comparison import TO_COME, WHOLE_TO_COME, resolve
+from recipes.common.guidance import guider_of
 from recipes.common.search import resolve_search
 from recipes.common.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
 from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
@@ -69,6 +70,11 @@ def check(settings: Training, *, controlnet: bool = False, whole: bool = False) 
     comparison = resolve(settings.measure, base=settings.base, adapter=adapter, controlnet=network)
     if settings.tune is not None:
         resolve_search(settings.tune, comparison, adapter=adapter)
+    if settings.ship is not None:
+        case = comparison.units[0]
+        for arm in (comparison.baseline, comparison.arm):  # one of the two ships
+            with named(f"measure.arms, {arm.name!r}"):
+                guider_of(arm.guidance, case.identifier, case.noun)
     for kept in (spaces.space, scorers.model):
         kept.cache_clear()  # networks of metrics would keep their memory while training
 

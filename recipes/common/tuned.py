@@ -75,6 +75,15 @@ class Tuned:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(f"tuned: {file} is not what recipes/tune.py wrote ({error!r})") from error
 
+    def checkpoints(self) -> list[tuple[float, float, float, float, str]]:
+        """The first round over the checkpoints, as points of a curve; the chosen one says so. Empty where none were."""
+        points = []
+        for place, one in enumerate(self.rounds.get("checkpoint", [{"results": []}])[0]["results"], start=1):
+            path, mean = one["settings"]["adapter"], one["mean"]
+            label = f"{Path(path).name}, chosen" if path == self.adapter else Path(path).name
+            points.append((float(place), mean, mean, mean, label))
+        return points
+
     def facts(self) -> dict[str, str]:
         """What the search tried and found, in words: the curve behind the guider."""
         facts = {"tuned on": f"{len(self.prompts)} prompts, seeds {list(self.seeds)}, {self.metric}"}

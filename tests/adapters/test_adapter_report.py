@@ -92,7 +92,9 @@ def test_accessible_names_and_order(page):
 def test_all_pairs_are_there(page):
     tags = tags_of(page)
     pictures = [a for t, a in tags if t == "img" and "seed" in (a["alt"] or "")]
-    assert len(pictures) == 2 * (3 + 3 + 3)  # the gallery, the best five and the worst five
+    assert len(pictures) == 2 * (3 + 3)  # the gallery and the best; none lost
+    assert "gained most" in page
+    assert "lost most" not in page
 
 
 def test_plot_survives_degenerate_data():
@@ -163,5 +165,6 @@ def test_a_page_of_sixteen_subjects_stays_below_three_megabytes(size):
 def test_the_first_screen_explains_its_words(page):
     first = noisy(16, 2)
     first = re.sub(r"<style>.*?</style>", "", first[: first.index("<details>")], flags=re.DOTALL)
-    assert "the base model without the adapter" in first
+    assert "the model that the adapter was trained on" in first
+    assert all(f"<dt>{word}</dt>" in first for word in ("adapter", "guidance"))
     assert first.count('class="verdict"') == 2

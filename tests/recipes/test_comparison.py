@@ -95,6 +95,15 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
             resolve(MeasureSettings(prompts=PROMPTS), base=POCKET, tuned=str(place))
 
 
+def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: Path) -> None:
+    results = [
+        {"settings": {"adapter": f"runs/{name}"}, "mean": mean} for name, mean in (("step-10", 0.5), ("lora", 0.4))
+    ]
+    place = tuned(tmp_path / "tuned", adapter="runs/step-10", rounds={"checkpoint": [{"seeds": 1, "results": results}]})
+    assert Tuned.read(place).checkpoints() == [(1, 0.5, 0.5, 0.5, "step-10, chosen"), (2, 0.4, 0.4, 0.4, "lora")]
+    assert Tuned.read(tuned(tmp_path / "none")).checkpoints() == []
+
+
 def test_a_subject_is_tuned_for_both_its_metrics_with_equally_many_tries() -> None:
     plan = MeasureSettings(subjects=[str(DOG)], metrics=["subject similarity", "prompt accuracy"])
     found = resolve(plan, base=POCKET, adapter="(to be trained)")
@@ -269,6 +278,10 @@ def test_a_whole_network_has_no_weight_and_is_not_trained_for_one(change: str, c
         ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG'"),
         ("--ship.push=me", "ship.push must be owner/name"),
         ("--measure.metrics=['alignment (clip)']", "set measure.spaces.clip"),
+        (
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {"scope": {"where": "uniform"}}}',
+            "measure.arms, 'S-CFG': scope.where: uniform is a control of a comparison and does not ship",
+        ),
     ],
 )
 def test_a_training_is_not_begun_for_it(change: str, named: str, call: Callable, tmp_path: Path) -> None:

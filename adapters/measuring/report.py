@@ -38,6 +38,7 @@ def render(
     facts: Mapping[str, Any] | None = None,
     references: Sequence[Image.Image] = (),
     checkpoints: Sequence[Point] = (),
+    terms: Mapping[str, str] | None = None,
 ) -> str:
     """The page as text, below `page.LIMIT` bytes: larger pictures are made smaller until it is.
 
@@ -48,6 +49,7 @@ def render(
         facts: further lines of the last table.
         references: the subject's own pictures; the first four are shown.
         checkpoints: (place, mean, low, high, label) of the checkpoints that one was chosen from, in order.
+        terms: words of the title, each with what it means.
     """
     joined = _joined(gains, shots)
     shown = list(joined)[:: max(1, len(joined) // pairs)][:pairs]  # spread over all prompts
@@ -61,7 +63,7 @@ def render(
                 for said in (words.adapter(gains), words.guidance(gains))
                 if said
             ),
-            _how_to_read(gains),
+            _how_to_read(gains, terms or {}),
             _references(references, draw),
             "<h2>Results: same prompt, same seed, same noise</h2>",
             _gallery("shown", joined, shown, draw, over),
@@ -120,11 +122,11 @@ def _ends(gains: Gains) -> dict[str, list[dict[str, Any]]]:
     return {name: found for name, found in (("gained", gained), ("lost", lost)) if found}
 
 
-def _how_to_read(gains: Gains) -> str:
+def _how_to_read(gains: Gains, terms: Mapping[str, str]) -> str:
     """The words of the two sentences, and behind a fold all others."""
     design, counts = gains.design, gains.counts
     every = words.arms(gains)
-    first = dict(words.TERMS if gains.adapter else words.TERMS[1:])
+    first = {**terms, **dict(words.TERMS if gains.adapter else words.TERMS[1:])}
     first |= {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
     first |= {name: said for name in words.decide(gains) if (said := words.metric(name))}
     more = {

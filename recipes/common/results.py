@@ -55,6 +55,7 @@ def write_results(
         gains,
         shots,
         title=title(comparison, record),
+        terms=_terms(comparison, record),
         facts=facts,
         overlay=_overlay(pipe, comparison, sampling),
         references=_pictures_of(comparison),
@@ -95,6 +96,13 @@ def title(comparison: Comparison, record: Mapping[str, Any]) -> str:
     else:
         what = Path(record["adapter"]).name if record["adapter"] else "no adapter"
     return f"{what} on {Path(record['base']['path']).name}"
+
+
+def _terms(comparison: Comparison, record: Mapping[str, Any]) -> dict[str, str]:
+    """The words of the title that a stranger does not know."""
+    called = [case.calls for case in comparison.units if case.calls]
+    named = {calls: "what prompts call the subject" for calls in called if len(called) <= 3}
+    return named | {Path(record["base"]["path"]).name: "the base model, which the pictures are drawn with"}
 
 
 def _pictures_of(comparison: Comparison) -> list[Any]:

@@ -151,7 +151,9 @@ def noisy(size: int, subjects: int) -> str:
         arm="S-CFG", baseline="CFG", base="base", primary="m", minimum_effect=0.1, higher_is_better={"m": True}
     )
     references = [Image.fromarray(generator.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(4)]
-    return report.render(gains.compare(rows, design), shots, title="16 subjects", references=references)
+    return report.render(
+        gains.compare(rows, design), shots, title="16 subjects", references=references, terms={"sks bird": "it"}
+    )
 
 
 @pytest.mark.parametrize("size", [64, 512])
@@ -166,5 +168,5 @@ def test_the_first_screen_explains_its_words(page):
     first = noisy(16, 2)
     first = re.sub(r"<style>.*?</style>", "", first[: first.index("<details>")], flags=re.DOTALL)
     assert "the model that the adapter was trained on" in first
-    assert all(f"<dt>{word}</dt>" in first for word in ("adapter", "guidance"))
+    assert all(f"<dt>{word}</dt>" in first for word in ("sks bird", "adapter", "guidance"))
     assert first.count('class="verdict"') == 2

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _help() -> str:
     rows = [f"  {name:11} {what}" for name, what in {**RECIPES, **TOOLS, "configs": CONFIGS}.items()]
     more = [
-        f"`{PROGRAM} COMMAND --help` lists a command's settings.",
+        f"`{PROGRAM} COMMAND --help` explains its commonest settings, `--help all` every one.",
         f"--config takes a file, or a name that `{PROGRAM} configs` lists.",
         "--processes N runs a recipe in N processes; --launcher FILE takes a config of accelerate instead.",
     ]

@@ -7,6 +7,7 @@ Importing this module loads no torch, so `--help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from . import naming
 from .errors import TrainingError
 from .text import read_text
 
@@ -375,10 +377,16 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
             return self.parse_string(read_text(path, "--config"), *args, **more)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(description=kind.__doc__, exit_on_error=False)
+    parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
     parser.add_class_arguments(kind, as_group=False)
     arguments = _configs_first(list(sys.argv[1:] if args is None else args))
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help() if "all" in arguments else _short_help(parser, kind))
+        raise SystemExit(0)
+    naming.check_flags(kind, arguments)
+    for file in _config_files(arguments):
+        naming.check(kind, _yaml(file))
     try:
         read = parser.parse_args(arguments)
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
@@ -386,7 +394,51 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         settings = _at_home(kind(**{name: value for name, value in values.items() if name in names}))
         return _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise TrainingError(str(error)) from error
+        raise TrainingError(naming.in_words(str(error))) from error
+
+
+COMMON = (  # what most runs set; of these --help shows the first ten that a command has
+    "base.path",
+    "data.source",
+    "adapter",
+    "prompts",
+    "photos",
+    "dreambooth.identifier",
+    "lora.rank",
+    "train.steps",
+    "train.batch_size",
+    "train.learning_rate",
+    "measure.subjects",
+    "guidance.method",
+    "sampling.steps",
+    "seeds",
+    "out",
+)
+
+
+def _short_help(parser: Any, kind: type) -> str:
+    """The commonest settings of a recipe; `--help all` shows the rest."""
+    helps = {action.dest: action.help for action in parser._actions}
+    shown = [name for name in COMMON if name in helps]
+    shown = [*[name for name in shown if name != "out"][:9], *(["out"] if "out" in shown else [])]
+    width = max(map(len, shown), default=0)
+    lines = [
+        inspect.cleandoc(kind.__doc__ or ""),
+        "",
+        f"{'--config':{width + 2}}  a YAML file, or the name of one that ships",
+    ]
+    for name in shown:
+        said = str(helps[name] or "").split(" (required")[0].split(" (default")[0].split(" (type")[0]
+        lines.append(f"--{name:{width}}  {' '.join(said.split())}")
+    return "\n".join([*lines, "", f"--help all shows all {len(list(naming.names(kind)))} settings."])
+
+
+def _yaml(file: str) -> Any:
+    """A config as it is; what is wrong with it as YAML is left to the parser, which says where."""
+    try:
+        return yaml.safe_load(read_text(file, "--config"))
+    except yaml.YAMLError:
+        return None
 
 
 def _at_home(value: Any, name: str = "") -> Any:

@@ -73,7 +73,7 @@ def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
 
 def test_help_has_a_line_for_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config.parse(Settings, ["--help"])
+        config.parse(Settings, ["--help", "all"])
     text = " ".join(capsys.readouterr().out.split())
     assert (
         "--lora.rank RANK Rank of the weight update. Higher: more capacity, larger files. (type: int, default: 8)"

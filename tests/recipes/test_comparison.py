@@ -194,6 +194,7 @@ WRONG: dict[str, list[object]] = {
     "ship.trigger_words": [[""]],
     "ship.limits": [[" "]],
     "ship.push": ["me", "a/b/c"],
+    "ship.sign": ["gone/key"],
 }
 FREE = {"measure.base_arm", "ship.description", "ship.compact", "ship.private"}  # any value of their type will do
 MORE = {  # what a value needs beside it to be looked at

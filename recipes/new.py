@@ -11,8 +11,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes import dreambooth_lora
 from recipes.common.base import POCKET
 from recipes.common.cli import CONFIGS, explained, quiet
@@ -164,6 +162,8 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     if photos.masks:
         values["data"]["masks"] = str(photos.masks)
     if photos.masks and base == POCKET:
+        import yaml
+
         shipped = yaml.safe_load((CONFIGS / "dreambooth_lora" / "pocket_dog.yaml").read_text("utf-8"))["dreambooth"]
         lines = CONFIGS.parent / "prompts" / Path(shipped["class_prompt_file"]).name
         values["dreambooth"] = shipped | {"identifier": identifier, "class_prompt": article(noun)}

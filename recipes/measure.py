@@ -1,10 +1,13 @@
 """Measure what an adapter and a guidance do: arms on the same prompts, seeds and noise, differences with intervals.
 
 accelerate launch recipes/measure.py --config recipes/configs/measure/pocket_subject.yaml --adapter runs/dog/lora
+scfg-toolkit measure my.safetensors --photos photos/rex --class dog --trigger "sks"
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,21 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.base import pipeline, size_of, without_control
-from recipes.common.cli import launch, named, say
+from recipes.common.cli import explained, launch, named, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
 from recipes.common.guidance import guided
 from recipes.common.results import write_results
 from recipes.common.settings import MeasureSettings, SamplingSettings
+from recipes.common.stages import span
 from recipes.common.units import Case
 from training.config import BaseSettings, resolved
+from training.errors import exit_on_error
 
 __all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A measured comparison of guidances on one base, with an adapter or without."""
+    """A measured comparison of guidances on one base, with an adapter or without.
+
+    For an adapter from elsewhere, `measure ADAPTER --photos FOLDER --class NOUN --trigger WORD` needs no config;
+    `measure ADAPTER --help` says more.
+    """
 
     base: BaseSettings
     """The base model. `path: pocket` is the embedded one."""
@@ -69,7 +78,7 @@ def run(settings: Settings) -> Path | None:
         with named(f"measure.arms, {arm.name!r}"), guided(pipe, arm.guidance)():
             pass
     if settings.dry_run:
-        _would(pipe, comparison)
+        _would(pipe, comparison, settings.sampling)
         return None
     rows: list[Any] = []
     shots: dict[str, list[Any]] = {}
@@ -90,14 +99,32 @@ def run(settings: Settings) -> Path | None:
     return out
 
 
-def _would(pipe: Any, comparison: Comparison) -> None:
-    """A dry run: every adapter is put on as every arm would have it, and what would be drawn is said."""
+def _would(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> None:
+    """A dry run: every adapter is put on as every arm would have it; arms, pictures and time are said."""
     for case in comparison.units:
         for arm in {arm.worn: arm for arm in comparison.arms.values() if not arm.bare}.values():
             with named(f"measure.arms, {arm.name!r}"), worn(pipe, case, arm):
                 pass
         count = len(case.prompts) * len(comparison.plan.seeds)
         say(f"would draw {count} pictures an arm of {case.name or 'the task'}")
+    arms, seeds = comparison.arms, len(comparison.plan.seeds)
+    pictures = seeds * sum(len(case.prompts) for case in comparison.units) * len(arms)
+    more = seeds * sum(len(case.of_class.prompts) for case in comparison.units) if comparison.asks_for_class else 0
+    said = f" and {more} of the class" if more else ""
+    seconds = (pictures + more) * _picture_seconds(pipe, sampling)
+    say(f"{len(arms)} arms: {', '.join(arms)}")
+    say(f"{pictures} pictures{said}, {sampling.steps} steps each: {span(seconds)}, scoring not counted")
+
+
+def _picture_seconds(pipe: Any, sampling: SamplingSettings) -> float:
+    """Of one picture of a batch, from two steps of a batch of one; the first call warms up."""
+    took = 0.0
+    for steps in (1, 2):
+        began = time.perf_counter()
+        plain = without_control(pipe)
+        plain("", num_inference_steps=steps, height=sampling.height, width=sampling.width, output_type="np")
+        took = time.perf_counter() - began
+    return took / 2 * sampling.steps
 
 
 def _sample(pipe: Any, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
@@ -154,5 +181,15 @@ def _drift(pipe: Any, comparison: Comparison, settings: Settings) -> dict[str, f
     return {f"drift ({where}) of {arm.name}": float(metric(shots[arm.name]).mean()) for arm in arms}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """An adapter as the first word is one from elsewhere: its config is made here."""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        from recipes.common.foreign import words_of
+
+        with exit_on_error(explained):
+            sys.argv[1:] = words_of(sys.argv[1:])
     launch(Settings, run)
+
+
+if __name__ == "__main__":
+    main()

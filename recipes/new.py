@@ -15,6 +15,7 @@ from recipes import dreambooth_lora
 from recipes.common.base import POCKET
 from recipes.common.cli import CONFIGS, explained, quiet
 from recipes.common.photos import Photos, look
+from recipes.common.subject_plan import NETWORKS, compared, judged
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
 from training.config import parse, require
 from training.errors import TrainingError, exit_on_error
@@ -23,7 +24,6 @@ from training.text import read_text
 
 __all__ = ["prepare"]
 
-NETWORKS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
 ON_POCKET = (
     "base pocket: it draws small scenes of a drawn world in 64 pixels. A run on it tries every step in minutes; a "
     "photographed subject will not appear in other scenes"
@@ -90,7 +90,7 @@ def prepare(
         print(line)
     values = {
         **_values(photos, noun, base, out, preset, identifier),
-        **(_judged(photos) if base == POCKET else _compared(photos, networks or NETWORKS)),
+        **_measured(photos, base, networks or NETWORKS),
         "ship": {},
         "out": str(out),
     }
@@ -176,51 +176,16 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     return values
 
 
-def _judged(photos: Photos) -> dict[str, Any]:
-    """The comparison on the pocket base: what its judge needs masks for is left out where there are none."""
-    print(ON_POCKET)
-    plan: dict[str, Any] = {"subjects": [str(photos.folder)], "seeds": [1, 2]}
-    if photos.masks is None:
-        plan["metrics"] = ["prompt accuracy", "similarity (judge)"]
-        print("measured without masks: whole pictures are compared with your photos, not the subject alone")
-    return {"measure": plan}
-
-
-def _compared(photos: Photos, networks: dict[str, str]) -> dict[str, Any]:
-    """The comparison on another base, with the feature networks that can be reached."""
-    spaces = {name: where for name, where in networks.items() if _reachable(where)}
-    if missing := [f"{name} ({where})" for name, where in networks.items() if name not in spaces]:
-        print(f"cannot be reached, so left out of the measuring: {', '.join(missing)}; --clip and --dino take folders")
-    if not spaces:
+def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, Any]:
+    """The table `measure`; without it where nothing can be measured."""
+    if base == POCKET:
+        print(ON_POCKET)
+        return {"measure": judged(photos.folder, masks=photos.masks is not None)}
+    plan = compared(photos.folder, networks)
+    if plan is None:
         print("nothing is measured or tuned; the release will say so")
         return {}
-    plan: dict[str, Any] = {
-        "subjects": [str(photos.folder)],
-        "seeds": [1, 2],
-        "spaces": spaces,
-        "minimum_effect": 0.05,  # of identity, a share of pictures
-        "tolerance": 0.005,  # of alignment, a cosine
-    }
-    if len(spaces) == len(NETWORKS):
-        return {"measure": plan | {"referee": "similarity (clip)"}}
-    only = {
-        "clip": ["identity (clip)", "alignment (clip)", "similarity (clip)"],
-        "dino": ["identity (dino)", "similarity (dino)"],
-    }
-    return {"measure": plan | {"metrics": only[next(iter(spaces))]}}
-
-
-def _reachable(network: str) -> bool:
-    """Whether a network's config is in a folder, in the cache, or on the hub."""
-    from huggingface_hub import hf_hub_download
-
-    if Path(network).is_dir():
-        return (Path(network) / "config.json").is_file()
-    try:
-        hf_hub_download(network, "config.json")
-    except Exception:  # the hub has many kinds: offline, unknown, gated, no such name
-        return False
-    return True
+    return {"measure": plan}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from recipes.common.guidance import EFFECTIVE, arguments_of, guided
 from recipes.common.settings import SamplingSettings
 from training.config import write
 
-__all__ = ["at_equal_scale", "table", "write_results"]
+__all__ = ["at_equal_scale", "table", "unseen", "write_results"]
 
 
 def write_results(
@@ -73,6 +73,8 @@ def write_results(
     if design.sweeps:
         print(f"At equal effective scale: {facts['at equal effective scale']}")
     print(f"\n{table(gains)}\n")
+    if (warning := unseen(gains, [case.calls for case in comparison.units if case.identifier])) is not None:
+        print(f"{warning}\n")
     print(f"Open {out / 'measured' / 'report.html'}; pictures side by side: {out / 'measured' / 'sheet.png'}")
 
 
@@ -82,6 +84,27 @@ def headlines(gains: Any) -> list[str]:
 
     first = [f"Adapter: {gains.adapter.sentence}"] if gains.adapter else []
     return [*first, f"Guidance: {gains.verdict.sentence}", *plane.sentences(gains.plane)]
+
+
+def unseen(gains: Any, calls: Sequence[str]) -> str | None:
+    """A warning where the adapter's pictures are no more like the subject than the base's: its words may be others.
+
+    Args:
+        calls: what the subjects are called in prompts.
+    """
+    from recipes.common.metrics import OF_SUBJECT
+
+    design = gains.design
+    names = [name for name in design.higher_is_better if OF_SUBJECT.fullmatch(name)]
+    if design.base is None or not names or not calls:
+        return None
+    means = {arm["name"]: {name: arm["metrics"][name]["mean"] for name in names} for arm in gains.arms}
+    own, base = means[design.baseline], means[design.base]
+    if any(own[name] > base[name] for name in names):
+        return None
+    said = ", ".join(f"{name} is {own[name]:.2f} with the adapter and {base[name]:.2f} without" for name in names)
+    words = ", ".join(dict.fromkeys(map(repr, calls)))
+    return f"warning: {said}: the subject does not appear. Was the adapter trained with the words {words}?"
 
 
 def title(comparison: Comparison, record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from training.progress import duration
 if TYPE_CHECKING:
     from training.estimate import Estimate
 
-__all__ = ["Stage", "stages", "table"]
+__all__ = ["Stage", "span", "stages", "table"]
 
 LOW, HIGH = 0.7, 1.6  # of an estimate, which a busy machine and other batch sizes move
 SHIPPING = 20.0  # seconds: a pipeline is loaded, files are written and hashed
@@ -106,11 +106,12 @@ def table(rows: Sequence[Stage]) -> list[str]:
     width = max(len(row.what) for row in rows)
     lines = [f"{'stage':15} {'what':{width}}  {'time':16} peak memory"]
     for row in rows:
-        time = "" if row.what == NOTHING else _range(row.seconds)
+        time = "" if row.what == NOTHING else span(row.seconds)
         lines.append(f"{row.name:15} {row.what:{width}}  {time:16} {row.memory / 2**30:.1f} GiB")
-    lines.append(f"{'in all':15} {'':{width}}  {_range(sum(row.seconds for row in rows))}")
+    lines.append(f"{'in all':15} {'':{width}}  {span(sum(row.seconds for row in rows))}")
     return lines
 
 
-def _range(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """An estimate in words, as the range it means."""
     return f"{duration(LOW * seconds)} to {duration(HIGH * seconds)}"

@@ -521,11 +521,12 @@ def test_networks_that_measure_are_there_or_left_out(mine: Path, tmp_path: Path,
     assert none["ship"] == {}
     clip, dino = ["--clip", models / "clip"], ["--dino", models / "dino"]
     assert plan("clip", *clip, "--dino", tmp_path / "gone")["measure"]["metrics"] == [
+        "identity (clip)",
         "alignment (clip)",
         "similarity (clip)",
     ]
     both = plan("both", *clip, *dino)["measure"]
-    assert both["referee"] == "similarity (dino)"
+    assert both["referee"] == "similarity (clip)"
     assert both["spaces"] == {"clip": str(models / "clip"), "dino": str(models / "dino")}
 
 

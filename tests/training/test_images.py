@@ -47,6 +47,23 @@ def test_bad_folders_are_refused_by_name(spoil, message: str, tmp_path: Path) ->
         images.folder(root, minimum=8)
 
 
+def test_a_broken_picture_is_left_out_and_named_where_three_remain(tmp_path: Path) -> None:
+    root, said = fill(tmp_path / "a", 5), []
+    (root / "masks").mkdir()
+    for number in range(5):
+        Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(root / "masks" / f"{number}.png")
+    (root / "1.png").write_bytes(b"no image")
+    found = images.folder(root, minimum=8, masks=root / "masks", say=said.append)
+    assert [file.name for file in found.files] == ["0.png", "2.png", "3.png", "4.png"]
+    assert [file.name for file in found.masks or []] == ["0.png", "2.png", "3.png", "4.png"]
+    assert found.captions == ["picture a", "picture c", "picture d", "picture e"]
+    assert any("1 picture(s) left out: 1.png cannot be read" in line for line in said)
+    for number in (2, 3):
+        (root / f"{number}.png").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"(?s)3 problem.*1.png cannot be read.*2.png cannot be read"):
+        images.folder(root, minimum=8)
+
+
 def test_a_truncated_jpeg_and_an_animation_are_named_in_one_go(tmp_path: Path) -> None:
     root = fill(tmp_path / "a", 1)
     picture(1, (200, 200)).save(root / "cut.jpg")

@@ -19,6 +19,7 @@ from .samples import Sample, Say, captions_of, compare, digest, made, refuse, te
 
 __all__ = ["Folder", "Scan", "folder", "scan"]
 
+LEAST = 3  # readable pictures, with which those that cannot be read are left out
 CAPTION_KEYS = ("text", "caption", "prompt")
 CAPTION_FILES = (".txt", ".caption")
 NOT_PICTURES = ("masks", "mask", "conditioning", "__MACOSX", "@eaDir")  # subfolders with another meaning
@@ -157,11 +158,11 @@ def folder(
         masks: folder with a mask of the same name (any suffix) and shape for every image.
         conditioning: the same for conditioning images.
         minimum: shortest allowed side in pixels.
-        say: told once what is left out, repeated, resized or scaled.
+        say: told once what is left out, as unreadable pictures are, and what is repeated, resized or scaled.
 
     Raises:
-        TrainingError: naming the folder, or every file that is unreadable, animated, too small, without caption or
-            without partner.
+        TrainingError: naming the folder, or every file that is animated, too small, without caption or without
+            partner; also every unreadable one, where fewer than three others remain.
     """
     root = _existing(path, "data.source")
     given: dict[Role, str | Path | None] = {"mask": masks, "conditioning": conditioning}
@@ -173,16 +174,19 @@ def folder(
     if not files:
         raise TrainingError(_nothing(root, found))
     looks = _looks(files, minimum, "image")
-    problems = [
-        f"{file.relative_to(root)} {look.problem}" for file, look in zip(files, looks, strict=True) if look.problem
-    ]
+    seen = [(f"{file.relative_to(root)} {look.problem}", look) for file, look in zip(files, looks, strict=True)]
+    broken = [line for line, look in seen if look.broken]
+    spare = len(files) - len(broken) >= LEAST
+    problems = [line for line, look in seen if look.problem and not (spare and look.broken)]
     captions: list[tuple[str, ...]] = [(prompt or "",)] * len(files)
     if prompt is None:
         captions = _captions(root, found, caption, otherwise, problems)
     sizes = [look.size for look in looks]
     partners = {role: _partners(place, role, root, files, sizes, problems, say) for role, place in places.items()}
     refuse(str(root), problems)
-    times = [_repeats(file.parent, root)[0] for file in files]
+    if spare and broken:
+        say(f"{root}: {len(broken)} picture(s) left out: {_some(broken)}")
+    times = [0 if look.broken else _repeats(file.parent, root)[0] for file, look in zip(files, looks, strict=True)]
     _announce(root, found, times, say)
     once = Folder(files, captions, sizes, partners.get("mask"), partners.get("conditioning"))
     return once.chosen(index for index, count in enumerate(times) for _ in range(count))
@@ -210,7 +214,7 @@ def _looks(files: list[Path], minimum: int, role: Role) -> list[Look]:
         try:
             return inspect(file.read_bytes(), minimum, role)
         except OSError as error:
-            return Look(problem=f"cannot be read ({error.strerror})")
+            return Look(problem=f"cannot be read ({error.strerror})", broken=True)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(look, files))

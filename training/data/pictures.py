@@ -132,6 +132,8 @@ class Look:
 
     problem: str | None = None
     """Why it cannot be used."""
+    broken: bool = False
+    """Whether nothing of it can be read."""
     size: tuple[int, int] = (0, 0)
     """Upright (width, height)."""
     deep: bool = False
@@ -149,7 +151,7 @@ def inspect(data: bytes, minimum: int, role: Role = "image") -> Look:
         image = ImageOps.exif_transpose(decode(data))
         problem, full = _unusable(image, role)
     except Exception as error:  # Pillow's readers raise many unrelated kinds on broken files
-        return Look(problem=f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})")
+        return Look(problem=f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})", broken=True)
     if problem is None and min(image.size) < minimum:
         problem = f"is {image.width}x{image.height}, below data.minimum = {minimum} pixels"
     return Look(problem=problem, size=image.size, deep=_deep(image), full=full)

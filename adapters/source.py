@@ -10,6 +10,7 @@ from typing import Any
 from . import files
 from .adapter import COMPONENTS, Adapter, Tokens
 from .errors import FileError, FormatError
+from .machine import explain
 from .reading import from_any
 from .tokens import EMBEDS_FILE, read_tokens
 from .writing import LORA_FILE, PEFT_CONFIG, PEFT_FILE
@@ -61,7 +62,15 @@ def _from_hub(repo_id: str, revision: str | None) -> Source:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.csv", "*.md", "*.html", "*.yaml", "*.png"]
-    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub has many kinds: offline, unknown, gated, no such name
+        if explain(error) is not None:
+            raise  # the machine's, such as a full disk, which has a line of its own
+        raise FileError(
+            f"{repo_id}: there is no such folder here (looked from {Path.cwd()}), and the hub does not give it "
+            f"({type(error).__name__}); check the name and the network, or give a folder or a file"
+        ) from error
     # The Hub's cache stores content under blobs/ and links to it.
     cache = folder.parent.parent
     manifest = files.verify_folder(folder, links_into=cache) if (folder / files.MANIFEST).exists() else None

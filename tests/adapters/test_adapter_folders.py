@@ -28,6 +28,7 @@ from adapters import files, loading, ship
 from adapters.card import Card
 from adapters.errors import AdapterError, FileError, GainsError
 from adapters.measuring import archive, gains, table, verify
+from adapters.source import open_source
 
 SECONDS = 30  # for one case, on a busy machine
 
@@ -358,3 +359,10 @@ def test_what_the_manifest_does_not_name(release: Path, tmp_path: Path) -> None:
     (other / "manifest.json").write_text(text.replace('"kind": "lora"', '"kind": "lora", "kind": "lora"'))
     with pytest.raises(FileError, match="a key appears twice"):
         verify.verify(other)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_line() -> None:
+    with pytest.raises(
+        FileError, match=r"^nobody/no-adapter: there is no such folder here .* the hub does not give it"
+    ):
+        open_source("nobody/no-adapter")

@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 QUICK = {
     "train.steps": 4,
     "train.warmup": 0,
+    "dreambooth.class_images": 12,
+    "dreambooth.steps": 10,
     "measure.limit": 2,
     "measure.seeds": [1],
     "measure.overlays": 1,

@@ -244,9 +244,9 @@ def test_wrong_shape_is_named(pipe, make_adapter, tmp_path):
 def test_not_representable_is_refused_by_name(pipe, make_adapter, tmp_path):
     tensors, header = to_kohya(make_adapter("lora"))
     first = next(k for k in tensors if k.endswith("lora_down.weight")).split(".")[0]
-    tensors[f"{first}.diff_b"] = torch.zeros(8)
+    tensors[f"{first}.emb_params"] = torch.zeros(1, 8)
     files.write_tensors(tmp_path / "x.safetensors", tensors, header)
-    with pytest.raises(FormatError, match="diff_b"):
+    with pytest.raises(FormatError, match=r"emb_params.*embedding without its token"):
         loading.load(pipe, tmp_path / "x.safetensors")
 
 

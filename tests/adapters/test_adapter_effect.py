@@ -240,7 +240,7 @@ def test_a_reader_in_a_hurry_is_told_in_words_and_a_harmful_adapter_says_so_in_i
     found = gains.compare(rows({"base": (0.0, 0.8), "CFG": (0.0, 0.5), "S-CFG": (0.0, 0.5)}), DESIGN)
     assert words.adapter(found) == (
         "The adapter does harm: its pictures are worse than the base's. "
-        "Identity 0 % before, 0 % with it; prompt accuracy 80 % before, 50 % with it."
+        "Identity 0 % without it, 0 % with it; prompt accuracy 80 % without it, 50 % with it."
     )
     assert words.guidance(found).startswith("S-CFG is not shown to make the pictures better than plain guidance does.")
     made = card.Card(title="x", base_model="y", weight=0.6)

@@ -48,7 +48,7 @@ def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
     assert {path.name for path in (out / "release").iterdir()} >= RELEASE
     assert adapters.measuring.verify.verify(out / "release")["kind"] == "lora"
     assert f"Open {out / 'release' / 'report.html'}" in said
-    for line in ("Adapter: ", "Guidance: ", "S-CFG", "placebo", "prompt accuracy", "subject similarity", "s in all"):
+    for line in ("Adapter: ", "Guidance: ", "S-CFG", "CFG placed", "prompt accuracy", "subject similarity", "s in all"):
         assert line in said
 
 
@@ -66,18 +66,12 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    weak = {"cfg-weight-0-4", "cfg-weight-0-7"}
-    assert drawn == {"base", "cfg", "s-cfg", "dose", "placebo", "pointwise", *weak}
-    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) == 8 * 2
+    assert drawn == {"base", "cfg", "s-cfg", "cfg-placed", "cfg-weight-0-7"}
+    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) == 5 * 2
     gains = json.loads((out / "measured" / "gains.json").read_text())
     assert gains["facts"]["base"] == "pocket"
     assert gains["format"] == 2
-    assert [one["arm"] for one in gains["plane"]["points"] if one["plain"]] == [
-        "base",
-        "CFG",
-        "CFG, weight 0.4",
-        "CFG, weight 0.7",
-    ]
+    assert [one["arm"] for one in gains["plane"]["points"] if one["plain"]] == ["base", "CFG", "CFG, weight 0.7"]
     assert "<h2>The subject</h2>" in (out / "measured" / "report.html").read_text("utf-8")
     for page in (out / "measured" / "report.html", out / "release" / "report.html"):
         assert "regions and gamma over the steps" in page.read_text("utf-8")
@@ -111,7 +105,7 @@ def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
     arms = {
         name: next(iter(adapters.measuring.sample.shots_in(out / "pictures" / "dog" / name)))
-        for name in ("base", "cfg", "s-cfg", "dose", "placebo", "pointwise")
+        for name in ("base", "cfg", "s-cfg", "cfg-placed")
     }
     assert len({shot.key for shot in arms.values()}) == 1
     assert len({shot.image.tobytes() for shot in arms.values()}) == len(arms)

@@ -106,6 +106,12 @@ class Adapter:
 
     @property
     def merges_only(self) -> str | None:
-        """The first layer that can only be merged, and why; None: peft computes all of them."""
-        found = ((name, module.merges_only) for name, module in self.modules.items())
-        return next((f"{name} has {why}" for name, why in found if why), None)
+        """What can only be merged, and why; None: peft computes all of it."""
+        for name, module in self.modules.items():
+            if why := module.merges_only:
+                return f"{name} has {why}"
+        for component in self.components:
+            kinds = sorted({"dora" if module.dora else module.kind for module in self.part(component).values()})
+            if len(kinds) > 1:
+                return f"{component} mixes {' and '.join(kinds)}"
+        return None

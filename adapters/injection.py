@@ -136,9 +136,6 @@ def _config(adapter: Adapter, component: str, paths: list[str]) -> Any:
     if kind == "lora":
         settings = to_peft(adapter, component)[1]
     else:
-        mixed = sorted({m.kind for m in modules.values()})
-        if len(mixed) > 1:
-            raise FormatError(f"{component} mixes {mixed}; a peft adapter is of one kind")
         ranks, alphas = (Counter(getattr(m, which) for m in modules.values()) for which in ("rank", "alpha"))
         settings = {"r": ranks.most_common(1)[0][0], "alpha": alphas.most_common(1)[0][0]}
     settings = {key: value for key, value in settings.items() if key != "peft_type"}

@@ -82,8 +82,8 @@ def load(
 
     The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
     have left. A pipeline may be compiled or offloaded. What peft has no layer for (LyCORIS' whole differences, norms
-    and biases, DoRA magnitudes on LoHa, LoKr or over inputs) is always merged, as is a DoRA on sequentially offloaded
-    weights.
+    and biases, DoRA magnitudes on LoHa, LoKr or over inputs, several kinds in one model) is always merged, as is a
+    DoRA on sequentially offloaded weights.
 
     Raises:
         FileError: altered or unsafe files.

@@ -136,7 +136,7 @@ def to_diffusers(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, s
 def _refuse_merges_only(adapter: Adapter, what: str) -> None:
     if (why := adapter.merges_only) is not None:
         raise FormatError(
-            f"{why}, for which there is {what}; kohya keys hold it, merge adds it to a U-net, and convert --rank N "
+            f"{why}: there is {what} for that; kohya keys hold it, merge adds it to a U-net, and convert --rank N "
             "--base PIPELINE makes the nearest LoRA"
         )
 
@@ -158,9 +158,6 @@ def _old_text_keys(prefix: str, module: Module) -> dict[str, torch.Tensor]:
 
 def _lora_config(modules: Mapping[str, Module]) -> dict[str, Any]:
     """The arguments of `peft.LoraConfig` that reproduce ranks, alphas, rsLoRA and DoRA of one component."""
-    if len({m.dora for m in modules.values()}) > 1:
-        plain = next(name for name, m in modules.items() if not m.dora)
-        raise FormatError(f"{plain} is plain LoRA beside DoRA modules; peft has one use_dora per component")
     if len({m.rslora for m in modules.values()}) > 1:
         modules = {n: replace(m, alpha=m.scale * m.rank, rslora=False) for n, m in modules.items()}
     rank, rank_pattern = _pattern({n: m.rank for n, m in modules.items()})
@@ -189,8 +186,6 @@ def to_peft(adapter: Adapter, component: str = "unet") -> tuple[dict[str, torch.
         raise FormatError(f"no modules of {component}; this adapter has {adapter.components}")
     _refuse_merges_only(adapter, "no layer in peft")
     kinds = {m.kind for m in modules.values()}
-    if len(kinds) != 1:
-        raise FormatError(f"{component} mixes {sorted(kinds)}; a peft adapter is of one kind")
     kind = kinds.pop()
     config = _lora_config(modules) if kind == "lora" else _lycoris_config(kind, modules, adapter.options.get(component))
     tensors = {

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 from pathlib import Path
 
 from .errors import TrainingError
 
-__all__ = ["read_text"]
+__all__ = ["read_bytes", "read_text"]
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file's bytes; what else lies in folders (pipes, devices) may have no end, or none to wait for.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return path.read_bytes()
 
 
 def read_text(path: str | Path, called: str = "") -> str:
     """The whole text of a file.
 
     Args:
-        called: the setting that names the file, for the message.
+        called: the setting that names the file, for the message; such a file may be a pipe, as of a shell's `<(…)`.
 
     Raises:
         TrainingError: it cannot be read, or is in another encoding.
     """
     name = f"{called} {path}".strip()
     try:
-        data = Path(path).expanduser().read_bytes()
+        file = Path(path).expanduser()
+        data = file.read_bytes() if called else read_bytes(file)
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise TrainingError(f"{name} cannot be read: {error.strerror}") from error

@@ -312,6 +312,29 @@ def test_what_peft_has_no_layer_for_is_added_to_the_weights(pipe, tmp_path, case
         adapters.load(pipe, release, scope=adapters.Scope(start=0.2))
 
 
+def test_kinds_mixed_in_one_model_are_merged(pipe, tmp_path):
+    """LyCORIS' presets give attention one kind and convolutions another; a LoRA beside a DoRA is the same case."""
+    dora = {**DOWN_UP, "dora_scale": OUTPUTS}
+    key = QUERY.replace("to_q", "to_k")
+    for number, (other, change) in enumerate(
+        [(LOKR, KRONECKER), (dora, rescaled(pipe.unet.get_submodule(QUERY).weight, LOW, OUTPUTS, 1))]
+    ):
+        parts = [(QUERY, other), (OUT, LOHA if number == 0 else DOWN_UP)]
+        tensors = {f"lora_unet_{p.replace('.', '_')}.{n}": v for p, own in parts for n, v in own.items()}
+        files.write_tensors(tmp_path / f"{number}.safetensors", tensors)
+        before = {path: pipe.unet.get_submodule(path).weight.detach().clone() for path in (QUERY, OUT, key)}
+        card = adapters.Card(title="x", base_model="y")
+        release = adapters.ship.ship(
+            tmp_path / f"r{number}", weights=tmp_path / f"{number}.safetensors", base=adapters.describe(pipe), card=card
+        )
+        with adapters.load(pipe, release):
+            now = {path: pipe.unet.get_submodule(path).weight.detach() for path in before}
+            torch.testing.assert_close(now[QUERY], before[QUERY] + change, rtol=0, atol=1e-5)
+            added = HADAMARD if number == 0 else LOW
+            torch.testing.assert_close(now[OUT], before[OUT] + added, rtol=0, atol=1e-5)
+            assert torch.equal(now[key], before[key])
+
+
 def test_the_nearest_lora_counts_what_it_cannot_do(pipe):
     """A LoRA of rank 8 is exact on an 8 x 8 layer; the bias and the norm beside it are missed."""
     adapter = keys.from_any({**beyond("doha"), **beyond("norm"), **beyond("lora and bias")})

@@ -172,7 +172,9 @@ def test_sgm_and_lycoris_names(flat, name):
     assert names.module_name(flat) == "unet." + name
 
 
-@pytest.mark.parametrize("flat", ["lora_unet_", "lora_unet_to_qq", "lora_unet_conv_in_", "lora_transformer_x", "x"])
+@pytest.mark.parametrize(
+    "flat", ["lora_unet_", "lora_unet_norm9", "lora_unet_to_qq", "lora_unet_conv_in_", "lora_transformer_x", "x"]
+)
 def test_unknown_names_are_refused(flat):
     with pytest.raises(FormatError):
         names.module_name(flat)
@@ -268,7 +270,7 @@ def test_mixed_plain_and_dora_cannot_be_spelt_in_peft(make_adapter):
     plain, dora = make_adapter("lora"), make_adapter("dora")
     first, *rest = plain.modules
     mixed = Adapter(modules={first: plain.modules[first], **{n: dora.modules[n] for n in rest}})
-    with pytest.raises(FormatError, match="beside DoRA"):
+    with pytest.raises(FormatError, match="unet mixes dora and lora: there is no layer in peft"):
         keys.to_peft(mixed)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError
-from ..text import read_text
+from ..text import read_bytes, read_text
 from .pictures import ADVICE, SUFFIXES, Look, Role, inspect
 from .samples import Sample, Say, captions_of, compare, digest, made, refuse, tell
 
@@ -212,7 +212,7 @@ def _looks(files: list[Path], minimum: int, role: Role) -> list[Look]:
         if file.is_symlink() and not file.exists():
             return Look(problem=f"is a link to {os.readlink(file)}, which is not there")
         try:
-            return inspect(file.read_bytes(), minimum, role)
+            return inspect(read_bytes(file), minimum, role)
         except OSError as error:
             return Look(problem=f"cannot be read ({error.strerror})", broken=True)
 
@@ -307,7 +307,7 @@ def _metadata(path: Path, keys: tuple[str, ...], problems: list[str]) -> list[tu
         where = f"{path.name} line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # no JSON, a number of 5000 digits, 100,000 brackets
             problems.append(f"{where} is no JSON ({error}): {line[:80]}")
             continue
         key = next((key for key in keys if key in row), None) if isinstance(row, dict) else None

@@ -55,9 +55,17 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, which is then gone: a damaged one that is written anew cannot be read again."""
+    turned = ImageOps.exif_transpose(image)
+    for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        turned.info.pop(name, None)
+    return turned
+
+
 def rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB: EXIF rotation applied, alpha laid over white, CMYK converted, 16 bits and floats scaled."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if _deep(image):
         image = _eight_bits(image)
     if _transparent(image):
@@ -72,7 +80,7 @@ def mask(image: Image.Image) -> Image.Image:
     Transparency: a black-and-white drawing is laid over black; of anything else the opaque part is the subject, as in a
     cut-out. A mask of two levels, the lower one 0, reaches up to 255 whatever number or colour stood for the subject.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if _deep(image):
         values = np.asarray(_eight_bits(image, ones=True))
     elif _transparent(image):
@@ -87,7 +95,7 @@ def mask(image: Image.Image) -> Image.Image:
 
 def condition(image: Image.Image) -> Image.Image:
     """A condition as upright 8-bit RGB; a map of more bits is scaled by its own finite range."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     return (_own_range(np.asarray(image, np.float64)) if _deep(image) else rgb(image)).convert("RGB")
 
 
@@ -148,7 +156,7 @@ def inspect(data: bytes, minimum: int, role: Role = "image") -> Look:
         opened = Image.open(io.BytesIO(data))
         if opened.format in ANIMATED and (frames := getattr(opened, "n_frames", 1)) > 1:
             return Look(problem=f"is animated ({frames} frames); save one frame", size=opened.size)
-        image = ImageOps.exif_transpose(decode(data))
+        image = _upright(decode(data))
         problem, full = _unusable(image, role)
     except Exception as error:  # Pillow's readers raise many unrelated kinds on broken files
         return Look(problem=f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})", broken=True)

@@ -61,6 +61,8 @@ def captions_of(value: Any) -> tuple[tuple[str, ...], str | None]:
         return (), f"is {str(value)[:60]!r} ({type(value).__name__}), neither text nor a list of texts"
     if not all(item.strip() for item in several):
         return (), "is empty"
+    if any("\ud800" <= letter <= "\udfff" for item in several for letter in item):
+        return (), "holds half of a surrogate pair (\\ud800 to \\udfff), which is no letter"
     return tuple(several), None
 
 

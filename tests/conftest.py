@@ -32,3 +32,15 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip(f"recorded outputs of the published method are not at {GOLDEN}")
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def bfloat16_attention() -> None:
+    """torch 2.13 with ATEN_CPU_CAPABILITY=default on a CPU with AMX has attention in bfloat16 that raises by itself."""
+    import torch
+
+    words = torch.zeros(1, 2, 512, 16, dtype=torch.bfloat16)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(words, words, words)
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no attention in bfloat16 here: {error}")

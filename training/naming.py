@@ -54,7 +54,12 @@ def check_flags(kind: type, arguments: Sequence[str]) -> None:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name in OWN:
             continue
-        nested: Any = yaml.safe_load(value) if value[:1] == "{" else None
+        try:
+            nested: Any = yaml.safe_load(value) if value[:1] == "{" else None
+        except yaml.YAMLError as error:
+            raise TrainingError(
+                f"--{name}: {value} is neither JSON nor YAML ({' '.join(str(error).split())})"
+            ) from error
         for part in reversed(name.removesuffix("+").split(".")):
             nested = {part: nested}
         check(kind, nested, "--")

@@ -271,6 +271,7 @@ def test_torch_compile(in_place, used_before, pipe):
     torch.compiler.reset()
 
 
+@pytest.mark.usefixtures("bfloat16_attention")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights(dtype, pipe):
     pipe.to(dtype)
@@ -300,6 +301,7 @@ def test_quantised_projections(bits, pipe):
     assert torch.equal(bare(pipe), plain)
 
 
+@pytest.mark.usefixtures("bfloat16_attention")
 def test_autocast_is_off_inside(pipe):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, trace = run(pipe)

@@ -37,6 +37,7 @@ def one_step(dtype, tokens):
     return run.trace[0].regions, run.trace[0].foreground
 
 
+@pytest.mark.usefixtures("bfloat16_attention")
 @pytest.mark.parametrize("tokens", ["all", "prompt"])
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.99), (torch.bfloat16, 0.95)])
 def test_half_precision_weights_give_nearly_float32s_masks(dtype, share, tokens):

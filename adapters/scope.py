@@ -201,9 +201,8 @@ class Scope:
             understood &= understood and all(isinstance(where[name], str) and where[name] for name in texts)
         if not understood:
             raise AdapterError(
-                f"scope {str(config)[:200]}: this version knows format {FORMAT} with {', '.join(sorted(known))}, "
-                "where; "
-                "update the toolkit, or remove the scope from the file to sample without it"
+                f"scope {str(config)[:200]}: this version knows format {FORMAT} with {', '.join(sorted(known))} and "
+                "where; update the toolkit, or remove the scope from the file to sample without it"
             )
         try:
             if where is None:
@@ -211,7 +210,7 @@ class Scope:
             if place is None:
                 raise AdapterError(
                     f"scope: this adapter acts in the place of {where['identifier']} {where['noun']} only; pass "
-                    "place=functools.partial(scfg.place_of, pipe), or scope=adapters.Scope() to let it act everywhere"
+                    "place=scfg.place_of to adapters.load, or scope=adapters.Scope() to let it act everywhere"
                 )
             subject = Subject(identifier=where["identifier"], noun=where["noun"])
             return cls.of_subject(place, subject, where_stop=where["stop"], **values)

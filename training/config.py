@@ -402,7 +402,6 @@ COMMON = (  # what most runs set; of these --help shows the first ten that a com
     "data.source",
     "adapter",
     "prompts",
-    "photos",
     "dreambooth.identifier",
     "lora.rank",
     "train.steps",

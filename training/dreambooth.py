@@ -280,6 +280,8 @@ def class_images(
 ) -> None:
     """Fills `folder` up to `count` images of the prompts in turn, each process its share; image i has its own seed.
 
+    What is there and cannot be read is drawn again.
+
     Beside every image lies its prompt, as its caption. An image is always drawn in the same batch, which begins at a
     multiple of `batch_size` and is whole even where `count` ends within it: how a kernel rounds depends on the size of
     a batch, so only this way an image that is made again is the same to the bit.
@@ -303,14 +305,26 @@ def class_images(
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_main_process:
         write_json(folder / MANIFEST, wanted)
-    missing = {number for number in range(count) if not (folder / f"{number:05d}.png").is_file()}
+    missing = {number for number in range(count) if not _readable(folder / f"{number:05d}.png")}
     ranks.wait_for_everyone()  # all have seen the same before the first one draws
     batches = sorted({number // batch_size for number in missing})
     if mine := batches[ranks.process_index :: ranks.num_processes]:
         say = print if ranks.is_main_process else _silent
-        say(f"drawing class images: {len(missing)} of {count} are missing in {folder}")
+        say(f"drawing class images: {len(missing)} of {count} are missing or damaged in {folder}")
         _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
     ranks.wait_for_everyone()
+
+
+def _readable(path: Path) -> bool:
+    """Whether a picture is there and whole; a PNG's parts have checksums, so that a flipped bit shows."""
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):
+        return False
+    return True
 
 
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:

@@ -112,9 +112,13 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 def _meant(name: str, known: Sequence[str]) -> str:
     """The nearest of the names, by their last parts, the others being the same."""
-    by_part = {one.rpartition(".")[2]: one for one in known}
-    near = difflib.get_close_matches(name.rpartition(".")[2], by_part, n=1)
+    by_part = {_part(one): one for one in known}
+    near = difflib.get_close_matches(_part(name), by_part, n=1)
     return f"; did you mean {by_part[near[0]]}?" if near else ""
+
+
+def _part(name: str) -> str:
+    return name.removeprefix("--").rpartition(".")[2]
 
 
 def _settings_in(annotation: Any) -> tuple[type | None, bool]:

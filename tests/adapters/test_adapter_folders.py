@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tracemalloc
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hangs import limited
 from safetensors.torch import save
 
 import adapters
@@ -65,22 +64,6 @@ def network(_pipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.getbasetemp() / "network"
     source = next(tmp_path_factory.getbasetemp().glob("unet*/unet"))
     return ship.ship(folder, weights=source, base=adapters.describe(_pipe), card=Card(title="u", base_model="a-base"))
-
-
-@contextlib.contextmanager
-def limited(what: str) -> Iterator[None]:
-    """Fails the test where the block takes too long: a hang must not hang the suite."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"{what} takes more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def inspect(path: Path) -> object:
@@ -233,7 +216,7 @@ def test_mutated_folders(count: int, release: Path, network: Path, pipe, tmp_pat
         acts += [lambda: verify.verify(zipped(folder, dice))] if number % 4 == 0 else []
         for act in acts:
             try:
-                with limited(f"case {number}"), warnings.catch_warnings():
+                with limited(f"case {number}", SECONDS), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     act()
                 ends["read"] += 1
@@ -255,7 +238,7 @@ def test_only_regular_files_are_opened(name: str, release: Path, pipe, tmp_path:
     (folder / name).unlink()
     os.mkfifo(folder / name)
     for act in (lambda: verify.verify(folder), lambda: inspect(folder), lambda: loading.load(pipe, folder)):
-        with limited(name), pytest.raises(FileError, match=name):
+        with limited(name, SECONDS), pytest.raises(FileError, match=name):
             act()
 
 
@@ -263,7 +246,7 @@ def test_a_fifo_or_a_device_is_no_release(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero")):
         for act in (verify.verify, inspect, files.sha256, files.read_json, files.read_header):
-            with limited(str(path)), pytest.raises(FileError, match=str(path)):
+            with limited(str(path), SECONDS), pytest.raises(FileError, match=str(path)):
                 act(path)
 
 
@@ -298,7 +281,7 @@ def test_many_empty_tensors_and_vectors_are_refused_at_once(pipe, tmp_path: Path
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"t{i}": entry for i in range(60_000)}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with limited("60000 tensors"), pytest.raises(FileError, match="60000 tensors; at most 50000"):
+    with limited("60000 tensors", SECONDS), pytest.raises(FileError, match="60000 tensors; at most 50000"):
         loading.load(pipe, tmp_path / "a.safetensors")
     (tmp_path / "learned_embeds.safetensors").write_bytes(save({"<a>": torch.ones(50_000, 16)}))
     (tmp_path / "a.safetensors").unlink()

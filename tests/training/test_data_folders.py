@@ -7,18 +7,17 @@ import json
 import os
 import random
 import shutil
-import signal
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hangs import limited
 from PIL import Image
 from training_data import picture
 
@@ -28,22 +27,6 @@ from training.errors import TrainingError
 
 SECONDS = 10  # for one case, on a busy machine
 SIZE = (24, 16)
-
-
-@contextmanager
-def limited(what: str) -> Iterator[None]:
-    """Fails the test where the block takes too long: a hang must not hang the suite."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"{what} takes more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +240,7 @@ def test_mutated_folders_of_data(count: int, photos: Path, tmp_path: Path) -> No
         shutil.copytree(photos, tmp_path / "f")
         name, said, refusal = mutate(tmp_path / "f" / "photos", dice), [], None
         try:
-            with limited(f"case {number}, {name}"), warnings.catch_warnings():
+            with limited(f"case {number}, {name}", SECONDS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 used(tmp_path / "f" / "photos", dice, said)
         except TrainingError as error:

@@ -205,6 +205,11 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
     assert len(prior(base, folder, class_images=4).views) == 4
     after = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert before.items() <= after.items()  # the missing one came back as it was, by its own seed
+    whole = before["00001.png"]
+    for damaged in (whole[: len(whole) // 2], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:], b"", b"[]"):
+        (folder / "00001.png").write_bytes(damaged)
+        prior(base, folder, class_images=4)
+        assert (folder / "00001.png").read_bytes() == whole
     with pytest.raises(TrainingError, match=r"class images in .* settings \(prompts: \['dog'\] -> \['cat'\]\)"):
         prior(base, folder, class_prompt="cat")
     (folder / "manifest.json").write_text("")

@@ -46,6 +46,7 @@ class Settings:
     [
         ("--train.step=3", r"^--train.step: there is no such setting; did you mean --train.steps\?$"),
         ("--trian.steps=3", r"^--trian: there is no such setting; did you mean --train\?$"),
+        ("--guidance.method=cfg", "^--guidance: there is no such setting$"),
         ("--train.zzz=3", "^--train.zzz: there is no such setting; --train has steps, batch_size, "),
         ("--measure.seedz=[3]", r"^--measure.seedz: .*did you mean --measure.seeds\?$"),
         ('--measure.arms={"A": {"scal": 3}}', r"^--measure.arms.A.scal: .*did you mean --measure.arms.A.scale\?$"),

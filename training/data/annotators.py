@@ -85,9 +85,8 @@ def _grey(depth: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     """(1, 1, h, w) of any range as a grey picture, nearest white."""
     large = torch.nn.functional.interpolate(depth.float(), size[::-1], mode="bicubic", align_corners=False)[0, 0]
     span = large.max() - large.min()
-    spread = (large - large.min()) / torch.where(
-        span > 0, span, 1.0
-    )  # a small range is filled too; a flat one is black
+    # However small the range is, it is filled; a flat picture is black.
+    spread = (large - large.min()) / torch.where(span > 0, span, 1.0)
     return Image.fromarray((spread * 255).round().byte().numpy()).convert("RGB")
 
 

@@ -137,7 +137,7 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     dtype = prepare.DTYPES[args.precision]
     settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
     prepare.cast(method, device, dtype)
-    prepare.tune(method, settings, device, tokens=(args.resolution // parts.factor) ** 2)
+    prepare.configure_networks(method, settings, device, tokens=(args.resolution // parts.factor) ** 2)
     trainable = list(method.trainable().values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, fused=True)
     size = args.resolution // parts.factor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,16 @@ from .method import Method
 from .models import encode_images, encode_text, tokenize, too_long
 from .progress import Progress
 
-__all__ = ["DTYPES", "Prepared", "announce", "cast", "kernels", "make_accelerator", "prepare", "tune"]
+__all__ = [
+    "DTYPES",
+    "Prepared",
+    "announce",
+    "cast",
+    "configure_networks",
+    "kernels",
+    "make_accelerator",
+    "prepare",
+]
 
 # Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
 PLAIN_TOKENS = 1024
@@ -97,9 +106,59 @@ def prepare(
     cache_folder: Path,
     say: Callable[[str], None],
 ) -> Prepared:
-    """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision."""
-    parts, device, chosen = method.parts, accelerator.device, method.objective.settings
+    """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision.
+
+    Args:
+        prior: class images of DreamBooth; where they are trained towards the base's prediction, `method.base` is set.
+        region: mask of the subject per entry, see `cache.encode_views`.
+        cache: "memory", "disk" or "off"; several processes share one on disk, a dry run has none.
+        cache_folder: of the cache on disk.
+
+    Raises:
+        TrainingError: data, captions or class images that the method cannot train on.
+    """
+    parts, device = method.parts, accelerator.device
+    _refuse(method, data, prior=prior, region=region, cache=cache)
+    if prior is not None and prior.to_base:
+        assert method.switch is not None  # see _refuse
+        method.base = method.switch()
     seconds = 0.0
+    if settings.dry_run:
+        store = Store(cache_folder if cache == "disk" else None)
+        cache, seconds = "off", 0.0 if cache == "off" else caching_seconds(data, parts, store, device=device)
+    elif cache == "memory" and accelerator.num_processes > 1:
+        say(f"data.cache: several processes share the cache through {cache_folder}")
+        cache = "disk"
+    cast(method, device, DTYPES[settings.precision])
+    height, width = data.sizes[0]
+    tokens = height * width // parts.factor**2
+    configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
+    kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
+    streams = _samples(method, data, prior, region, kept, device, say)
+    texts = _cached_texts(method, streams, kept, settings.validation.prompts, device, say)
+    if kept is not None and (damaged := gather_object(kept.damaged)):
+        say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
+    feed = _feed(method, streams, settings, accelerator, text=_text_of(method, texts), region=region)
+    fixed = validate.fixed_loss_batches(
+        streams[0], feed.draws, settings.validation.loss_samples, seed=settings.validation.seed, text=feed.text
+    )
+    if texts is not None:
+        parts.release(vae=not settings.validation.prompts)
+    return Prepared(
+        feed=feed,
+        names=[name for stream in streams for name in stream.entries.names + _captions(stream)],
+        texts=texts,
+        fixed=fixed,
+        size=data.sizes[0],
+        dtype=DTYPES[settings.precision],
+        caching_seconds=seconds,
+        ready=_ready(method, device),
+    )
+
+
+def _refuse(method: Method, data: Views, *, prior: Prior | None, region: Region | None, cache: str) -> None:
+    """What does not go together, found before any work."""
+    parts = method.parts
     if not parts.text_encoders or parts.vae is None:
         raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
     if method.needs_conditioning and data[0].conditioning is None:
@@ -110,51 +169,81 @@ def prepare(
         )
     if region is not None and cache == "off":
         raise TrainingError("a region function needs the cache: set data.cache to memory or disk")
-    if prior is not None and prior.to_base:
-        if method.switch is None:
-            raise TrainingError(
-                f"dreambooth.preserve: base asks the base beside what trains, and method {method.name} has no switch "
-                "for that; set pictures or off"
-            )
-        method.base = method.switch()
-    if settings.dry_run:
-        seconds = caching_seconds(data, parts, Store(cache_folder if cache == "disk" else None), device=device)
-        cache, seconds = "off", 0.0 if cache == "off" else seconds
-    if cache == "memory" and accelerator.num_processes > 1:
-        say(f"data.cache: several processes share the cache through {cache_folder}")
-        cache = "disk"
-    said = Progress("caching", say)
-    store = Store(cache_folder if cache == "disk" else None)
-    cast(method, device, DTYPES[settings.precision])
-    height, width = data.sizes[0]
-    tune(method, settings, device, tokens=height * width // parts.factor**2, divided=sharding.asked(accelerator))
+    if prior is not None and prior.to_base and method.switch is None:
+        raise TrainingError(
+            f"dreambooth.preserve: base asks the base beside what trains, and method {method.name} has no switch "
+            "for that; set pictures or off"
+        )
+
+
+def _samples(
+    method: Method,
+    data: Views,
+    prior: Prior | None,
+    region: Region | None,
+    store: Store | None,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> list[Stream]:
+    """All samples, encoded once into `store` or anew in every step, with captions that the method can use."""
+    progress = Progress("caching", say)
 
     def entries(views: Views) -> Encoded | Live:
-        if cache == "off":
-            return Live(views, parts.factor)
+        if store is None:
+            return Live(views, method.parts.factor)
         own = region if views is data else None  # class images count whole, as they do beside masks
-        return encode_views(views, parts, store, device=device, region=own, progress=said)
+        return encode_views(views, method.parts, store, device=device, region=own, progress=progress)
 
     streams = _streams(data, prior, entries)
-    if cache != "off":
+    if store is not None:
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
-    captions = sorted({""}.union(*(_captions(stream) for stream in streams)))
-    if long := too_long(parts, [caption for caption in captions if caption]):
+    captions = sorted({caption for stream in streams for caption in _captions(stream) if caption})
+    if long := too_long(method.parts, captions):
         say(long)
     unused = [token for token in method.tokens if not any(token in caption for caption in captions)]
     if unused:
         raise TrainingError(
             f"lora.tokens: {', '.join(unused)} is in no caption, so it would not train; use it in captions"
         )
-    texts = None
+    return streams
+
+
+def _cached_texts(
+    method: Method,
+    streams: list[Stream],
+    store: Store | None,
+    prompts: Sequence[str],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Tensor]] | None:
+    """Embeddings of all captions, the empty one and `prompts`; None where the encoders are asked in every step."""
     if method.trains_text:
         say("text embeddings are not cached: the text encoder trains")
-    elif cache != "off":
-        names = encode_captions([*captions, *settings.validation.prompts], parts, store, device=device)
-        texts = {caption: store[name] for caption, name in names.items()}
-    if damaged := gather_object(store.damaged):
-        say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
+        return None
+    if store is None:
+        return None
+    captions = sorted({""}.union(*(_captions(stream) for stream in streams)))
+    names = encode_captions([*captions, *prompts], method.parts, store, device=device)
+    return {caption: store[name] for caption, name in names.items()}
+
+
+def _feed(
+    method: Method,
+    streams: list[Stream],
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    *,
+    text: Callable[[list[str]], dict[str, Tensor]],
+    region: Region | None,
+) -> Feed:
+    """The batches of this process, with what the objective draws at random."""
+    parts, chosen = method.parts, method.objective.settings
     masked = chosen.background < 1
+    if masked and region is None and "mask" not in streams[0].entries[0]:
+        raise TrainingError(
+            f"objective.background = {chosen.background} weights the loss by masks, but there are none: "
+            "set data.masks, or hand in a region"
+        )
     draws = Draws(
         latent_shape=(parts.unet.config.in_channels, parts.factor),
         timesteps=len(method.objective.products),
@@ -164,12 +253,7 @@ def prepare(
         conditioning=method.needs_conditioning,
         masks=masked,
     )
-    if masked and region is None and "mask" not in streams[0].entries[0]:
-        raise TrainingError(
-            f"objective.background = {chosen.background} weights the loss by masks, but there are none: "
-            "set data.masks, or hand in a region"
-        )
-    feed = Feed(
+    return Feed(
         streams,
         draws,
         seed=settings.seed,
@@ -177,23 +261,7 @@ def prepare(
         accumulation=settings.accumulation,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
-        text=_text_of(method, texts),
-    )
-    fixed = validate.fixed_loss_batches(
-        streams[0], draws, settings.validation.loss_samples, seed=settings.validation.seed, text=feed.text
-    )
-    if texts is not None:
-        parts.release(vae=not settings.validation.prompts)
-    content = [name for stream in streams for name in stream.entries.names + _captions(stream)]
-    return Prepared(
-        feed=feed,
-        names=content,
-        texts=texts,
-        fixed=fixed,
-        size=data.sizes[0],
-        dtype=DTYPES[settings.precision],
-        caching_seconds=seconds,
-        ready=_ready(method, device),
+        text=text,
     )
 
 
@@ -245,7 +313,9 @@ def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
         module.train()
 
 
-def tune(method: Method, settings: TrainSettings, device: torch.device, *, tokens: int, divided: bool = False) -> None:
+def configure_networks(
+    method: Method, settings: TrainSettings, device: torch.device, *, tokens: int, divided: bool = False
+) -> None:
     """Attention kernel, memory layout, gradient checkpointing and compilation of the networks of every step.
 
     Args:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import pairwise
@@ -43,6 +44,16 @@ def require(holds: bool, message: str) -> None:
     """Raises `TrainingError` with the message if the condition is false."""
     if not holds:
         raise TrainingError(message)
+
+
+def _patterns(setting: str, patterns: Mapping[str, float]) -> None:
+    """Keys that are regular expressions, values that are not negative."""
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise TrainingError(f"{setting}: {pattern!r} is no regular expression ({error})") from error
+        require(value >= 0, f"{setting}: {pattern!r} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +165,15 @@ class LoraSettings:
     """Type of adapter. lora loads in every diffusers pipeline; loha and lokr are saved in peft's layout."""
     rank: int = 8
     """Rank of the weight update. Higher: more capacity, larger files."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Other ranks by pattern, such as {"mid_block": 16, "attn1": 0}: a regular expression found in a layer's name. 0:
+    not adapted. The first pattern that finds a layer counts."""
     alpha: float | None = None
-    """The update is scaled by alpha/rank (alpha/sqrt(rank) with rslora). Default: equal to the rank."""
+    """The update is scaled by alpha/rank (alpha/sqrt(rank) with rslora). Default: equal to the layer's rank."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Other alphas by pattern, as in `ranks`."""
+    plus_ratio: float = 1.0
+    """LoRA+ (Hayou et al. 2024): factor on the learning rate of the up projections. The paper uses 16. 1: off."""
     dropout: float = 0.0
     """Dropout probability before the down projection."""
     rslora: bool = False
@@ -172,6 +190,15 @@ class LoraSettings:
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
         require(self.alpha is None or self.alpha > 0, f"lora.alpha must be > 0, got {self.alpha}")
+        _patterns("lora.ranks", self.ranks)
+        _patterns("lora.alphas", self.alphas)
+        for pattern, alpha in self.alphas.items():
+            require(alpha > 0, f"lora.alphas: {pattern!r} must be > 0, got {alpha}")
+        require(self.plus_ratio > 0, f"lora.plus_ratio must be > 0, got {self.plus_ratio}")
+        require(
+            self.kind == "lora" or self.plus_ratio == 1,
+            f"lora.plus_ratio belongs to lora.kind: lora, whose up projections it is about, not {self.kind}",
+        )
         require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
         require(
             self.kind == "lora" or not (self.rslora or self.dora),
@@ -288,16 +315,20 @@ class TrainSettings:
     """Samples per process and micro-step."""
     accumulation: int = 1
     """Micro-steps per optimizer step."""
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate. Default: the optimizer's, 1e-4 for adamw."""
     text_learning_rate: float | None = None
     """Learning rate of text encoders and new tokens. Default: `learning_rate`."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Factors on these rates by pattern, such as {"mid_block": 0.5}: a regular expression found in a parameter's name.
+    0: not trained. The first pattern that finds a parameter counts."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate after warm-up."""
     warmup: int = 0
     """Steps of linear warm-up of the learning rate."""
     optimizer: str = "adamw"
-    """adamw (fused), adamw8bit, prodigy, or any class as `module:Class`."""
+    """adamw (fused), adafactor, lion, came, prodigy, schedulefree, adamw8bit, lion8bit, or any class as
+    `module:Class`."""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, such as {"betas": [0.9, 0.99], "weight_decay": 0.01}."""
     clip: float | None = 1.0
@@ -352,7 +383,10 @@ class TrainSettings:
         )
         for name in ("warmup", "workers"):
             require(getattr(self, name) >= 0, f"train.{name} must not be negative, got {getattr(self, name)}")
-        require(self.learning_rate > 0, f"train.learning_rate must be > 0, got {self.learning_rate}")
+        for name in ("learning_rate", "text_learning_rate"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name} must be > 0, got {value}")
+        _patterns("train.rates", self.rates)
         require(self.clip is None or self.clip > 0, f"train.clip must be > 0 or null, got {self.clip}")
         require(self.ema is None or 0 < self.ema < 1, f"train.ema must be between 0 and 1 or null, got {self.ema}")
 

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from .config import TrainSettings
 from .kernels.prepack import prepacked_bytes
 from .method import Method
+from .optim import state_bytes
 from .sharding import local
 
 __all__ = ["Estimate", "activation_bytes", "estimate", "table"]
-
-# Bytes of optimizer state per trained parameter; what is not listed is taken to keep two float32 numbers, as Adam does.
-STATE_BYTES = {"adamw8bit": 2, "prodigy": 16, "torch.optim:SGD": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +56,13 @@ def _size(count: int) -> str:
 
 
 def table(method: Method) -> list[str]:
-    """One line per model: how many parameters train."""
+    """How many parameters of each model train, and what patterns chose."""
     lines = []
     for name, module in method.models.items():
         trained = sum(item.numel() for item in module.parameters() if item.requires_grad)
         total = sum(item.numel() for item in module.parameters())
         lines.append(f"  {name:16} {trained:>13,} of {total:>13,} parameters train")
-    return lines
+    return [*lines, *method.chosen]
 
 
 def activation_bytes(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
@@ -136,7 +134,7 @@ def estimate(
     return Estimate(
         weights=weights + prepacked_bytes(method.networks()),
         gradients=4 * numbers,
-        optimizer=STATE_BYTES.get(settings.optimizer, 8) * numbers,
+        optimizer=state_bytes(settings) * numbers,
         average=4 * numbers if settings.ema else 0,
         activations=activations,
         step_seconds=seconds * settings.accumulation,

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +100,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; the step was finished and saved.
     """
     out, settings = Path(out), launcher.adopted(settings)
+    optim.check(settings)
     with contextlib.ExitStack() as alone:
         if not settings.dry_run and state().is_main_process:
             alone.enter_context(lock.held(out))
@@ -155,13 +156,17 @@ def _start(
     trainable = method.trainable()
     if not trainable:
         raise TrainingError(f"nothing trains in method {method.name}")
+    for line in optim.table(trainable, settings, method.factors):
+        say(line)
+    for name in optim.frozen(trainable, settings):  # still saved: it is a part of the result
+        trainable[name].requires_grad_(False)
     stepper = Stepper(method, prepared.dtype, accelerator.device)
     if sharding.asked(accelerator):
         sharding.divide(method, settings, accelerator)
         trainable = method.trainable()  # other tensors now
-        model, optimizer = stepper, optim.build(trainable, settings)
+        model, optimizer = stepper, optim.build(trainable, settings, method.factors)
     else:
-        model, optimizer = accelerator.prepare(stepper, optim.build(trainable, settings))
+        model, optimizer = accelerator.prepare(stepper, optim.build(trainable, settings, method.factors))
     fp16 = settings.precision == "fp16"
     return _Run(
         settings=settings,
@@ -292,8 +297,9 @@ def _step(run: _Run, micros: list[dict[str, Any]], parameters: list[nn.Parameter
 def _all_reached(run: _Run) -> None:
     """Every model that is to train gets a gradient in the first step, or training would silently leave it out."""
     for name in run.method.models:
-        gradients = [value.grad for key, value in run.trainable.items() if key.startswith(f"{name}.")]
-        if all(gradient is None for gradient in gradients):
+        own = [value for key, value in run.trainable.items() if key.startswith(f"{name}.")]
+        wanted = [value for value in own if value.requires_grad]  # train.rates may freeze all of a model
+        if (wanted or not own) and all(value.grad is None for value in wanted):
             raise TrainingError(
                 f"no gradient reaches {name}, it would not train; check what method {run.method.name} trains"
             )
@@ -329,9 +335,7 @@ def _validate(run: _Run, log: Log) -> None:
     if not settings.validation.prompts and not prepared.fixed:
         return
     divided = sharding.asked(run.accelerator)
-    if run.ema is not None:
-        run.ema.swap()
-    try:
+    with _shipped(run):
         if prepared.fixed:
             bare = run.accelerator.unwrap_model(run.model)
             value = validate.fixed_loss(lambda batch: bare(prepared.ready(batch)), prepared.fixed, [bare])
@@ -350,16 +354,27 @@ def _validate(run: _Run, log: Log) -> None:
                 processes=1 if divided else run.accelerator.num_processes,
                 write=run.accelerator.is_main_process or not divided,
             )
-    finally:
-        if run.ema is not None:
-            run.ema.swap()
     run.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _shipped(run: _Run) -> Iterator[None]:
+    """Within the context the networks hold the weights that would be shipped: an average, where there is one."""
+    if run.ema is None:
+        with optim.evaluated(_bare(run.optimizer), list(run.trainable.values())):
+            yield
+        return
+    run.ema.swap()
+    try:
+        yield
+    finally:
+        run.ema.swap()
 
 
 def _ship(run: _Run, folder: Path) -> Path:
     """Saves what was trained, averaged if there is an average, whole or not at all."""
-    tensors = run.ema.average if run.ema else run.trainable.values()
-    weights: dict[str, Tensor] = sharding.whole(dict(zip(run.trainable, tensors, strict=True)))
+    with _shipped(run):
+        weights = {name: value.detach().clone() for name, value in sharding.whole(run.trainable).items()}
     if run.accelerator.is_main_process:
         weights = {name: value.to(DTYPES[run.settings.save_precision]) for name, value in weights.items()}
         metadata = {"settings": json.dumps(run.facts["settings"]), "step": str(run.step)}

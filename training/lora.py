@@ -7,6 +7,9 @@ component in peft's layout, which `PeftModel.from_pretrained(pipe.unet, folder /
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch import nn
 from adapters.keys import Adapter, from_any
 from adapters.writing import LORA_FILE, write_adapter
 
+from . import patterns
 from .config import LoraSettings, ObjectiveSettings
 from .data.batches import seed_of
 from .errors import TrainingError
@@ -31,6 +35,7 @@ __all__ = ["PRESETS", "WEIGHTS_NAME", "prepare"]
 
 WEIGHTS_NAME = LORA_FILE
 ADAPTER = "default"
+PLUS = r"\.lora_B\.|\.lora_magnitude_vector\."  # peft's LoRA+ counts DoRA's magnitudes among them
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
@@ -42,26 +47,35 @@ PRESETS: dict[str, list[str]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of the update of a layer's weight."""
+
+    rank: int
+    alpha: float
+
+
 def prepare(
     parts: Parts, settings: LoraSettings | None = None, objective: ObjectiveSettings | None = None, *, seed: int = 0
 ) -> Method:
     """Adds adapters to the base's U-net (and text encoders) in place; `seed` fixes their starting values.
 
     Raises:
-        TrainingError: a target that names no module of the U-net, or a new token that cannot be added.
+        TrainingError: a target or pattern that names no layer, or a new token that cannot be added.
     """
     settings = settings or LoraSettings()
     models: dict[str, Any] = {"unet": parts.unet}
     targets = PRESETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
-    configs = {"unet": _config(settings, _matching(parts.unet, targets, preset=isinstance(settings.targets, str)))}
+    layers = {"unet": _matching(parts.unet, targets, preset=isinstance(settings.targets, str))}
     encoders = dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
     if settings.text_encoder:
         models |= encoders
-        configs |= {name: _config(settings, TEXT_TARGETS) for name in encoders}
+        layers |= {name: _ending(encoder, TEXT_TARGETS) for name, encoder in encoders.items()}
+    sizes, chosen = _sizes(settings, [f"{name}.{layer}" for name, found in layers.items() for layer in found])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "lora"))
-        for name, config in configs.items():
-            _inject(models[name], config)
+        for name in layers:
+            _inject(models[name], _config(settings, _of(sizes, name)))
     if settings.tokens:
         add_tokens(parts, settings.tokens)
         models |= encoders
@@ -72,51 +86,97 @@ def prepare(
         objective=bound,
         models=models,
         step=partial(denoise_step, parts=parts, objective=bound),
-        save=partial(_save, parts=parts, configs=configs, settings=settings),
+        save=partial(_save, parts=parts, sizes=sizes, settings=settings),
         trains_text=settings.text_encoder or bool(settings.tokens),
         tokens=tuple(settings.tokens),
         switch=lambda: adapter_off(models),
+        factors={PLUS: settings.plus_ratio} if settings.plus_ratio != 1 else {},
+        chosen=tuple(chosen),
     )
 
 
+def _ending(network: Any, targets: list[str]) -> list[str]:
+    """Layers whose names are, or end in, one of the targets."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+
+
+def _sizes(settings: LoraSettings, layers: list[str]) -> tuple[dict[str, Size], list[str]]:
+    """What each layer that is adapted gets, and the table of what the patterns caught.
+
+    Raises:
+        TrainingError: a pattern that catches nothing, or patterns that leave nothing to adapt.
+    """
+    ranks = patterns.caught("lora.ranks", settings.ranks, layers)
+    rank_of = dict.fromkeys(layers, settings.rank) | patterns.by_name(settings.ranks, ranks)
+    kept = [name for name in layers if rank_of[name]]
+    if not kept:
+        raise TrainingError("lora.ranks: nothing is adapted, every rank is 0")
+    alphas = patterns.caught("lora.alphas", settings.alphas, kept)
+    alpha_of = {name: settings.alpha or rank_of[name] for name in kept} | patterns.by_name(settings.alphas, alphas)
+    sizes = {name: Size(rank=rank_of[name], alpha=alpha_of[name]) for name in kept}
+
+    def said(names: list[str]) -> str:
+        found = sorted({f"rank {sizes[name].rank}, alpha {sizes[name].alpha:g}" for name in names if name in sizes})
+        return f"layers, {'; '.join(found) or 'not adapted'}"
+
+    return sizes, [
+        *patterns.table("lora.ranks", ranks, layers, said),
+        *patterns.table("lora.alphas", alphas, kept, said),
+    ]
+
+
+def _of(sizes: Mapping[str, Size], component: str) -> dict[str, Size]:
+    """Those of a component, by the layer's name in it."""
+    prefix = f"{component}."
+    return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+
+
 def _matching(unet: Any, targets: list[str], *, preset: bool) -> list[str]:
-    """The targets that name a layer of this U-net; a preset may hold some that only other bases have."""
-    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    found = {target: any(name == target or name.endswith(f".{target}") for name in layers) for target in targets}
-    missing = [target for target, there in found.items() if not there]
+    """The layers of this U-net that the targets name; a preset may name some that only other bases have."""
+    missing = [target for target in targets if not _ending(unet, [target])]
     if missing and not preset:
+        layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         endings = sorted({name.rsplit(".", 1)[-1] for name in layers if not name.rsplit(".", 1)[-1].isdigit()})
         raise TrainingError(
             f"lora.targets: {', '.join(missing)} names no layer of the U-net; allowed are the presets "
             f"{', '.join(PRESETS)} or a list of layer names such as {', '.join(endings)}"
         )
-    return [target for target, there in found.items() if there]
+    return _ending(unet, targets)
 
 
-def _config(settings: LoraSettings, targets: list[str]) -> Any:
+def _config(settings: LoraSettings, sizes: Mapping[str, Size]) -> Any:
+    """peft's configuration of a component; its layers are named whole, so peft adapts these and no others."""
     rank, alpha = settings.rank, settings.alpha or settings.rank
+    shared: dict[str, Any] = {
+        "r": rank,
+        "target_modules": list(sizes),
+        "rank_pattern": _pattern({name: size.rank for name, size in sizes.items() if size.rank != rank}),
+        "alpha_pattern": _pattern({name: size.alpha for name, size in sizes.items() if size.alpha != alpha}),
+    }
     if settings.kind == "loha":
-        return LoHaConfig(
-            r=rank,
-            alpha=alpha,  # type: ignore[arg-type]
-            module_dropout=settings.dropout,
-            target_modules=targets,
-        )
+        return LoHaConfig(alpha=alpha, module_dropout=settings.dropout, **shared)  # type: ignore[arg-type]
     if settings.kind == "lokr":
-        return LoKrConfig(
-            r=rank,
-            alpha=alpha,  # type: ignore[arg-type]
-            module_dropout=settings.dropout,
-            target_modules=targets,
-        )
+        return LoKrConfig(alpha=alpha, module_dropout=settings.dropout, **shared)  # type: ignore[arg-type]
     return LoraConfig(
-        r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float is fine where it is used
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
-        target_modules=targets,
+        **shared,
     )
+
+
+def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One expression per value, since peft tries them in turn for every layer."""
+    names: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(re.escape(name))
+    return {"|".join(some): value for value, some in names.items()}
 
 
 def _inject(module: Any, config: Any) -> None:
@@ -135,20 +195,28 @@ def _save(
     metadata: dict[str, str],
     *,
     parts: Parts,
-    configs: dict[str, Any],
+    sizes: Mapping[str, Size],
     settings: LoraSettings,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     modules = {"unet": parts.unet, **dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))}
     found = []
-    for name, config in configs.items():
+    for name in dict.fromkeys(layer.partition(".")[0] for layer in sizes):
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         state = get_peft_model_state_dict(modules[name], state_dict=own)
-        named = {f"{name}.{key}": value for key, value in state.items()}
-        found.append(from_any(named, config=config.to_dict(), component=name))
+        own_sizes = _of(sizes, name)
+        for size in dict.fromkeys(own_sizes.values()):
+            some = {f"{name}.{key}": value for key, value in state.items() if own_sizes[_layer(key)] == size}
+            config = _config(replace(settings, rank=size.rank, alpha=size.alpha), {})
+            found.append(from_any(some, config=config.to_dict(), component=name))
     adapter = Adapter(
         modules={key: module for part in found for key, module in part.modules.items()},
         options={name: options for part in found for name, options in part.options.items()},
         tokens=trained_tokens(weights, settings.tokens),
     )
     write_adapter(folder, adapter, metadata)
+
+
+def _layer(key: str) -> str:
+    """The layer that a tensor in peft's spelling belongs to."""
+    return re.sub(r"\.(lora|hada|lokr)_.*", "", key)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,27 @@ class Method:
     base: Base | None = None
     """What `switch` gave, where samples are trained towards the base's own prediction."""
 
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Of the learning rate, by pattern of parameter names."""
+    chosen: tuple[str, ...] = ()
+    """What the settings by pattern chose, as lines of the table of what trains."""
+
     def networks(self) -> list[Any]:
         """What runs in every step, trained or not, each once."""
         kept = self.base.networks if self.base else []
         return list({id(module): module for module in [self.parts.unet, *self.models.values(), *kept]}.values())
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters that train, by `model.parameter` name."""
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of the models, by `model.parameter` name."""
         return {
             f"{name}.{key}": parameter
             for name, module in self.models.items()
             for key, parameter in module.named_parameters()
-            if parameter.requires_grad
         }
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that train."""
+        return {name: parameter for name, parameter in self.parameters().items() if parameter.requires_grad}
 
 
 def text_of(models: Mapping[str, Any], batch: Batch, family: str, frozen: list[Any]) -> dict[str, Tensor]:

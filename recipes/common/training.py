@@ -61,7 +61,9 @@ def check(settings: Training, *, controlnet: bool = False, whole: bool = False) 
     """
     import adapters
     from recipes.common import scorers, spaces
+    from training import optim
 
+    optim.check(settings.train)
     if settings.ship is not None and settings.ship.sign:
         adapters.signing.check_key(settings.ship.sign)
     if settings.measure is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,9 +35,16 @@ def test_any_class_can_be_the_optimizer() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "adamv"}, r"train.optimizer 'adamv' is not known; allowed: adamw, adamw8bit, prodigy or module"),
+        (
+            {"optimizer": "adamv"},
+            r"train.optimizer 'adamv' is not known; allowed: adamw, adafactor, .* or module:Class",
+        ),
         ({"optimizer": "no_such_package:Adam"}, r"needs the package no_such_package: pip install"),
         ({"optimizer": "torch.optim:Adamm"}, r"torch.optim has no Adamm"),
+        ({"text_learning_rate": 0.2, "optimizer": "prodigy"}, r"prodigy finds one learning rate for all that trains"),
+        ({"rates": {"a": 0, "b": 0}}, r"train.rates: nothing trains, every factor is 0"),
+        ({"rates": {"zz": 2}}, r"train.rates: 'zz' is in none of the 2 names, such as unet.a"),
+        ({"rates": {"": 2, "b": 1}}, r"train.rates: all that 'b' finds is caught by patterns before it"),
         ({"optimizer_args": {"momentum": 1}}, r"train.optimizer_args do not fit train.optimizer = adamw.*momentum"),
     ],
 )
@@ -44,19 +53,11 @@ def test_a_wrong_optimizer_is_named(changes: dict, message: str) -> None:
         build(**changes)
 
 
-@pytest.mark.parametrize(
-    ("name", "package"),
-    [
-        ("adamw", "torch"),
-        ("torch.optim:SGD", "torch"),
-        ("torch.optim:RMSprop", "torch"),
-        ("prodigy", "prodigyopt"),
-        ("adamw8bit", "bitsandbytes"),
-    ],
-)
-def test_any_optimizer_goes_on_from_its_checkpoint_to_the_bit(name: str, package: str, tmp_path: Path) -> None:
-    pytest.importorskip(package)
-    settings = TrainSettings(optimizer=name, learning_rate=1.0 if name == "prodigy" else 1e-2)
+@pytest.mark.parametrize("name", [*optim.KNOWN, "torch.optim:RMSprop"])
+def test_any_optimizer_goes_on_from_its_checkpoint_to_the_bit(name: str, tmp_path: Path) -> None:
+    if name in optim.KNOWN:
+        pytest.importorskip(optim.KNOWN[name].where.partition(":")[0])
+    settings = TrainSettings(optimizer=name, learning_rate=None if name == "prodigy" else 1e-2)
     start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     target = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
 
@@ -79,6 +80,71 @@ def test_any_optimizer_goes_on_from_its_checkpoint_to_the_bit(name: str, package
     advance(again, resumed, 4)
     assert (weight - target).norm() < (start - target).norm()
     assert torch.equal(weight, again)
+
+
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        ("lion", "pytorch-optimizer"),
+        ("came", "pytorch-optimizer"),
+        ("prodigy", "prodigyopt"),
+        ("schedulefree", "schedulefree"),
+        ("adamw8bit", "bitsandbytes"),
+        ("lion8bit", "bitsandbytes"),
+    ],
+)
+def test_a_package_that_is_absent_is_one_line(name: str, install: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, optim.KNOWN[name].where.partition(":")[0], None)  # what an absent one looks like
+    with pytest.raises(
+        TrainingError, match=rf"^train.optimizer {name} needs the package {install}: pip install {install}$"
+    ):
+        optim.check(TrainSettings(optimizer=name))
+
+
+def test_each_optimizer_has_its_own_rate_unless_one_is_set() -> None:
+    assert build(learning_rate=None).param_groups[0]["lr"] == 1e-4
+    assert build(learning_rate=None, optimizer="adafactor").param_groups[0]["relative_step"] is False
+    assert build(optimizer="adafactor", optimizer_args={"scale_parameter": True}).param_groups[0]["scale_parameter"]
+    assert optim.KNOWN["prodigy"].rate == 1
+    for name, known in optim.KNOWN.items():
+        if importlib.util.find_spec(known.where.partition(":")[0].partition(".")[0]):
+            assert build(learning_rate=None, optimizer=name).param_groups[0]["lr"] == known.rate
+
+
+def test_factors_by_pattern_come_on_top_of_the_rates_and_0_is_left_out() -> None:
+    names = ["unet.down.a", "unet.down.b", "unet.up.a", "unet.up.b", "text_encoder.b"]
+    trainable = {name: nn.Parameter(torch.zeros(number + 1)) for number, name in enumerate(names)}
+    settings = TrainSettings(learning_rate=0.1, text_learning_rate=0.01, rates={r"up\.a": 0, "up": 0.5, r"a$": 3})
+    optimizer = optim.build(trainable, settings, {r"b$": 2})
+    peaks = {len(item): group["peak"] for group in optimizer.param_groups for item in group["params"]}
+    assert peaks == pytest.approx({1: 0.3, 2: 0.2, 4: 0.1, 5: 0.02})
+    assert optim.frozen(trainable, settings) == ["unet.up.a"]
+    assert [" ".join(line.split()) for line in optim.table(trainable, settings, {r"b$": 2})] == [
+        "train.rates",
+        r"up\.a 1 tensors, 3 numbers, not trained",
+        "up 1 tensors, 4 numbers, rate 0.1",
+        "a$ 1 tensors, 1 numbers, rate 0.3",
+        "the rest 2 tensors, 7 numbers, rate 0.02 and 0.2",
+    ]
+
+
+def test_a_schedule_free_optimizer_shows_its_average_and_goes_on_with_the_bits_it_had() -> None:
+    pytest.importorskip("schedulefree")
+    weight = nn.Parameter(torch.zeros(64))
+    optimizer = optim.build({"unet.a": weight}, TrainSettings(optimizer="schedulefree", learning_rate=0.1))
+    points = []  # z, of which the result is the mean: every step has the same rate
+    for step in range(5):
+        weight.grad = torch.randn(64, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+        points.append(optimizer.state[weight]["z"].clone())
+        before = weight.detach().clone()
+        with optim.evaluated(optimizer, [weight]):
+            torch.testing.assert_close(weight.detach(), torch.stack(points).mean(0), rtol=1e-4, atol=1e-5)
+        assert torch.equal(weight, before)
+        assert all(group["train_mode"] for group in optimizer.param_groups)
+    for changes in ({"ema": 0.9}, {"schedule": "cosine"}):
+        with pytest.raises(TrainingError, match=r"train.optimizer schedulefree averages by itself"):
+            optim.check(TrainSettings(optimizer="schedulefree", **changes))  # type: ignore[arg-type]
 
 
 def test_the_rate_is_a_function_of_the_step() -> None:

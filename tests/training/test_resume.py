@@ -16,7 +16,7 @@ import torch
 import training_driver
 from safetensors.torch import load_file
 
-from training import checkpoint
+from training import checkpoint, config
 from training.errors import Stopped, TrainingError
 
 STEPS = 7
@@ -27,6 +27,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "controlnet": ("controlnet", {}, False),
     "ema and schedule": ("lora", {"ema": 0.9, "schedule": "cosine", "warmup": 2}, False),
     "accumulation": ("lora", {"accumulation": 2}, False),
+    "schedule-free": ("lora", {"optimizer": "schedulefree", "warmup": 2}, False),
+    "rates": ("lora", {"rates": {"lora_A": 0, "attn2": 3}, "optimizer": "adafactor"}, False),
     "prior": ("lora", {}, True),
     "full with prior": ("full", {}, True),
 }
@@ -70,6 +72,8 @@ def same_end(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_and_resumed_is_uninterrupted(name: str, base: Path, pictures: Path, tmp_path: Path) -> None:
+    if name == "schedule-free":
+        pytest.importorskip("schedulefree")
     asked = asked_for(name, base, pictures, tmp_path)
     training_driver.train({**asked, "out": tmp_path / "whole"}, say=lambda line: None)
 
@@ -90,6 +94,25 @@ def test_interrupted_and_resumed_is_uninterrupted(name: str, base: Path, picture
     training_driver.train({**cut, "train": {**asked["train"], "resume": "latest"}}, say=said.append)
     assert any(f"{there[-1]} is damaged" in line for line in said) == (len(there) > 1)
     same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_schedule_free_optimizer_ships_its_average_and_looking_at_it_changes_no_bit(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("schedulefree")
+    asked = asked_for("schedule-free", base, pictures, tmp_path)
+    training_driver.train({**asked, "out": tmp_path / "blind"}, say=lambda line: None)
+    looking = {"validation": config.ValidationSettings(every=1, loss_samples=2), "snapshot_every": 1, "save_every": 1}
+    training_driver.train(
+        {**asked, "train": {**asked["train"], **looking}, "out": tmp_path / "seen"}, say=lambda line: None
+    )
+    last = f"checkpoints/step-{STEPS:06d}/weights.safetensors"
+    weights = [load_file(tmp_path / way / last) for way in ("blind", "seen")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    shipped = [load_file(tmp_path / way / "lora/pytorch_lora_weights.safetensors") for way in ("blind", "seen")]
+    assert all(torch.equal(shipped[0][key], shipped[1][key]) for key in shipped[0])
+    for key, value in weights[0].items():
+        assert not torch.equal(shipped[0][key.replace(".default", "")], value)
 
 
 def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(base: Path, pictures: Path, tmp_path: Path) -> None:

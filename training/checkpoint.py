@@ -33,10 +33,12 @@ __all__ = [
     "atomic_folder",
     "differences",
     "find",
+    "folders",
     "load",
     "refuse_changes",
     "restore_optimizer",
     "save",
+    "step_of",
 ]
 
 PREFIX = "step-"
@@ -64,7 +66,9 @@ PLACES = {
     "content of the data": (
         *(f"data.{name}" for name in ("source", "kind", "split", "prompt", "masks", "conditioning", "minimum")),
         *(f"data.{name}_column" for name in ("image", "caption", "mask", "conditioning")),
-        *(f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")),
+    ),
+    "content of the class images": tuple(
+        f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")
     ),
 }
 
@@ -123,7 +127,7 @@ def save(folder: Path, state: State, *, keep: int) -> Path:
         (place / "state.json").write_text(json.dumps({**record, "own sha256": _own_digest(record)}, indent=1), "utf-8")
         config.write(state.facts.get("settings", {}), place / "settings.yaml")
     # Those of later steps are left: they are damaged, or of a run that went further, and are written over in time.
-    for old in [path for path in _all(folder) if _step(path) <= state.step][:-keep]:
+    for old in [path for path in folders(folder) if step_of(path) <= state.step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -133,12 +137,12 @@ def _own_digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _all(folder: Path) -> list[Path]:
+def folders(folder: Path) -> list[Path]:
     """Checkpoints by step, whole or not."""
-    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and _step(path) >= 0), key=_step)
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and step_of(path) >= 0), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     """The step that a checkpoint's name says; -1 for another name."""
     number = path.name.removeprefix(PREFIX)
     return int(number) if number.isascii() and number.isdigit() else -1
@@ -157,7 +161,7 @@ def find(
     Raises:
         TrainingError: the path is no checkpoint, or a damaged one; or all in `folder` are damaged.
     """
-    there = _all(folder)
+    there = folders(folder)
     if resume != "latest":
         path = Path(resume)
         if not (path / "state.json").exists():
@@ -195,7 +199,7 @@ def _load(path: Path) -> State:
     record = files.read_json(path / "state.json")
     if not isinstance(record, dict) or record.pop("own sha256", None) != _own_digest(record):
         raise FileError(f"{path / 'state.json'} is not as it was written")
-    if _step(path) not in (-1, record["step"]):
+    if step_of(path) not in (-1, record["step"]):
         raise FileError(f"its name says another step than the {record['step']} inside")
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, digest in record["sha256"].items():

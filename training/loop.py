@@ -19,6 +19,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from adapters import files
+from adapters.errors import FileError
+
 from . import checkpoint, config, launcher, lock, optim, sharding, validate
 from .config import TrainSettings
 from .data.batches import seed_of
@@ -34,6 +37,8 @@ from .ranks import state
 from .signals import Signals
 
 __all__ = ["Result", "train"]
+
+SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +127,7 @@ def train(
             "schedule of the base": {key: value for key, value in method.parts.scheduler.items() if key[0] != "_"},
             "training method": method.name,
             "samples per step": prepared.feed.per_step,
-            "content of the data": _digest(prepared.names),
+            **{f"content of the {what}": _digest(names) for what, names in prepared.names.items()},
             "settings": record if record is not None else {"train": config.resolved(settings)},
         }
         with kernels(method, settings, accelerator):
@@ -213,7 +218,19 @@ def _resume(run: _Run) -> None:
     if run.scaler is not None and state.scaler is not None:
         run.scaler.load_state_dict(state.scaler)
     run.step, run.saved = state.step, path
+    _check_snapshots(run)
     run.say(f"resumed from {path} at step {state.step}")
+
+
+def _check_snapshots(run: _Run) -> None:
+    """Those that this run will not write again are as they were written: tuning may choose one of them."""
+    for folder in checkpoint.folders(run.out / SNAPSHOTS):
+        if checkpoint.step_of(folder) > run.step:
+            break
+        try:
+            files.verify_folder(folder)
+        except FileError as error:
+            raise TrainingError(f"a snapshot is damaged ({error}); delete {folder} to go on without it") from error
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
@@ -247,10 +264,11 @@ def _loop(run: _Run) -> Result:
             if run.step % settings.log_every == 0 or saving:
                 # Reads the loss, so that one that is not finite stops training before anything is saved.
                 log.write(run.step, _bare(run.optimizer).param_groups[0]["lr"], run.saved)
+            if settings.snapshot_every and run.step % settings.snapshot_every == 0:
+                # Before the checkpoint, from which a run that is killed here would go on without it.
+                _ship(run, run.out / SNAPSHOTS / f"{checkpoint.PREFIX}{run.step:06d}")
             if saving:
                 _save(run)
-            if settings.snapshot_every and run.step % settings.snapshot_every == 0:
-                _ship(run, run.out / "snapshots" / f"step-{run.step:06d}")
             if last or run.step % settings.validation.every == 0:
                 _validate(run, log)
             if stopping and not last:
@@ -381,6 +399,7 @@ def _ship(run: _Run, folder: Path) -> Path:
         with checkpoint.atomic_folder(folder) as place:
             run.method.save(weights, place, metadata)
             config.write(run.facts["settings"], place / "settings.yaml")
+            files.write_manifest(place, {"format": 1, "kind": run.method.name, "step": run.step})
         run.say(f"saved {folder}")
     run.accelerator.wait_for_everyone()
     return folder

@@ -50,8 +50,8 @@ class Prepared:
     """Everything the loop needs that is not the model or the optimizer."""
 
     feed: Feed
-    names: list[str]
-    """Content of all data, to notice at resuming that it changed."""
+    names: dict[str, list[str]]
+    """Content of the data and, if any, of the class images, to notice at resuming that it changed."""
     texts: dict[str, dict[str, Tensor]] | None
     """Cached embeddings by caption; None when the text encoders are asked in every step."""
     fixed: list[dict[str, Any]]
@@ -146,7 +146,7 @@ def prepare(
         parts.release(vae=not settings.validation.prompts)
     return Prepared(
         feed=feed,
-        names=[name for stream in streams for name in stream.entries.names + _captions(stream)],
+        names={"data": _content(streams[:1]), **({"class images": _content(streams[1:])} if streams[1:] else {})},
         texts=texts,
         fixed=fixed,
         size=data.sizes[0],
@@ -263,6 +263,10 @@ def _feed(
         rank=accelerator.process_index,
         text=text,
     )
+
+
+def _content(streams: list[Stream]) -> list[str]:
+    return [name for stream in streams for name in stream.entries.names + _captions(stream)]
 
 
 def _captions(stream: Stream) -> list[str]:

@@ -16,6 +16,8 @@ import torch
 import training_driver
 from safetensors.torch import load_file
 
+from adapters.errors import FileError
+from adapters.source import open_source
 from training import checkpoint, config
 from training.errors import Stopped, TrainingError
 
@@ -210,6 +212,39 @@ def test_what_the_data_and_the_base_are_counts_not_where_they_lie(base: Path, pi
     scheduler.write_text(json.dumps(changed), "utf-8")
     with pytest.raises(TrainingError, match=r"schedule of the base.prediction_type: v_prediction -> epsilon"):
         run(4, place=moved, root=elsewhere)
+
+
+def test_a_damaged_snapshot_is_never_tuned_on(base: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = {**asked_for("prior", base, pictures, tmp_path), "out": out}
+
+    def run(steps: int) -> None:
+        training_driver.train({**asked, "train": {**asked["train"], "steps": steps, "snapshot_every": 1}})
+
+    run(2)
+    snapshot = out / "snapshots" / "step-000001"
+    kept = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    assert {"manifest.json", "settings.yaml", "pytorch_lora_weights.safetensors"} <= kept.keys()
+    for name in kept:
+        (snapshot / name).unlink()
+        with pytest.raises(TrainingError, match=r"a snapshot is damaged \(.*delete .*step-000001 to go on without it"):
+            run(3)
+        (snapshot / name).write_bytes(kept[name])
+    flip(snapshot / "pytorch_lora_weights.safetensors")
+    with pytest.raises(TrainingError, match="a snapshot is damaged"):
+        run(3)
+    with pytest.raises(FileError, match="is not the file the manifest was written for"):
+        open_source(snapshot)
+    flip(out / "snapshots" / "step-000002" / "pytorch_lora_weights.safetensors")
+    shutil.rmtree(snapshot)
+    with pytest.raises(TrainingError, match=r"delete .*step-000002 to"):
+        run(2)
+    shutil.rmtree(out / "snapshots" / "step-000002")
+    run(3)
+    exchanged = tmp_path / "class" / "00000.png"
+    shutil.copyfile(tmp_path / "class" / "00001.png", exchanged)
+    with pytest.raises(TrainingError, match=r"changed: content of the class images: \w+ -> \w+"):
+        run(4)
 
 
 def state(step: int, size: int = 3) -> checkpoint.State:

@@ -174,8 +174,15 @@ class LoraSettings:
     """Other alphas by pattern, as in `ranks`."""
     plus_ratio: float = 1.0
     """LoRA+ (Hayou et al. 2024): factor on the learning rate of the up projections. The paper uses 16. 1: off."""
+    start: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    """How the matrices start, as in peft. default, gaussian, orthogonal: without effect. pissa, olora: with a part of
+    the layer's weight; the result is saved as a plain LoRA of twice the rank."""
     dropout: float = 0.0
-    """Dropout probability before the down projection."""
+    """Dropout probability before the down projection (lora.kind: lora)."""
+    rank_dropout: float = 0.0
+    """Probability that a rank of a layer's update is left out for a sample (loha, lokr: a row of the update)."""
+    module_dropout: float = 0.0
+    """Probability that a layer's whole update is left out in a forward pass."""
     rslora: bool = False
     """Scales by alpha/sqrt(rank), rank-stabilised LoRA (Kalajdzievski 2023)."""
     dora: bool = False
@@ -199,7 +206,29 @@ class LoraSettings:
             self.kind == "lora" or self.plus_ratio == 1,
             f"lora.plus_ratio belongs to lora.kind: lora, whose up projections it is about, not {self.kind}",
         )
-        require(0 <= self.dropout < 1, f"lora.dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"lora.{name} must be in [0, 1), got {value}")
+        require(
+            self.kind == "lora" or not self.dropout,
+            f"lora.dropout belongs to lora.kind: lora; {self.kind} has rank_dropout and module_dropout",
+        )
+        require(
+            not self.dora or not (self.rank_dropout or self.module_dropout),
+            "lora.rank_dropout and lora.module_dropout do not go with lora.dora, whose norms need all of an update",
+        )
+        require(
+            self.start == "default" or self.kind == "lora",
+            f"lora.start: {self.start} belongs to lora.kind: lora, not {self.kind}",
+        )
+        require(
+            self.start not in ("pissa", "olora") or not (self.dropout or self.rank_dropout or self.module_dropout),
+            f"lora.start: {self.start} trains a part of the base's weight, which dropout would leave out too: set none",
+        )
+        require(
+            self.start not in ("pissa", "olora") or not self.dora,
+            f"lora.start: {self.start} does not go with lora.dora, whose result is no plain LoRA",
+        )
         require(
             self.kind == "lora" or not (self.rslora or self.dora),
             f"lora.rslora and lora.dora belong to lora.kind: lora, not {self.kind}",

@@ -394,7 +394,8 @@ def _ship(run: _Run, folder: Path) -> Path:
     with _shipped(run):
         weights = {name: value.detach().clone() for name, value in sharding.whole(run.trainable).items()}
     if run.accelerator.is_main_process:
-        weights = {name: value.to(DTYPES[run.settings.save_precision]) for name, value in weights.items()}
+        dtype = DTYPES[run.settings.save_precision]
+        weights = {name: value.to(dtype) for name, value in run.method.result(weights).items()}
         metadata = {"settings": json.dumps(run.facts["settings"]), "step": str(run.step)}
         with checkpoint.atomic_folder(folder) as place:
             run.method.save(weights, place, metadata)

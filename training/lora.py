@@ -8,6 +8,7 @@ component in peft's layout, which `PeftModel.from_pretrained(pipe.unet, folder /
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,14 +17,15 @@ from typing import Any
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
 from adapters.keys import Adapter, from_any
 from adapters.writing import LORA_FILE, write_adapter
 
-from . import patterns
+from . import patterns, starts
 from .config import LoraSettings, ObjectiveSettings
 from .data.batches import seed_of
+from .dropout import drop
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
 from .models import Parts
@@ -72,27 +74,52 @@ def prepare(
         models |= encoders
         layers |= {name: _ending(encoder, TEXT_TARGETS) for name, encoder in encoders.items()}
     sizes, chosen = _sizes(settings, [f"{name}.{layer}" for name, found in layers.items() for layer in found])
+    if settings.start not in ("default", "gaussian"):
+        for name in layers:
+            starts.check(settings.start, models[name], {layer: size.rank for layer, size in _of(sizes, name).items()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "lora"))
         for name in layers:
             _inject(models[name], _config(settings, _of(sizes, name)))
+            if settings.kind == "lora" and (settings.rank_dropout or settings.module_dropout):
+                drop(models[name], ADAPTER, ranks=settings.rank_dropout, modules=settings.module_dropout)
     if settings.tokens:
         add_tokens(parts, settings.tokens)
         models |= encoders
     bound = build(parts.scheduler, objective)
+    taken = _taken(models, settings)
     return Method(
         name=settings.kind,
         parts=parts,
         objective=bound,
         models=models,
         step=partial(denoise_step, parts=parts, objective=bound),
-        save=partial(_save, parts=parts, sizes=sizes, settings=settings),
+        save=partial(_save, parts=parts, sizes=_doubled(sizes, settings) if taken else sizes, settings=settings),
+        result=starts.difference(taken) if taken else dict,
         trains_text=settings.text_encoder or bool(settings.tokens),
         tokens=tuple(settings.tokens),
-        switch=lambda: adapter_off(models),
+        switch=lambda: starts.at_start(models, taken) if taken else adapter_off(models),
         factors={PLUS: settings.plus_ratio} if settings.plus_ratio != 1 else {},
         chosen=tuple(chosen),
     )
+
+
+def _taken(models: Mapping[str, Any], settings: LoraSettings) -> dict[str, Tensor]:
+    """Matrices that were taken out of the base's weights, as they start; empty where none were."""
+    if settings.start not in starts.TAKEN:
+        return {}
+    return {
+        f"{name}.{key}": parameter.detach().clone()
+        for name, model in models.items()
+        for key, parameter in model.named_parameters()
+        if ".lora_A." in key or ".lora_B." in key
+    }
+
+
+def _doubled(sizes: Mapping[str, Size], settings: LoraSettings) -> dict[str, Size]:
+    """Twice the rank at the same scale: alpha/rank, or alpha/sqrt(rank)."""
+    factor = 2**0.5 if settings.rslora else 2.0
+    return {name: Size(rank=2 * size.rank, alpha=factor * size.alpha) for name, size in sizes.items()}
 
 
 def _ending(network: Any, targets: list[str]) -> list[str]:
@@ -158,17 +185,21 @@ def _config(settings: LoraSettings, sizes: Mapping[str, Size]) -> Any:
         "rank_pattern": _pattern({name: size.rank for name, size in sizes.items() if size.rank != rank}),
         "alpha_pattern": _pattern({name: size.alpha for name, size in sizes.items() if size.alpha != alpha}),
     }
+    dropped = {"rank_dropout": settings.rank_dropout, "module_dropout": settings.module_dropout}
     if settings.kind == "loha":
-        return LoHaConfig(alpha=alpha, module_dropout=settings.dropout, **shared)  # type: ignore[arg-type]
+        return LoHaConfig(alpha=alpha, **dropped, **shared)  # type: ignore[arg-type]
     if settings.kind == "lokr":
-        return LoKrConfig(alpha=alpha, module_dropout=settings.dropout, **shared)  # type: ignore[arg-type]
-    return LoraConfig(
-        lora_alpha=alpha,  # type: ignore[arg-type]  # a float is fine where it is used
-        lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
-        use_dora=settings.dora,
-        **shared,
-    )
+        return LoKrConfig(alpha=alpha, **dropped, **shared)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*path_initial_model_for_weight_conversion")  # `starts.difference` instead
+        return LoraConfig(
+            lora_alpha=alpha,  # type: ignore[arg-type]  # a float is fine where it is used
+            lora_dropout=settings.dropout,
+            init_lora_weights=True if settings.start == "default" else settings.start,
+            use_rslora=settings.rslora,
+            use_dora=settings.dora,
+            **shared,
+        )
 
 
 def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Method:
     """(models, batch, compute dtype) -> weighted loss per sample (B,)."""
     save: Callable[[Weights, Path, dict[str, str]], None]
     """(trained weights by name, folder, metadata) writes what is shipped."""
+    result: Callable[[Weights], Weights] = dict
+    """From trained weights to those that `save` takes, before they are rounded to the precision of the file."""
     trains_text: bool = False
     """Whether text embeddings change during training, so that they cannot be cached."""
     autocast: bool = False

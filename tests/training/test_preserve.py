@@ -25,6 +25,7 @@ KINDS: dict[str, Any] = {
     "dora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dora=True)),
     "loha": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, kind="loha")),
     "lokr": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, kind="lokr")),
+    "pissa": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, start="pissa", text_encoder=True)),
     "text": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, text_encoder=True)),
     "tokens": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, tokens={"<rex>": "d"})),
     "full": lambda parts: dreambooth.prepare(parts),

@@ -40,6 +40,7 @@ def _fits(module: Any) -> bool:
         and name in module.lora_A
         and name not in module.lora_variant
         and isinstance(module.lora_dropout[name], nn.Identity)
+        and not module.lora_A[name]._forward_hooks  # dropout of ranks
         and module.lora_B[name].bias is None
         and not any(parameter.requires_grad for parameter in base.parameters())
         and base.weight.dtype == module.lora_A[name].weight.dtype

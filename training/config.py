@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +21,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from . import naming
+from . import naming, typed
 from .errors import TrainingError
-from .text import read_text
 
 __all__ = [
     "BaseSettings",
@@ -115,6 +115,10 @@ class DataSettings:
     """Folder of the disk cache. Default: `cache` beside the output folder."""
 
     def __post_init__(self) -> None:
+        require(
+            self.prompt is None or bool(self.prompt.strip()),
+            "data.prompt is empty; write a caption, or leave it out if the captions lie beside the images",
+        )
         require(self.resolution >= 8, f"data.resolution must be at least 8 pixels, got {self.resolution}")
         require(self.buckets >= 1, f"data.buckets must be at least 1, got {self.buckets}")
         require(self.crops >= 1, f"data.crops must be at least 1, got {self.crops}")
@@ -428,19 +432,21 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
 
     Args:
         kind: the recipe's dataclass; its docstring heads `--help`.
-        args: command line; default: this process's.
+        args: command line; default: this process's. Texts arrive as typed, except `null`, which unsets a setting.
 
     Raises:
         TrainingError: an unknown name or a bad value, named.
     """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
 
     class Parser(ArgumentParser):
-        def parse_path(self, path: Any, *args: Any, **more: Any) -> Any:  # its own reads in the locale's encoding
-            return self.parse_string(read_text(path, "--config"), *args, **more)
+        def parse_path(self, path: Any, *args: Any, **more: Any) -> Any:  # its own reads texts as YAML does
+            exact = yaml.safe_dump(typed.config(kind, path), default_style='"', sort_keys=False)
+            return self.parse_string(exact, *args, **more)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False)
+    set_loader("typed", partial(typed.value, load=get_loader("yaml")), exceptions=(yaml.YAMLError,))
+    parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False, parser_mode="typed")
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
     parser.add_class_arguments(kind, as_group=False)
     arguments = _configs_first(list(sys.argv[1:] if args is None else args))
@@ -449,7 +455,7 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         raise SystemExit(0)
     naming.check_flags(kind, arguments)
     for file in _config_files(arguments):
-        naming.check(kind, _yaml(file))
+        naming.check(kind, typed.config(kind, file))
     try:
         read = parser.parse_args(arguments)
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
@@ -493,14 +499,6 @@ def _short_help(parser: Any, kind: type) -> str:
         said = str(helps[name] or "").split(" (required")[0].split(" (default")[0].split(" (type")[0]
         lines.append(f"--{name:{width}}  {' '.join(said.split())}")
     return "\n".join([*lines, "", f"--help all shows all {len(list(naming.names(kind)))} settings."])
-
-
-def _yaml(file: str) -> Any:
-    """A config as it is; what is wrong with it as YAML is left to the parser, which says where."""
-    try:
-        return yaml.safe_load(read_text(file, "--config"))
-    except yaml.YAMLError:
-        return None
 
 
 def _at_home(value: Any, name: str = "") -> Any:

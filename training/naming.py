@@ -54,6 +54,8 @@ def check_flags(kind: type, arguments: Sequence[str]) -> None:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name in OWN:
             continue
+        if not re.match(r"[A-Za-z_]", name):
+            raise TrainingError(f"{word}: a value that begins with -- needs an equals sign, as in --data.prompt={word}")
         try:
             nested: Any = yaml.safe_load(value) if value[:1] == "{" else None
         except yaml.YAMLError as error:

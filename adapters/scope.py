@@ -88,12 +88,14 @@ class Subject:
 def renamed(prompt: str, names: Mapping[str, str]) -> str:
     """The prompt with words replaced, "" leaving one out, and the articles before them mended.
 
-    With {"sks": "", "<rex>": "owl"}, "a sks eel and a <rex>" becomes "an eel and an owl".
+    With {"sks": "", "<rex>": "owl"}, "a sks eel and a <rex>" becomes "an eel and an owl", and "sks, eel" becomes "eel".
     """
     said: list[str] = []
     changed = False
     for word in prompt.split():
-        new = names.get(word, word)
+        bare = word.rstrip(",.;:!?")
+        new = names[bare] and names[bare] + word[len(bare) :] if word not in names and bare in names else word
+        new = names.get(word, new)
         changed |= new != word
         if not new:
             continue

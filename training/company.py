@@ -72,10 +72,9 @@ def check(data: Views, identifier: str) -> None:
         TrainingError: a picture without a mask, or a caption in which no word follows the identifier.
     """
     for number in range(len(data.source)):
-        sample = data.source[number]
-        if sample.mask is None:
+        if data.source[number].mask is None:
             raise TrainingError("dreambooth.company cuts the subject out of its pictures: set data.masks")
-        _noun(sample.caption, identifier)
+        _noun(data.caption(number), identifier)
 
 
 def _extent(region: Tensor, size: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -128,7 +127,7 @@ def placed(
         TrainingError: see `check`; or no picture in which the base shows the class.
     """
     check(data, identifier)
-    noun = _noun(data.source[0].caption, identifier)
+    noun = _noun(data.caption(0), identifier)
     where = region(noun)
     samples: list[Sample] = []
     for number in range(len(drawn)):

@@ -31,6 +31,7 @@ __all__ = [
     "DreamBoothSettings",
     "LoraSettings",
     "ObjectiveSettings",
+    "TagSettings",
     "TrainSettings",
     "ValidationSettings",
     "parse",
@@ -69,6 +70,43 @@ class BaseSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TagSettings:
+    """Captions as lists of tags, said in another way at every position; by default they stay as they are."""
+
+    shuffle: bool = False
+    """Shuffles the tags, except the first `keep`."""
+    keep: int = 0
+    """Number of tags at the beginning that are neither moved nor dropped."""
+    drop: float = 0.0
+    """Probability of each other tag to be dropped."""
+    drop_all: float = 0.0
+    """Probability that all other tags are dropped together. `objective.caption_dropout` empties the whole caption."""
+    prefix: str | None = None
+    """Put before every caption that does not begin with it, such as a trigger. It is never moved or dropped."""
+    separator: str = ","
+    """What separates tags."""
+    cached: int = 1000
+    """Maximum number of captions whose embeddings are cached. If the run draws more different ones, none are cached:
+    the text encoders stay in memory and encode in every step."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "cached"):
+            require(getattr(self, name) >= 0, f"data.tags.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("drop", "drop_all"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.tags.{name} must be from 0 to 1, got {value}")
+        require(bool(self.separator.strip()), f"data.tags.separator must not be blank, got {self.separator!r}")
+        require(
+            self.prefix is None or bool(self.prefix.strip()), f"data.tags.prefix must not be blank, got {self.prefix!r}"
+        )
+
+    @property
+    def varies(self) -> bool:
+        """Whether a caption is not said alike at every position."""
+        return self.shuffle or self.drop > 0 or self.drop_all > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """Images, captions, masks and conditioning images, and how they are cropped and cached."""
 
@@ -79,6 +117,8 @@ class DataSettings:
     """How to read `source`. auto: as a folder if it contains images, otherwise as a dataset."""
     prompt: str | None = None
     """One caption for all images. Default: captions from .txt files, metadata.jsonl or the caption column."""
+    tags: TagSettings = field(default_factory=TagSettings)
+    """Captions of tags: shuffled, dropped, with a prefix."""
     masks: str | None = None
     """Folder of masks with the names and sizes of the images. White, or opaque, marks the subject."""
     conditioning: str | None = None

@@ -148,7 +148,7 @@ def prior(
         return None
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     named = settings.preserve == "base" and (settings.identifier is not None or bool(words))
-    own = _of_class(data, rename) if named else None
+    own = data.renamed(rename) if named else None
     if settings.company:
         assert settings.identifier is not None  # see the settings
         company.check(data, settings.identifier)
@@ -168,7 +168,7 @@ def prior(
         placed = company.placed(
             parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
         )
-        own = _of_class(placed, rename)  # the same picture under both captions shows what the identifier is
+        own = placed.renamed(rename)  # the same picture under both captions shows what the identifier is
     return Prior(
         views=views,
         to_base=settings.preserve == "base",
@@ -181,11 +181,6 @@ def prior(
         placed=placed,
         placed_share=settings.company,
     )
-
-
-def _of_class(data: Views, rename: Callable[[str], str]) -> Views:
-    """The same pictures under their class captions."""
-    return data.captioned([rename(data.source[number].caption) for number in range(len(data.source))])
 
 
 def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from . import sharding, validate
-from .config import TrainSettings
+from .config import TagSettings, TrainSettings
 from .data.batches import Draws, Feed, Stream
 from .data.cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .data.crops import Views
@@ -135,10 +135,11 @@ def prepare(
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
     streams = _samples(method, data, prior, region, kept, device, say)
-    texts = _cached_texts(method, streams, kept, settings.validation.prompts, device, say)
+    feed = _feed(method, streams, settings, accelerator, region=region)
+    texts = _cached_texts(method, feed, data.tags, kept, settings, device, say)
+    feed.text = _text_of(method, texts)
     if kept is not None and (damaged := gather_object(kept.damaged)):
         say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
-    feed = _feed(method, streams, settings, accelerator, text=_text_of(method, texts), region=region)
     fixed = validate.fixed_loss_batches(
         streams[0], feed.draws, settings.validation.loss_samples, seed=settings.validation.seed, text=feed.text
     )
@@ -210,20 +211,34 @@ def _samples(
 
 def _cached_texts(
     method: Method,
-    streams: list[Stream],
+    feed: Feed,
+    tags: TagSettings,
     store: Store | None,
-    prompts: Sequence[str],
+    settings: TrainSettings,
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Tensor]] | None:
-    """Embeddings of all captions, the empty one and `prompts`; None where the encoders are asked in every step."""
+    """Embeddings of all captions of the run, the empty one and the prompts of validation; None where the encoders are
+    asked in every step."""
     if method.trains_text:
         say("text embeddings are not cached: the text encoder trains")
         return None
     if store is None:
         return None
-    captions = sorted({""}.union(*(_captions(stream) for stream in streams)))
-    names = encode_captions([*captions, *prompts], method.parts, store, device=device)
+    captions = {""}.union(*(_captions(stream) for stream in feed.streams))
+    if tags.varies:
+        drawn = feed.captions(settings.steps, tags.cached)
+        if len(drawn) > tags.cached:
+            say(
+                f"text embeddings are not cached: this run draws more than data.tags.cached {tags.cached} captions, so "
+                "the text encoders stay and encode in every step"
+            )
+            for encoder in method.parts.text_encoders:
+                encoder.to(device)
+            return None
+        say(f"the tags of this run make {len(drawn)} captions, all of which are cached")
+        captions |= drawn
+    names = encode_captions([*sorted(captions), *settings.validation.prompts], method.parts, store, device=device)
     return {caption: store[name] for caption, name in names.items()}
 
 
@@ -233,10 +248,9 @@ def _feed(
     settings: TrainSettings,
     accelerator: Accelerator,
     *,
-    text: Callable[[list[str]], dict[str, Tensor]],
     region: Region | None,
 ) -> Feed:
-    """The batches of this process, with what the objective draws at random."""
+    """The batches of this process, with what the objective draws at random; captions are left as they are."""
     parts, chosen = method.parts, method.objective.settings
     masked = chosen.background < 1
     if masked and region is None and "mask" not in streams[0].entries[0]:
@@ -261,7 +275,6 @@ def _feed(
         accumulation=settings.accumulation,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
-        text=text,
     )
 
 
@@ -270,9 +283,11 @@ def _content(streams: list[Stream]) -> list[str]:
 
 
 def _captions(stream: Stream) -> list[str]:
-    """All captions that a stream's samples may come with, by entry."""
-    several = [caption for index in sorted(stream.several) for caption in stream.several[index]]
-    return stream.entries.captions + several + (stream.asked or [])
+    """All captions that a stream's samples may come with if no tags are drawn, by entry."""
+    said = stream.entries.captions
+    if stream.several:
+        said = said + [caption for index in range(len(said)) for caption in stream.several(index)]
+    return said + ([stream.asked(caption) for caption in said] if stream.asked else [])
 
 
 def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encoded | Live]) -> list[Stream]:
@@ -280,27 +295,24 @@ def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encode
 
     With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
     """
-    if prior is None:
-        return [Stream(entries=entries(data), several=data.several())]
-    total, asked = 1 + prior.ratio, prior.class_caption
 
-    def stream(views: Views, share: float, asks: bool) -> Stream:
+    def stream(views: Views, **more: Any) -> Stream:
         found = entries(views)
-        said = [asked(caption) for caption in found.captions] if asked and asks else None
-        return Stream(entries=found, share=share, weight=total, asked=said, several=views.several())
+        return (
+            Stream(entries=found, draw=views.draw, several=views.captions, **more)
+            if views.varies()
+            else Stream(entries=found, **more)
+        )
 
-    own = [stream(data, 1 - prior.placed_share, prior.surroundings)]
+    if prior is None:
+        return [stream(data)]
+    total, asked = 1 + prior.ratio, prior.class_caption if prior.surroundings else None
+    own = [stream(data, share=1 - prior.placed_share, weight=total, asked=asked)]
     if prior.placed is not None:
-        own.append(stream(prior.placed, prior.placed_share, prior.surroundings))
+        own.append(stream(prior.placed, share=prior.placed_share, weight=total, asked=asked))
     weight = prior.weight * total / prior.ratio
     kept = [
-        Stream(
-            entries=entries(views),
-            share=prior.ratio * share,
-            weight=weight,
-            preserved=prior.to_base,
-            several=views.several(),
-        )
+        stream(views, share=prior.ratio * share, weight=weight, preserved=prior.to_base)
         for views, share in ((prior.views, 1 - prior.own_share), (prior.own, prior.own_share))
         if views is not None
     ]

@@ -127,7 +127,7 @@ def fixed_loss_batches(
 ) -> list[dict[str, Any]]:
     """One-sample batches over evenly spread views, timesteps and fixed noise, the same in every run with this seed."""
     quiet = dataclasses.replace(draws, noise_offset=0.0, caption_dropout=0.0, conditioning_dropout=0.0)
-    feed = Feed([stream], quiet, seed=seed, batch_size=1, text=text)
+    feed = Feed([dataclasses.replace(stream, draw=None)], quiet, seed=seed, batch_size=1, text=text)
     batches = []
     for number in range(count):
         item = feed.item(number, number)

@@ -216,8 +216,7 @@ def used(folder: Path, dice: random.Random, said: list[str]) -> None:
     for file in images.scan(folder).pictures:
         assert file in source.files or file.name in "".join(said), f"{file.name} is left out without a word"
     views = crops.views(source, settings, multiple=8)
-    for captions in views.several().values():
-        assert all(captions)
+    assert all(said for index in range(len(views)) for said in views.captions(index))
     for index in range(len(views)):
         view, key = views[index], views.key(index)
         assert key.isascii()

@@ -123,12 +123,22 @@ def test_buckets_and_class_images_exclude_each_other() -> None:
 
 def test_one_of_several_captions_is_drawn_by_position_alone() -> None:
     several = {0: ("a", "b", "c"), 3: ("d", "e")}
-    plain, feed = make(), make([Stream(entries=Entries(5), several=several)])
+
+    def draw(index: int, seed: int) -> str:
+        some = several.get(index, (f"caption {index}",))
+        return some[seed % len(some)]
+
+    plain, feed = make(), make([Stream(entries=Entries(5), draw=draw)])
     drawn = [feed.batch(step, 0)["captions"] for step in range(60)]
     counts = Counter(caption for captions in drawn for caption in captions)
     assert counts.keys() == {"a", "b", "c", "d", "e", "caption 1", "caption 2", "caption 4"}
     assert min(counts[caption] for caption in "abc") >= 8  # of 48
-    again = make([Stream(entries=Entries(5), several=several)], batch_size=1, accumulation=4)
+    again = make([Stream(entries=Entries(5), draw=draw)], batch_size=1, accumulation=4)
     assert [again.batch(7, micro)["captions"][0] for micro in range(4)] == drawn[7]
     for key in ("mean", "noise", "timesteps"):  # the other draws are those of a single caption
         assert torch.equal(feed.batch(3, 0)[key], plain.batch(3, 0)[key])
+    said = {caption for captions in drawn for caption in captions}
+    assert feed.captions(60, 100) == said
+    assert len(feed.captions(60, 3)) == 4  # one more than may be, and no further
+    both = make([Stream(entries=Entries(5), draw=draw, asked=str.upper)])
+    assert both.captions(60, 100) == said | {caption.upper() for caption in said}

@@ -141,7 +141,7 @@ class Entries:
 
 def test_the_base_is_asked_for_class_samples_emptied_captions_and_surroundings() -> None:
     asked = ["a dog on grass", "a dog", "a dog at night", "x"]
-    own = Stream(entries=Entries(), share=1, asked=asked)
+    own = Stream(entries=Entries(), share=1, asked=dict(zip(CAPTIONS, asked, strict=True)).__getitem__)
     streams = [own, Stream(entries=Entries(), share=1, preserved=True)]
     draws = Draws(latent_shape=(4, 4), caption_dropout=0.25)
     ids = {caption: torch.tensor([number]) for number, caption in enumerate(["", *CAPTIONS[:3], *asked])}

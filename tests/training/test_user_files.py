@@ -330,13 +330,15 @@ def test_several_captions_are_kept_apart(tmp_path: Path) -> None:
     rows = [("0.png", ["one", "two"]), ("1.png", "three"), ("1.png", "four")]
     lines = [json.dumps({"file_name": name, "text": said}) for name, said in rows]
     (root / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
-    expected = {0: ("one", "two"), 1: ("three", "four")}
-    assert crops.Views(read(root), resolution=32).several() == expected
-    table = datasets.Dataset.from_dict({"image": [picture(0), picture(1)], "text": [list(expected[0]), ["five"]]})
+    views = crops.Views(read(root), resolution=32)
+    assert [views.captions(index) for index in range(2)] == [("one", "two"), ("three", "four")]
+    assert {views.draw(0, seed) for seed in range(9)} == {"one", "two"}
+    table = datasets.Dataset.from_dict({"image": [picture(0), picture(1)], "text": [["one", "two"], ["five"]]})
     table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
     views = crops.Views(images.dataset(tmp_path / "saved", minimum=8), resolution=32)
-    assert views.several() == {0: ("one", "two")}
-    assert views.captioned(["a", "b"]).several() == {}  # a wrapper's own captions are the only ones
+    assert [views.captions(index) for index in range(2)] == [("one", "two"), ("five",)]
+    assert views.varies()
+    assert views.renamed(str.upper).captions(0) == ("ONE", "TWO")
 
 
 # ------------------------------------------------------------------------------------------------ masks, conditions

@@ -7,9 +7,9 @@ the positions s·A·W·B up to (s+1)·A·W·B, and what happens at a position do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -56,10 +56,12 @@ class Stream:
     weight: float = 1.0
     preserved: bool = False
     """Whether its samples are trained towards the base's own prediction."""
-    asked: list[str] | None = None
-    """What the base is asked outside the masks of samples that are not preserved, a caption an entry; None: nothing."""
-    several: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-    """Captions of the entries that have more than one; one of them is drawn at every position."""
+    asked: Callable[[str], str] | None = None
+    """From a caption, what the base is asked outside the masks of samples that are not preserved; None: nothing."""
+    draw: Callable[[int, int], str] | None = None
+    """From entry and seed to its caption at a position; None: always the one of the entry."""
+    several: Callable[[int], tuple[str, ...]] | None = None
+    """All captions of an entry that may be drawn, but for what becomes of their tags; None: the one of the entry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class Feed:
         self.streams, self.draws, self.seed, self.text = streams, draws, seed, text
         self.batch_size, self.accumulation, self.processes, self.rank = batch_size, accumulation, processes, rank
         self.per_step = batch_size * accumulation * processes
-        self.preserves = any(stream.preserved or stream.asked for stream in streams)
+        self.preserves = any(stream.preserved or stream.asked is not None for stream in streams)
         buckets = [sorted(set(stream.entries.sizes)) for stream in streams]
         if len(streams) > 1 and any(item != buckets[0] or len(item) > 1 for item in buckets):
             raise TrainingError("prior preservation needs one image size: set data.buckets to 1")
@@ -165,7 +167,7 @@ class Feed:
             elif stream.asked is not None:
                 if "mask" not in entry:
                     raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
-                item |= {"asked": stream.asked[index], "inside": _widened(entry["mask"])}
+                item |= {"asked": stream.asked(item["caption"]), "inside": _widened(entry["mask"])}
         if draws.noise_offset:
             item["noise"] = noise + draws.noise_offset * torch.randn((channels, 1, 1), generator=random)
         if not draws.masks:
@@ -179,11 +181,22 @@ class Feed:
         return item
 
     def _caption(self, stream: Stream, index: int, position: int) -> str:
-        """One of the entry's captions, drawn by a seed of its own: other draws are as with one caption."""
-        if index not in stream.several:
+        """The entry's caption, drawn by a seed of its own: other draws are as with one caption."""
+        if stream.draw is None:
             return stream.entries.captions[index]
-        captions = stream.several[index]
-        return captions[seed_of(self.seed, "caption", position) % len(captions)]
+        return stream.draw(index, seed_of(self.seed, "caption", position))
+
+    def captions(self, steps: int, limit: int) -> set[str]:
+        """What the samples of the first `steps` say and what the base is asked of them; ends beyond `limit` texts."""
+        found: set[str] = set()
+        for position in range(steps * self.per_step):
+            number, index = self._choose(position // self.per_step, position)
+            stream = self.streams[number]
+            caption = self._caption(stream, index, position)
+            found |= {caption, stream.asked(caption)} if stream.asked else {caption}
+            if len(found) > limit:
+                break
+        return found
 
     def _choose(self, step: int, position: int) -> tuple[int, int]:
         """Stream and entry at a position."""

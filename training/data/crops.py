@@ -8,17 +8,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import DataSettings
+from ..config import DataSettings, TagSettings
 from ..errors import TrainingError
+from . import tags
 from .images import Sample, Source, condition, mask, rgb
 
 __all__ = ["View", "Views", "bucket_sizes", "views"]
@@ -65,6 +65,7 @@ class Views:
         buckets: int = 1,
         flip: bool = False,
         crops: int = 1,
+        tags: TagSettings | None = None,
     ):
         if resolution % multiple:
             raise TrainingError(
@@ -74,6 +75,8 @@ class Views:
         if not len(source):
             raise TrainingError("the data source has no samples")
         self.source, self.flip, self.crops = source, flip, crops
+        self.tags = tags or TagSettings()
+        self._rename: Callable[[str], str] | None = None
         self.sizes = bucket_sizes(resolution, buckets, multiple)
 
     def __len__(self) -> int:
@@ -95,24 +98,52 @@ class Views:
         return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
 
     def caption(self, index: int) -> str:
+        """The first caption, whole."""
+        return self._known(tags.full(self._caption(index), self.tags))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """All captions of a view, whole."""
+        return tuple(self._known(tags.full(said, self.tags)) for said in self._captions(index))
+
+    def draw(self, index: int, seed: int) -> str:
+        """One of the captions, as the seed has it."""
+        several = self._captions(index)
+        return self._known(tags.said(several[seed % len(several)], self.tags, seed))
+
+    def varies(self) -> bool:
+        """Whether a view comes with one caption here and another there."""
+        if self.tags.varies or not hasattr(self.source, "alternatives"):
+            return self.tags.varies
+        return any(len(self._captions(index)) > 1 for index in range(len(self.source)))
+
+    def renamed(self, rename: Callable[[str], str]) -> Views:
+        """The same views with captions changed by a function, after tags were drawn.
+
+        Raises:
+            TrainingError: the function's own, for what remains of a caption if all that may be dropped is.
+        """
+        for index in range(len(self.source)):
+            for said in self._captions(index):
+                rename(tags.least(said, self.tags))
+        other = copy.copy(self)
+        other._rename = rename
+        return other
+
+    def _known(self, caption: str) -> str:
+        return self._rename(caption) if self._rename else caption
+
+    def _caption(self, index: int) -> str:
         sample = self._place(index)[0]
         read = getattr(self.source, "caption", None)
         return read(sample) if read else self.source[sample].caption
 
-    def several(self) -> dict[int, tuple[str, ...]]:
-        """The captions of the views whose sample has more than one."""
+    def _captions(self, index: int) -> tuple[str, ...]:
+        """As the source has them."""
         read = getattr(self.source, "alternatives", None)
-        if read is None:
-            return {}
-        found = {index: read(self._place(index)[0]) for index in range(len(self))}
+        said = read(self._place(index)[0]) if read else ()
+        first = self._caption(index)
         # Where a source wraps another and gives its samples captions of its own, the inner one's are not theirs.
-        return {index: said for index, said in found.items() if len(said) > 1 and self.caption(index) in said}
-
-    def captioned(self, captions: Sequence[str]) -> Views:
-        """The same views with other captions, one a sample."""
-        other = copy.copy(self)
-        other.source = _Captioned(self.source, captions)
-        return other
+        return said if first in said else (first,)
 
     def key(self, index: int) -> str:
         """Names the view's content: the sample's, and how it is cut. Captions are cached by themselves."""
@@ -131,30 +162,11 @@ class Views:
         shown = None if sample.conditioning is None else condition(sample.conditioning)
         return View(
             pixels=box.cut(image, Image.Resampling.LANCZOS).float().div_(127.5).sub_(1),
-            caption=sample.caption,
+            caption=self._known(tags.full(sample.caption, self.tags)),
             frame=torch.tensor([image.height, image.width, box.top, box.left, height, width], dtype=torch.float32),
             mask=None if masked is None else box.cut(masked, Image.Resampling.BOX).float().div_(255),
             conditioning=None if shown is None else box.cut(shown, Image.Resampling.BILINEAR),
         )
-
-
-class _Captioned:
-    """A source with other captions; what else it offers is the inner one's."""
-
-    def __init__(self, source: Source, captions: Sequence[str]):
-        self.source, self.captions = source, captions
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        return replace(self.source[index], caption=self.captions[index])
-
-    def caption(self, index: int) -> str:
-        return self.captions[index]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,4 +217,5 @@ def views(source: Source, settings: DataSettings, *, multiple: int) -> Views:
         buckets=settings.buckets,
         flip=settings.flip,
         crops=settings.crops,
+        tags=settings.tags,
     )

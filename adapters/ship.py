@@ -90,18 +90,26 @@ def ship(
         if gains is not None:
             _gains(stage, gains, rows, card, base, made)
             if not compact:
-                told = {**card.facts, **made}
-                page = page or report.render(gains, shots, title=card.title, command=card.command, facts=told)
+                page = page or _report(gains, shots, card, made)
                 (stage / "report.html").write_text(page, "utf-8")
-        names = sorted(p.name for p in stage.iterdir())
-        tokens = read_tokens(stage / EMBEDS_FILE) if EMBEDS_FILE in names else None
-        text = render(card, kinds=kinds, gains=gains, has=names, notes=notes, tokens=tokens)
-        (stage / "README.md").write_text(text, "utf-8")
+        _readme(stage, card, kinds, gains, notes)
         kind = kinds[0] if len(kinds) == 1 else "mixed"
         files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions()})
         if key is not None:
             signing.sign(stage, key)
     return target
+
+
+def _report(gains: Gains, shots: Mapping[str, Sequence[Shot]], card: Card, made: Mapping[str, Any]) -> str:
+    return report.render(gains, shots, title=card.title, command=card.command, facts={**card.facts, **made})
+
+
+def _readme(stage: Path, card: Card, kinds: list[str], gains: Gains | None, notes: list[str]) -> None:
+    """The card, which names what lies in the folder by now."""
+    names = sorted(p.name for p in stage.iterdir())
+    tokens = read_tokens(stage / EMBEDS_FILE) if EMBEDS_FILE in names else None
+    text = render(card, kinds=kinds, gains=gains, has=names, notes=notes, tokens=tokens)
+    (stage / "README.md").write_text(text, "utf-8")
 
 
 def versions() -> dict[str, str]:

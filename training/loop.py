@@ -122,14 +122,7 @@ def train(
             cache_folder=Path(cache_folder) if cache_folder else out / "cache",
             say=tell,
         )
-        facts = {
-            "base model": method.parts.identity,
-            "schedule of the base": {key: value for key, value in method.parts.scheduler.items() if key[0] != "_"},
-            "training method": method.name,
-            "samples per step": prepared.feed.per_step,
-            **{f"content of the {what}": _digest(names) for what, names in prepared.names.items()},
-            "settings": record if record is not None else {"train": config.resolved(settings)},
-        }
+        facts = _facts(method, prepared, record if record is not None else {"train": config.resolved(settings)})
         with kernels(method, settings, accelerator):
             run = _start(method, settings, accelerator, prepared, out, facts, tell)
             found = announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
@@ -143,6 +136,18 @@ def train(
 
 def _silent(line: str) -> None:
     pass
+
+
+def _facts(method: Method, prepared: Prepared, record: dict[str, Any]) -> dict[str, Any]:
+    """What shapes the weights; a checkpoint keeps it, and resuming compares it."""
+    return {
+        "base model": method.parts.identity,
+        "schedule of the base": {key: value for key, value in method.parts.scheduler.items() if key[0] != "_"},
+        "training method": method.name,
+        "samples per step": prepared.feed.per_step,
+        **{f"content of the {what}": _digest(names) for what, names in prepared.names.items()},
+        "settings": record,
+    }
 
 
 def _digest(names: list[str]) -> str:

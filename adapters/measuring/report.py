@@ -58,11 +58,7 @@ def render(
         draw = drawer(side)
         body = [
             f"<h1>{escape(title)}</h1>",
-            *(
-                f'<p class="verdict">{escape(said)}</p>'
-                for said in (words.adapter(gains), words.guidance(gains))
-                if said
-            ),
+            *_verdicts(gains),
             _how_to_read(gains, terms or {}),
             _references(references, draw),
             "<h2>Results: same prompt, same seed, same noise</h2>",
@@ -88,6 +84,11 @@ def render(
         if len(page.encode()) < LIMIT:
             break
     return page
+
+
+def _verdicts(gains: Gains) -> list[str]:
+    sentences = (words.adapter(gains), words.guidance(gains))
+    return [f'<p class="verdict">{escape(sentence)}</p>' for sentence in sentences if sentence]
 
 
 def _joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> Joined:

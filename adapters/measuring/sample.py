@@ -30,6 +30,7 @@ __all__ = ["Shot", "images", "initial_latents", "read", "shots_in", "write"]
 
 METADATA_KEY = "adapters.settings"
 Context = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
+Record = Callable[[Any], Sequence[Mapping[str, float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def images(
     arm: str = "",
     inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
     common: Mapping[str, Any] | None = None,
-    record: Callable[[Any], Sequence[Mapping[str, float]]] | None = None,
+    record: Record | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
     rank: int = 0,
@@ -113,21 +114,19 @@ def images(
     done = {unit: shot for unit in units if (shot := _resume(folder, unit, facts)) is not None}
     batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
     todo = [batch for batch in batches if any(unit not in done for unit in batch)]
-    if todo:
-        with around if isinstance(around, AbstractContextManager) else around() as run:
-            drawn, wanted = 0, sum(map(len, todo))
-            for batch in todo:
-                own = _arguments(negative_prompt, height, width, len(batch))
-                arguments = {**own, **(common or {}), **_inputs(inputs, batch)}
-                shots = _batch(pipe, batch, arm, steps=steps, guidance_scale=guidance_scale, arguments=arguments)
-                notes = record(run) if record is not None else [{}] * len(batch)
-                if len(notes) != len(batch):
-                    raise AdapterError(f"record returned {len(notes)} rows of numbers for {len(batch)} images")
-                for unit, shot, numbers in zip(batch, shots, notes, strict=True):
-                    done[unit] = _keep(folder, shot, dict(numbers), facts)
-                drawn += len(batch)
-                if progress is not None:
-                    progress(drawn, wanted)
+    if not todo:
+        return [done[unit] for unit in units]
+    with around if isinstance(around, AbstractContextManager) else around() as run:
+        drawn, wanted = 0, sum(map(len, todo))
+        for batch in todo:
+            own = _arguments(negative_prompt, height, width, len(batch))
+            arguments = {**own, **(common or {}), **_inputs(inputs, batch)}
+            shots = _batch(pipe, batch, arm, steps=steps, guidance_scale=guidance_scale, arguments=arguments)
+            for unit, shot, numbers in zip(batch, shots, _numbers(record, run, len(batch)), strict=True):
+                done[unit] = _keep(folder, shot, dict(numbers), facts)
+            drawn += len(batch)
+            if progress is not None:
+                progress(drawn, wanted)
     return [done[unit] for unit in units]
 
 
@@ -155,6 +154,14 @@ def _inputs(inputs: Callable[[str, int], Mapping[str, Any]] | None, batch: Seque
         return {}
     rows = [inputs(prompt, seed) for prompt, seed in batch]
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _numbers(record: Record | None, run: Any, count: int) -> Sequence[Mapping[str, float]]:
+    """What `record` notes of a batch, a mapping for each of its `count` images."""
+    noted = [{}] * count if record is None else record(run)
+    if len(noted) != count:
+        raise AdapterError(f"record returned {len(noted)} rows of numbers for {count} images")
+    return noted
 
 
 def _batch(

@@ -163,6 +163,11 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
         quick=few,
         borrows={"text-ddim": list(curve)},
     )
+    yield from _text_confirmed(few)
+
+
+def _text_confirmed(few: Mapping[str, Any]) -> Iterator[Stage]:
+    """The first measurements repeated on other scenes, phrases and metrics, and where the maps point."""
     for sampler in ("dpm++", "ddim"):
         yield Stage(
             name=f"text-confirm-{sampler}",

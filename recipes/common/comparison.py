@@ -192,15 +192,7 @@ def resolve(
     if found is not None:
         _check_held_out(plan, units, found)
     _check_scopes(arms, units, adapter)
-    up = metrics.check(plan, units, pocket=pocket)
-    preferences = [name for name in up if name == metrics.PREFERENCE]
-    up = {name: better for name, better in up.items() if name not in preferences}
-    require(bool(up), f"measure.metrics: {', '.join(preferences)} cannot decide; name another metric beside it")
-    for flag in ("primary", "referee", "identity", "accuracy"):
-        name = getattr(plan, flag)
-        require(name is None or name in up, f"measure.{flag} {name!r} is none of the metrics {', '.join(up)}")
-    primary = plan.primary or next(iter(up))
-    require(plan.referee != primary, f"measure.referee {plan.referee!r} is the primary metric itself; name another")
+    up, preferences = _deciding(plan, metrics.check(plan, units, pocket=pocket))
     identity, accuracy = metrics.of_subject(plan, list(up))
     for case in units:
         _check_there(case.adapter, arms)
@@ -211,12 +203,27 @@ def resolve(
         units=units,
         higher_is_better=up,
         preferences=preferences,
-        primary=primary,
+        primary=plan.primary or next(iter(up)),
         identity=identity,
         accuracy=accuracy,
         adapted=adapter is not None or controlnet is not None,
         tuned=found,
     )
+
+
+def _deciding(plan: MeasureSettings, known: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
+    """The metrics that may decide, each with whether higher is better, and the preferences among `known`."""
+    from recipes.common.metrics import PREFERENCE
+
+    preferences = [name for name in known if name == PREFERENCE]
+    up = {name: better for name, better in known.items() if name not in preferences}
+    require(bool(up), f"measure.metrics: {', '.join(preferences)} cannot decide; name another metric beside it")
+    for flag in ("primary", "referee", "identity", "accuracy"):
+        name = getattr(plan, flag)
+        require(name is None or name in up, f"measure.{flag} {name!r} is none of the metrics {', '.join(up)}")
+    primary = plan.primary or next(iter(up))
+    require(plan.referee != primary, f"measure.referee {plan.referee!r} is the primary metric itself; name another")
+    return up, preferences
 
 
 # ---------------------------------------------------------------------------------------------- arms

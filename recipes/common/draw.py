@@ -40,15 +40,7 @@ def draw(
     from training.ranks import state
 
     plain = guidance.method == "cfg"
-    control = getattr(pipe, "controlnet", None)
-    told = {
-        "base": adapters.describe(pipe)["weights"],
-        "controlnet": None if control is None else adapters.base.fingerprint({"controlnet": control}),
-        "guidance": [guidance.method, guidance.preset, guidance.options],
-        "weights": weights,
-        "precision": sampling.precision,
-        **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
-    }
+    made_with = _made_with(pipe, guidance, sampling, weights)
 
     def share(rank: int, world: int) -> list[Any]:
         return adapters.measuring.sample.images(
@@ -67,7 +59,7 @@ def draw(
             inputs=inputs,
             common={**arguments_of(pipe, guidance), **(common or {})},
             folder=folder,
-            settings=told,
+            settings=made_with,
             rank=rank,
             world=world,
             progress=Progress(f"drawing {arm}".strip(), say),
@@ -78,6 +70,23 @@ def draw(
         share(ranks.process_index, ranks.num_processes)
         ranks.wait_for_everyone()
     return share(0, 1)  # with several processes: all are read back, in order
+
+
+def _made_with(
+    pipe: Any, guidance: GuidanceSettings, sampling: SamplingSettings, weights: str | None
+) -> dict[str, Any]:
+    """What a kept picture must have been made with to be taken for another of the same prompt and seed."""
+    import adapters
+
+    control = getattr(pipe, "controlnet", None)
+    return {
+        "base": adapters.describe(pipe)["weights"],
+        "controlnet": None if control is None else adapters.base.fingerprint({"controlnet": control}),
+        "guidance": [guidance.method, guidance.preset, guidance.options],
+        "weights": weights,
+        "precision": sampling.precision,
+        **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
+    }
 
 
 def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = "") -> Image.Image:

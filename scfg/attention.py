@@ -50,7 +50,17 @@ LARGE_LATENT, LARGE_LATENT_RATIO = 64, 4
 def mean_attention(
     query: Float[Tensor, "B N C"], key: Float[Tensor, "B M C"], *, heads: int, scale: float
 ) -> Float[Tensor, "B N M"]:
-    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32 or wider, without gradients."""
+    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32 or wider, without gradients.
+
+    Args:
+        query: projected queries (B, N, C); N positions of the image.
+        key: projected keys (B, M, C); M positions or tokens that are attended to.
+        heads: attention heads that C is divided into.
+        scale: factor of the products, usually 1 / sqrt(C / heads).
+
+    Returns:
+        Attention weights (B, N, M); every row sums to 1.
+    """
     query, key = _split_heads(query, heads), _split_heads(key, heads)  # (B, heads, N|M, C / heads)
     total = query.new_zeros(query.shape[0], query.shape[2], key.shape[2])
     # Taken once for all heads: fresh memory of this size costs the CPU up to half of the whole time.
@@ -69,7 +79,18 @@ def apply_mean_attention(
     heads: int,
     scale: float,
 ) -> Float[Tensor, "B N T"]:
-    """mean over heads of softmax(scale * Q K^T) V, fused, in float32 or wider: nothing of size N x M is formed."""
+    """mean over heads of softmax(scale * Q K^T) V, fused, in float32 or wider: nothing of size N x M is formed.
+
+    Args:
+        query: projected queries (B, N, C); N positions of the image.
+        key: projected keys (B, M, C); M positions or tokens that are attended to.
+        value: maps (B, M, T) to average with the attention weights; T maps.
+        heads: attention heads that C is divided into.
+        scale: factor of the products, usually 1 / sqrt(C / heads).
+
+    Returns:
+        Averaged maps (B, N, T).
+    """
     query, key = _split_heads(query, heads), _split_heads(key, heads)
     width = query.shape[-1]
     pieces = []
@@ -153,6 +174,13 @@ def select_blocks(
     An integer R means ratios R, 2R, 4R, ... up to 8 (the published rule). "auto" takes the finest grid of at most a
     quarter of the latent from 64 on, else the finest there is, with every coarser grid down to an eighth, and
     the mid block too where the finest ratio is below 2. `last_blocks` keeps that many of each ratio, the last to run.
+
+    Args:
+        blocks: blocks of the U-net with self-attention and cross-attention to text, in the order in which they run.
+        height: rows of the latent.
+        width: columns of the latent.
+        latent_ratio: the finest ratio that counts, latent side / side of the block's grid, or "auto".
+        last_blocks: how many blocks of each ratio count; None: all.
 
     Raises:
         ScfgError: no block has ratio R, or the finest grid has a side of one token.

@@ -42,6 +42,12 @@ def complete(
     """P(S) A from products with S alone. `attend(X)` returns S X.
 
     `published`: (S + 3 S^2) A / 4, what the authors' code computes. `paper`: (S + S^2 + ... + S^steps) A / steps.
+
+    Args:
+        attend: X (B, N, T) -> S X, with the self-attention S (B, N, N) that is never formed here.
+        cross: cross-attention A of N positions to T tokens.
+        completion: "published" or "paper", as above.
+        steps: highest power of S in "paper".
     """
     if completion == "published":
         first = attend(cross)
@@ -68,7 +74,14 @@ def smooth(maps: Float[Tensor, "B K H W"], sigma: float) -> Float[Tensor, "B K H
 def lift(
     maps: Float[Tensor, "B N T"], grid: tuple[int, int], target: tuple[int, int], sigma: float
 ) -> Float[Tensor, "B T H W"]:
-    """Token maps on a block's `grid` -> smoothed maps on the region grid `target`."""
+    """Token maps on a block's `grid` -> smoothed maps on the region grid `target`.
+
+    Args:
+        maps: one map a token (B, N, T), N = h * w positions, row by row.
+        grid: (h, w) of the maps.
+        target: (H, W) of the region grid; the maps are interpolated bilinearly.
+        sigma: width of the smoothing in positions of `target`, see `smooth`; 0: none.
+    """
     images = maps.mT.unflatten(-1, grid)  # (B, T, h, w)
     if grid != target:
         images = F.interpolate(images, size=target, mode="bilinear", align_corners=False)

@@ -71,10 +71,20 @@ def attach(
 class Run:
     """An attached guidance; made by `attach`.
 
+    Args:
+        pipe: the pipeline that the guidance is attached to.
+        guidance: settings of the method.
+        guidance_scale: of the file that the guidance came from; None: it came as settings.
+        guidance_rescale: of that file; None: it has none.
+        record: maps to keep in the trace, of `RECORDABLE`; None: none.
+
     Attributes:
         call_kwargs: what to pass to the pipeline beside the prompt, for guidance that came from a file.
         prompts: texts of the latest batch, where the pipeline was given texts. May be set before a call that is given
             embeddings.
+
+    Raises:
+        ScfgError: `record` has an unknown name, or asks for predictions of a scheduler that cannot give them.
     """
 
     def __init__(

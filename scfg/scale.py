@@ -92,7 +92,20 @@ def region_norms(
     reference: Float[Tensor, " B"],
     weight: Float[Tensor, "B H W"] | None,
 ) -> RegionNorms:
-    """Means over regions as one product with the masks, which is deterministic on every device (a scatter is not)."""
+    """Means over regions as one product with the masks, which is deterministic on every device (a scatter is not).
+
+    Args:
+        delta_norm: ||delta||, length of cond - uncond over the channels, per position.
+        uncond_norm: length of the unconditional prediction over the channels, per position.
+        labels: the region of every position, 0 to count - 1.
+        count: regions R, also those without a position.
+        reference: the norm that every region is brought to, one an image.
+        weight: what a position counts, 0 to 1 (an inpainting mask); None: all count alike.
+
+    Returns:
+        Per image and region (B, R), the share of the area, both mean norms, and gamma = reference / mean delta norm (0
+        in an empty region).
+    """
     masks = one_hot(labels, count).flatten(2).to(delta_norm.dtype)  # (B, R, H*W)
     if weight is not None:
         masks = masks * weight.flatten(1)[:, None]
@@ -107,7 +120,13 @@ def region_norms(
 def spread(
     gamma: Float[Tensor, "B R"], labels: Int[Tensor, "B H W"], weight: Float[Tensor, "B H W"] | None
 ) -> Float[Tensor, "B 1 H W"]:
-    """Every position takes its region's gamma. A region without a counted position keeps plain CFG (gamma 1)."""
+    """Every position takes its region's gamma. A region without a counted position keeps plain CFG (gamma 1).
+
+    Args:
+        gamma: one factor a region (B, R).
+        labels: the region of every position, 0 to R - 1.
+        weight: what a position counts, 0 to 1; None: all count.
+    """
     flat = gamma.gather(1, labels.flatten(1)).unflatten(1, labels.shape[1:])
     if weight is not None:
         counted = (one_hot(labels, gamma.shape[1]) * weight[:, None]).sum(dim=(2, 3)) > 0  # (B, R)
@@ -123,7 +142,15 @@ def limit(
     cap: float | None,
     sigma: float,
 ) -> Float[Tensor, "B 1 H W"]:
-    """Clamp to [gamma_min, gamma_max], then to at most `cap`, then smooth: the published order."""
+    """Clamp to [gamma_min, gamma_max], then to at most `cap`, then smooth: the published order.
+
+    Args:
+        gamma: the factor of every position.
+        gamma_min: lower bound; None: none.
+        gamma_max: upper bound; None: none.
+        cap: second upper bound, `scale_cap` / s, which holds s * gamma below `scale_cap`; None: none.
+        sigma: width of the smoothing in positions, see `regions.smooth`; 0: none.
+    """
     if gamma_min is not None or gamma_max is not None:
         gamma = gamma.clamp(gamma_min, gamma_max)
     if cap is not None:
@@ -134,7 +161,16 @@ def limit(
 def dose(
     gamma: Float[Tensor, "B 1 H W"], delta_norm: Float[Tensor, "B H W"], weight: Float[Tensor, "B H W"] | None = None
 ) -> Float[Tensor, " B"]:
-    """sum ||gamma * delta|| / sum ||delta||; 1 where there is no guidance at all."""
+    """sum ||gamma * delta|| / sum ||delta||; 1 where there is no guidance at all.
+
+    Args:
+        gamma: the factor of every position.
+        delta_norm: ||delta||, length of cond - uncond over the channels, per position.
+        weight: what a position counts, 0 to 1; None: all count alike.
+
+    Returns:
+        One factor an image: plain CFG pushes as much at this multiple of its scale.
+    """
     counted = delta_norm if weight is None else delta_norm * weight
     total = counted.sum(dim=(1, 2))
     return torch.where(total > 0, (gamma[:, 0].abs() * counted).sum(dim=(1, 2)) / total.clamp_min(1e-30), 1.0)
@@ -151,6 +187,11 @@ def permute_regions(
     """Hands every present region another one's gamma, within each image: one step along a cycle drawn from its seed.
 
     A cycle leaves no region its own (with two or more present), which a free permutation often would.
+
+    Args:
+        gamma: one factor a region.
+        present: which regions have a position.
+        seeds: one an image.
     """
     permuted = gamma.clone()
     for image, seed in enumerate(seeds):
@@ -169,7 +210,15 @@ def rewrite(
     *,
     keep_cond: bool,
 ) -> Float[Tensor, "B C H W"]:
-    """The half that makes a pipeline's u + s * (c - u) equal u + s * gamma * delta: c', or u' with `keep_cond`."""
+    """The half that makes a pipeline's u + s * (c - u) equal u + s * gamma * delta: c', or u' with `keep_cond`.
+
+    Args:
+        uncond: prediction u for the negative prompt.
+        cond: prediction c for the prompt.
+        gamma: factor of delta = c - u at every position.
+        scale: the pipeline's guidance scale s.
+        keep_cond: whether u is rewritten and c stays; s must not be 1 then.
+    """
     wide = widened(uncond)
     delta = widened(cond) - wide
     if keep_cond:

@@ -132,7 +132,13 @@ class Segmenter:
 def token_maps(
     block: Block, projections: Projections, rows: slice
 ) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, "B N T"]]:
-    """x -> S x with the head-averaged self-attention S, and the head-averaged cross-attention A, of some rows."""
+    """x -> S x with the head-averaged self-attention S, and the head-averaged cross-attention A, of some rows.
+
+    Args:
+        block: where the projections were recorded.
+        projections: queries and keys of the block's self- and cross-attention.
+        rows: of the batch: the conditional or the unconditional half.
+    """
     own, other = block.self_attention, block.cross_attention
     query, key, cross_key = projections.query[rows], projections.key[rows], projections.cross_key[rows]
     batch, positions, text = query.shape[0], query.shape[1], cross_key.shape[1]
@@ -187,7 +193,16 @@ def background_positions(length: int, chunk: int | None) -> list[int]:
 
 
 def grouping(words: list[list[tuple[int, ...]]], length: int, device: torch.device) -> Float[Tensor, "B T R"]:
-    """Membership of tokens in words; images with fewer words get empty columns, which never win a position."""
+    """Membership of tokens in words; images with fewer words get empty columns, which never win a position.
+
+    Args:
+        words: image -> word -> positions of its tokens.
+        length: tokens T of the text.
+        device: of the result.
+
+    Returns:
+        1 where token t belongs to word r, else 0.
+    """
     matrix = torch.zeros(len(words), length, max(len(image) for image in words), device=device)
     for image, positions in enumerate(words):
         for word, tokens in enumerate(positions):

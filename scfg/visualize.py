@@ -67,6 +67,12 @@ def region_overlay(
 
     Regions of one name (a word's sub-tokens, all padding) share a colour and a line of the legend; with the same
     `names` a word keeps its colour from picture to picture.
+
+    Args:
+        picture: what the regions are painted on, first scaled to a longer side of `SIDE` pixels.
+        index: the region of every position.
+        names: of the regions, by their numbers in `index`.
+        opacity: of the paint, 0 to 1.
     """
     owners = [names[int(i)] for i in index.flatten()]
     by_size = sorted(set(owners), key=lambda name: (-owners.count(name), name))
@@ -140,7 +146,14 @@ def step_images(run: Run, pipe: Any, *, image: int = 0) -> list[list[Image.Image
 
 
 def strip(run: Run, pipe: Any, *, image: int = 0, columns: int = 6) -> Image.Image:
-    """One picture: at most `columns` steps, evenly spaced; prediction of x0 / regions / gamma below each other."""
+    """One picture: at most `columns` steps, evenly spaced; prediction of x0 / regions / gamma below each other.
+
+    Args:
+        run: an attached guidance after a call, with `record` of regions, gamma and prediction.
+        pipe: the pipeline, whose VAE decodes the predictions.
+        image: which image of the batch.
+        columns: most steps shown.
+    """
     steps = [step for step in run.trace if step.gamma is not None]
     rows = step_images(run, pipe, image=image)
     chosen = sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(columns, len(rows)))})
@@ -159,12 +172,28 @@ def strip(run: Run, pipe: Any, *, image: int = 0, columns: int = 6) -> Image.Ima
 
 
 def save_strip(path: str | Path, run: Run, pipe: Any, *, image: int = 0, columns: int = 6) -> None:
-    """`strip` as a PNG."""
+    """`strip` as a PNG.
+
+    Args:
+        path: of the PNG file, whatever its suffix.
+        run: an attached guidance after a call, see `strip`.
+        pipe: the pipeline, whose VAE decodes the predictions.
+        image: which image of the batch.
+        columns: most steps shown.
+    """
     strip(run, pipe, image=image, columns=columns).save(path, format="PNG")
 
 
 def save_gif(path: str | Path, run: Run, pipe: Any, *, image: int = 0, milliseconds: int = 300) -> None:
-    """A GIF over the steps: prediction, regions and gamma side by side."""
+    """A GIF over the steps: prediction, regions and gamma side by side.
+
+    Args:
+        path: of the GIF file, whatever its suffix.
+        run: an attached guidance after a call, see `strip`.
+        pipe: the pipeline, whose VAE decodes the predictions.
+        image: which image of the batch.
+        milliseconds: how long a step is shown.
+    """
     frames = []
     for row in step_images(run, pipe, image=image):
         canvas = Image.new("RGB", (sum(p.width + 8 for p in row), max(p.height for p in row)), "white")

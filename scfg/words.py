@@ -29,6 +29,11 @@ def prompt_words(tokenizer: Any, prompt: str, length: int) -> list[Word]:
     """Words of a prompt as a CLIP or T5 tokenizer cuts it; BOS, EOS and padding belong to none.
 
     CLIP ends a word with `</w>`, sentence-piece (T5) begins one with `▁`. What exceeds `length` tokens is left out.
+
+    Args:
+        tokenizer: of transformers, CLIP's or T5's.
+        prompt: one prompt.
+        length: tokens that the pipeline gives the U-net, 77 for CLIP.
     """
     ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
     special = set(tokenizer.all_special_ids)

@@ -82,7 +82,9 @@ def render(
     """`README.md`.
 
     Args:
+        card: title, base, licence and what else the author says.
         kinds: those of an `Adapter`; controlnet, unet, tokens.
+        gains: the comparison; None: nothing was measured.
         has: names of the files beside it.
         notes: further remarks on compatibility.
         tokens: learned tokens, if some belong to two text encoders.

@@ -144,6 +144,17 @@ def deltas(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: f
     """Every weight's change at that weight; DoRA, which is no sum, has it on its low-rank part, as peft does.
 
     Magnitudes that peft has not (`dora_scale`) are taken as LyCORIS does at weight 1, and the change scaled.
+
+    Args:
+        adapter: what is to be added.
+        models: component -> the base's model, whose weights decide the shapes; they stay as they are.
+        weight: scale of the adapter's change.
+
+    Returns:
+        "component.path" of a layer -> the change of its weight, of the same shape; changed biases are not among them.
+
+    Raises:
+        FormatError: factors that do not make a weight of the layer's shape.
     """
     result = {}
     for name, module in adapter.modules.items():
@@ -186,7 +197,13 @@ def _named_layer(name: str, models: Mapping[str, torch.nn.Module]) -> torch.nn.M
 
 
 class Merged:
-    """An adapter added into the weights; `unmerge()` puts the original bits back."""
+    """An adapter added into the weights; `unmerge()` puts the original bits back.
+
+    Args:
+        adapter: what was added.
+        models: component -> the model that it was added into.
+        saved: "component.path.parameter" -> its values before.
+    """
 
     def __init__(
         self, adapter: Adapter, models: Mapping[str, torch.nn.Module], saved: Mapping[str, torch.Tensor]
@@ -234,6 +251,17 @@ def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: fl
     """Add an adapter into the weights of `models` (component -> model), in place.
 
     The same adapter merged a second time is refused, never doubled. Originals are kept for an exact `unmerge`.
+
+    Args:
+        adapter: what is to be added.
+        models: component -> model; those that the adapter does not touch are left out.
+        weight: scale of the adapter's change.
+
+    Returns:
+        The handle that takes it out again.
+
+    Raises:
+        AdapterError: the adapter is already merged into one of the models.
     """
     models = {name: models[name] for name in adapter.components if name in models}
     for model in models.values():
@@ -328,7 +356,19 @@ def rerank(adapter: Adapter, rank: int) -> Approximation:
 
 
 def to_lora(adapter: Adapter, models: Mapping[str, torch.nn.Module], rank: int) -> Approximation:
-    """Any kind as the nearest LoRA of that rank, with the error stated; changed norms and biases count into it."""
+    """Any kind as the nearest LoRA of that rank, with the error stated; changed norms and biases count into it.
+
+    Args:
+        adapter: of any kind.
+        models: component -> the base's model.
+        rank: largest of a layer of the result.
+
+    Returns:
+        The LoRA and its relative error.
+
+    Raises:
+        AdapterError: the adapter changes norms and biases alone.
+    """
     changes = deltas(adapter, models)
     lost = [*_bias_deltas(adapter, models).values(), *(c for c in changes.values() if c.ndim < 2)]
     wanted = {name: change for name, change in changes.items() if change.ndim > 1}
@@ -346,6 +386,17 @@ def extract(base: Mapping[str, torch.nn.Module], tuned: Mapping[str, torch.nn.Mo
 
     Linear and convolution weights are covered; where other parameters (norms, biases, embeddings) differ, their share
     counts into the error, because a LoRA cannot carry it.
+
+    Args:
+        base: component -> the model before fine-tuning.
+        tuned: the same components after it.
+        rank: largest of a layer of the result.
+
+    Returns:
+        The LoRA and its relative error.
+
+    Raises:
+        AdapterError: the models have different parameters or shapes, or the same weights.
     """
     wanted: dict[str, torch.Tensor] = {}
     lost = 0.0

@@ -227,7 +227,13 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors and metadata in sorted order, so that equal weights make equal files."""
+    """Write tensors and metadata in sorted order, so that equal weights make equal files.
+
+    Args:
+        path: of the safetensors file.
+        tensors: name -> values, on any device; written contiguous.
+        metadata: text of the header, beside "format".
+    """
     ordered = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     with write_file(path) as part:
         save_file(ordered, part, metadata={"format": "pt", **(metadata or {})})
@@ -264,7 +270,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """A JSON file, whole or not at all."""
+    """A JSON file, whole or not at all.
+
+    Args:
+        path: of the file.
+        value: what JSON can hold.
+        indent: spaces a level; None: all in one line.
+    """
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 

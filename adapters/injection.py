@@ -34,6 +34,13 @@ _CONFIGS = {"lora": "LoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig"}
 def injected(model: torch.nn.Module, adapter: Adapter, component: str, name: str, weight: float) -> Iterator[None]:
     """The adapter's part, which `fit` has checked, on `model` for as long as the context lasts.
 
+    Args:
+        model: a network of diffusers or transformers.
+        adapter: of which the modules of `component` are used.
+        component: the model's name in its pipeline, such as "unet".
+        name: peft's name for the adapter on this model.
+        weight: scale of the adapter's change.
+
     Raises:
         AdapterError: the name is taken, or weights are fused.
         FormatError: what peft cannot compute.
@@ -63,7 +70,20 @@ def injected(model: torch.nn.Module, adapter: Adapter, component: str, name: str
 
 
 def fit(model: torch.nn.Module, adapter: Adapter, component: str) -> dict[str, Module]:
-    """The component's modules checked against the model; linear and 1x1-convolution shapes exchanged where needed."""
+    """The component's modules checked against the model; linear and 1x1-convolution shapes exchanged where needed.
+
+    Args:
+        model: a network of diffusers or transformers.
+        adapter: of which the modules of `component` are used.
+        component: the model's name in its pipeline, such as "unet".
+
+    Returns:
+        Path of the layer -> its module, in the shape that the layer takes.
+
+    Raises:
+        AdapterError: a layer already carries another kind of adapter.
+        BaseMismatchError: a layer is missing, or its shape is another.
+    """
     real, carrying = _real_paths(model), dict(tuners(model))
     fitted = {}
     for path, module in adapter.part(component).items():

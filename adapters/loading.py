@@ -68,22 +68,24 @@ def load(
 ) -> Attached:
     """Attach an adapter to a diffusers pipeline.
 
+    The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
+    have left. A pipeline may be compiled or offloaded. What peft has no layer for (LyCORIS' whole differences, norms
+    and biases, DoRA magnitudes on LoHa, LoKr or over inputs, several kinds in one model) is always merged, as is a
+    DoRA on sequentially offloaded weights.
+
     Args:
+        pipe: with all its models; it stays usable after the adapter has left.
         source: a shipped or peft folder, a `.safetensors` file in peft, diffusers or kohya keys, or a Hub id.
         weight: scale of the adapter's change; 0 leaves the base's images. LoRA-like adapters only.
         guidance: called with the folder's `guider_config.json`; returns a context manager that is entered now and left
             on detach. A shipped guider without it is reported by one warning.
         name: peft's name for it; by default one that is free.
+        revision: branch, tag or commit of the Hub's repository.
         merged: added into the weights instead of beside them, whose bits are put back on detach (the last one first):
             faster, the same up to rounding.
         scope: where, when and how strongly it acts while sampling; it then stays beside the weights. None: as the
             folder's guider says, where `guidance` applies that.
         place: finds words in the pictures of a pipeline, such as `scfg.place_of`; a shipped scope may need it.
-
-    The user's own adapters stay as they are: which are on, whether all are off (`disable_lora`), and so on after ours
-    have left. A pipeline may be compiled or offloaded. What peft has no layer for (LyCORIS' whole differences, norms
-    and biases, DoRA magnitudes on LoHa, LoKr or over inputs, several kinds in one model) is always merged, as is a
-    DoRA on sequentially offloaded weights.
 
     Raises:
         FileError: altered or unsafe files.

@@ -31,6 +31,8 @@ def stored(layer: torch.nn.Module, name: str = "weight", *, writable: bool = Fal
     """A layer's parameter with its values, also where it is offloaded.
 
     Args:
+        layer: of any kind.
+        name: of its parameter.
         writable: what is written into the tensor must reach the next forward.
 
     Raises:

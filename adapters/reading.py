@@ -80,6 +80,7 @@ def from_any(
     """Read any spelling.
 
     Args:
+        tensors: all of a file, by their keys there.
         metadata: the file's header; holds diffusers' `lora_adapter_metadata`.
         config: `adapter_config.json`, for peft keys.
         component: which part of the pipeline keys without a prefix belong to; peft's do not say.

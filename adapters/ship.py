@@ -54,9 +54,11 @@ def ship(
     """Write a release folder; an older one of the same name is replaced in one step.
 
     Args:
+        folder: the release folder to write.
         weights: an adapter, or what training wrote: a folder or file in peft, diffusers or kohya keys, or the folder of
             a ControlNet or U-net.
         base: `adapters.describe(pipe)` of the base it was made on.
+        card: title, base, licence and what else the author says.
         gains: the comparison; with `rows`, or neither of the two.
         rows: the table that the comparison was computed from.
         shots: images per arm, for samples and report.
@@ -71,7 +73,11 @@ def ship(
             sample an arm, no page; `python -m adapters convert` makes the other spellings.
         key: private key of OpenSSH to sign the manifest with, see `adapters.signing.sign`.
 
-    Returns: the folder.
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: gains without rows, or rows without gains.
     """
     if (gains is None) != (not rows):
         raise AdapterError("gains and rows belong together: give both, or neither")
@@ -231,6 +237,15 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True, dry_run: boo
     """Upload a release folder to the Hub after checking its manifest; returns the names of the files.
 
     `dry_run` checks and lists, and contacts nobody.
+
+    Args:
+        folder: a release folder.
+        repo_id: "owner/name" on the Hub; made where it does not exist.
+        private: whether a new repository is private.
+        dry_run: check and list only.
+
+    Raises:
+        FileError: the folder does not match its manifest.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id

@@ -31,9 +31,10 @@ def to_kohya(
     """(tensors, header) in kohya / LyCORIS keys, every module with an explicit `.alpha` (alpha*sqrt(r) for rsLoRA).
 
     Args:
+        adapter: LoRA, DoRA, LoHa, LoKr or whole differences.
         uniform_alpha: give every LoRA module the same alpha and move the difference into `lora_up`. diffusers' own
-            reader of kohya files loses per-module alphas of attention layers; files for everyone need this. The
-            move is one float multiplication, so it is not exact to the bit unless the ratio is a power of two.
+            reader of kohya files loses per-module alphas of attention layers; files for everyone need this. The move is
+            one float multiplication, so it is not exact to the bit unless the ratio is a power of two.
         sdxl: whether the base is SDXL, whose U-net has the original code's names in these files; by default as far as
             the adapter tells.
     """

@@ -69,7 +69,16 @@ def read_tokens(path: Path) -> Tokens:
 
 
 def write_tokens(path: Path, tokens: Tokens, metadata: Mapping[str, str] | None = None) -> None:
-    """Write them as `read_tokens` and diffusers read them."""
+    """Write them as `read_tokens` and diffusers read them.
+
+    Args:
+        path: of the safetensors file.
+        tokens: token -> text encoder -> vectors (n, width).
+        metadata: further text of the header.
+
+    Raises:
+        FormatError: tokens that have vectors for different text encoders.
+    """
     if all(set(own) == {"text_encoder"} for own in tokens.values()):
         files.write_tensors(path, {token: own["text_encoder"] for token, own in tokens.items()}, metadata)
         return

@@ -58,7 +58,13 @@ def write_file(target: str | Path, *, sync: bool = True) -> Iterator[Path]:
 
 
 def write_bytes(target: str | Path, data: bytes, *, sync: bool = True) -> None:
-    """A whole file of these bytes, see `write_file`."""
+    """A whole file of these bytes, see `write_file`.
+
+    Args:
+        target: path of the file; its folder is made where it is missing.
+        data: its whole content.
+        sync: whether it must survive a loss of power, see `write_file`.
+    """
     with write_file(target, sync=sync) as part:
         part.write_bytes(data)
 

@@ -31,6 +31,11 @@ def write_adapter(folder: Path, adapter: Adapter, metadata: Mapping[str, str] | 
     """The spelling that most programs read: diffusers' for LoRA and DoRA, else peft's, a folder per component.
 
     `pipe.load_lora_weights(folder)` reads the first, `PeftModel.from_pretrained(unet, folder / "unet")` the second.
+
+    Args:
+        folder: where the files go.
+        adapter: of any kind.
+        metadata: further text of the headers.
     """
     if suits_diffusers(adapter):
         write_diffusers(folder / LORA_FILE, adapter, metadata)
@@ -46,13 +51,26 @@ def suits_diffusers(adapter: Adapter) -> bool:
 
 
 def write_diffusers(path: Path, adapter: Adapter, metadata: Mapping[str, str] | None = None) -> None:
-    """One file in diffusers' keys."""
+    """One file in diffusers' keys.
+
+    Args:
+        path: of the safetensors file.
+        adapter: a LoRA or DoRA, see `suits_diffusers`.
+        metadata: further text of the header.
+    """
     tensors, header = to_diffusers(adapter)
     files.write_tensors(path, tensors, {**(metadata or {}), **header})
 
 
 def write_peft(folder: Path, adapter: Adapter, metadata: Mapping[str, str] | None = None, *, unet: str = "") -> None:
-    """Weights and config per component; the U-net's in `folder` itself or in its folder `unet`."""
+    """Weights and config per component; the U-net's in `folder` itself or in its folder `unet`.
+
+    Args:
+        folder: where the files go.
+        adapter: of any kind that peft has.
+        metadata: further text of the header.
+        unet: folder of the U-net's files in `folder`.
+    """
     made = {component: to_peft(adapter, component) for component in adapter.components}  # all or nothing
     for component, (tensors, config) in made.items():
         place = folder / (unet if component == "unet" else component)
@@ -62,5 +80,11 @@ def write_peft(folder: Path, adapter: Adapter, metadata: Mapping[str, str] | Non
 
 
 def write_kohya(path: Path, adapter: Adapter, *, sdxl: bool | None = None) -> None:
-    """One file in kohya / LyCORIS keys that diffusers' own reader takes as well: every LoRA with one alpha."""
+    """One file in kohya / LyCORIS keys that diffusers' own reader takes as well: every LoRA with one alpha.
+
+    Args:
+        path: of the safetensors file.
+        adapter: of any kind.
+        sdxl: whether the base is SDXL; None: as far as the adapter tells.
+    """
     files.write_tensors(path, *to_kohya(adapter, uniform_alpha=True, sdxl=sdxl))

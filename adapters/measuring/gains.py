@@ -330,7 +330,16 @@ def _verdict(primary: Contrast, contrasts: Sequence[Contrast], design: Design) -
 
 
 def curve(rows: Sequence[Row], sweep: Mapping[str, str], design: Design) -> list[dict[str, Any]]:
-    """One method's points over guidance scale, every metric with its interval, ordered by scale."""
+    """One method's points over guidance scale, every metric with its interval, ordered by scale.
+
+    Args:
+        rows: of the arms in `sweep`, and perhaps others.
+        sweep: guidance scale, as text -> arm.
+        design: the metrics, and the confidence of their intervals.
+
+    Raises:
+        GainsError: an arm of the sweep has no rows.
+    """
     tables, points = _by_arm(rows), []
     for scale, arm in sorted(sweep.items(), key=lambda item: float(item[0])):
         if arm not in tables:
@@ -347,6 +356,17 @@ def at_effective_scale(
     S-CFG at nominal scale s pushes, on average, with another scale: `recorded` (a column noted while sampling). Each
     unit of `sweep` (scale -> arm, plain CFG) is interpolated linearly, metric by metric, at that unit's effective scale
     in `arm`. A scale outside the sweep is an error: nothing is extrapolated.
+
+    Args:
+        rows: of `arm` and of the sweep, on the same prompts and seeds.
+        arm: whose effective scale is asked for.
+        sweep: guidance scale, as text -> arm of plain CFG.
+        metrics: columns to interpolate.
+        name: the arm's name in the rows returned.
+        recorded: column with the effective scale.
+
+    Raises:
+        GainsError: no sweep, an arm without rows, or an effective scale that the sweep does not enclose.
     """
     if not sweep:
         raise GainsError("no sweep to interpolate in; measure the baseline at several guidance scales")

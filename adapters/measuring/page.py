@@ -91,7 +91,14 @@ def _uri(image: Image.Image, side: int) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
-    """A table that scrolls by itself; columns `text` are words and may wrap."""
+    """A table that scrolls by itself; columns `text` are words and may wrap.
+
+    Args:
+        caption: what a screen reader calls the table.
+        head: names of the columns.
+        rows: cells; the first of a row is its heading.
+        text: numbers of the columns that are words, from 0.
+    """
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     lines = []
     for first, *rest in rows:

@@ -41,6 +41,7 @@ def draw(arms: Sequence[Mapping[str, Any]], design: Design, gap: Callable[[str, 
 
     Args:
         arms: the summaries of a comparison.
+        design: which metrics are identity and accuracy, and which way each is better.
         gap: an arm's distance above an edge, over the clusters.
     """
     identity, accuracy = str(design.identity), str(design.accuracy)

@@ -17,12 +17,24 @@ _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
 
 
 def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
-    """Series name -> points (x, y, low, high, label); returns a <figure>."""
+    """Series name -> points (x, y, low, high, label); returns a <figure>.
+
+    Args:
+        series: name -> points (x, y, low, high, label).
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+    """
     return f"<figure>{_svg(series, x_label, y_label)}</figure>"
 
 
 def picture(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
-    """The same as an SVG file of its own, on white: a page that shows it as an image lends it no colours."""
+    """The same as an SVG file of its own, on white: a page that shows it as an image lends it no colours.
+
+    Args:
+        series: name -> points (x, y, low, high, label).
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+    """
     drawn = _svg(series, x_label, y_label)
     opened, _, rest = drawn.partition(">")
     own = ' xmlns="http://www.w3.org/2000/svg" color="#000"'

@@ -43,7 +43,10 @@ def render(
     """The page as text, below `page.LIMIT` bytes: larger pictures are made smaller until it is.
 
     Args:
+        gains: the comparison.
         shots: images of at least the design's arm and baseline; joined as the comparison joined them.
+        title: of the page, as text.
+        command: what makes the page again; shown at its end.
         overlay: shot -> named pictures (regions, gamma) shown below its pair; asked for the design's arm only.
         pairs: how many pairs are shown, spread evenly; the worst five follow below.
         facts: further lines of the last table.

@@ -81,7 +81,16 @@ def images(
 
     Args:
         pipe: a diffusers text-to-image pipeline with a U-net (latent diffusion; ControlNet too, with `inputs`).
+        prompts: each sampled with every seed.
+        seeds: of the initial noise.
         around: entered once around all sampling; a context manager, or a function that makes one.
+        batch_size: most images of one call of the pipeline.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance; 1: none.
+        negative_prompt: of all images; None: the pipeline's default.
+        height: of the images in pixels; None: the pipeline's default.
+        width: of the images in pixels; None: the pipeline's default.
+        arm: what the shots are called.
         inputs: further pipeline arguments of one image, such as ControlNet's `image`; passed on as lists.
         common: further pipeline arguments of every call, passed on as they are.
         record: called after each batch with what `around` yielded; returns one mapping of numbers per image.
@@ -95,6 +104,10 @@ def images(
 
     Returns:
         The shots of this rank, in order.
+
+    Raises:
+        AdapterError: a batch size or rank out of range, a PNG of other settings, or another number of notes than
+            images.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise AdapterError(
@@ -131,7 +144,14 @@ def images(
 
 
 def initial_latents(pipe: Any, seed: int, *, height: int | None = None, width: int | None = None) -> tuple[Any, Any]:
-    """(latents of shape (1, channels, h, w), the generator that drew them) of one seed; float32 on the CPU."""
+    """(latents of shape (1, channels, h, w), the generator that drew them) of one seed; float32 on the CPU.
+
+    Args:
+        pipe: a latent or pixel-space (DeepFloyd IF) pipeline with a U-net.
+        seed: of the generator.
+        height: of the image in pixels; None: what the U-net was trained on.
+        width: of the image in pixels; None: what the U-net was trained on.
+    """
     config, vae = pipe.unet.config, getattr(pipe, "vae", None)
     factor = 1 if vae is None else pipe.vae_scale_factor
     sample = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
@@ -214,7 +234,13 @@ def _keep(folder: Path | None, shot: Shot, numbers: dict[str, float], facts: Map
 
 
 def write(path: Path, shot: Shot, facts: Mapping[str, Any]) -> None:
-    """A PNG whose text chunk holds the shot and its settings; it appears whole or not at all."""
+    """A PNG whose text chunk holds the shot and its settings; it appears whole or not at all.
+
+    Args:
+        path: of the PNG file.
+        shot: the picture and what it was made from.
+        facts: the settings, which `images` compares before it takes the picture for its own.
+    """
     record = {
         "prompt": shot.prompt,
         "seed": shot.seed,

@@ -44,7 +44,17 @@ def _means(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Confidence interval of the mean of independent cluster means."""
+    """Confidence interval of the mean of independent cluster means.
+
+    Args:
+        values: one mean a cluster, at least two.
+        confidence: share of such studies whose interval holds the true mean.
+        seed: of the bootstrap's draws.
+
+    Returns:
+        The mean, its interval, the number of clusters and the method: constant, student-t or BCa (bias-corrected and
+        accelerated bootstrap).
+    """
     means = _means(values)
     n, mean = len(means), float(means.mean())
     if np.ptp(means) == 0:
@@ -69,7 +79,17 @@ def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, 
 def bootstrap_t(
     values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0, draws: int = DRAWS
 ) -> tuple[float, float]:
-    """Studentised bootstrap interval, the check beside Student's t."""
+    """Studentised bootstrap interval, the check beside Student's t.
+
+    Args:
+        values: one mean a cluster, at least two.
+        confidence: share of such studies whose interval holds the true mean.
+        seed: of the draws.
+        draws: bootstrap samples.
+
+    Returns:
+        Lower and upper end.
+    """
     means = _means(values)
     n, mean, error = len(means), means.mean(), means.std(ddof=1) / math.sqrt(len(means))
     if error == 0:
@@ -103,7 +123,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, power: float = 0.8) -> float:
-    """The true difference this design would have shown with the given power: (t_conf + t_power) standard errors."""
+    """The true difference this design would have shown with the given power: (t_conf + t_power) standard errors.
+
+    Args:
+        values: one difference a cluster, at least two.
+        confidence: of the two-sided interval.
+        power: chance of an interval without 0.
+    """
     means = _means(values)
     n = len(means)
     error = means.std(ddof=1) / math.sqrt(n)

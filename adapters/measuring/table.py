@@ -50,7 +50,15 @@ def measure(
     seeds: Sequence[int],
     subject: Callable[[Shot], str] | None = None,
 ) -> tuple[list[Row], dict[str, list[Shot]]]:
-    """Sample every arm on the same prompts and seeds and score it; returns the table and the images."""
+    """Sample every arm on the same prompts and seeds and score it; returns the table and the images.
+
+    Args:
+        arms: name -> function that samples prompts and seeds.
+        metrics: shots to numbers, one an image.
+        prompts: for every arm the same.
+        seeds: for every prompt the same.
+        subject: names the subject of a shot; None: there is one at most.
+    """
     shots = {name: list(arm(prompts, seeds)) for name, arm in arms.items()}
     return tabulate(shots, metrics, subject=subject), shots
 
@@ -61,6 +69,14 @@ def tabulate(
     """One row per image: what was recorded while sampling, and every metric, to four digits.
 
     More digits say nothing, and a table is to be small enough to be kept beside what it says.
+
+    Args:
+        shots: arm -> its images.
+        metrics: shots to numbers, one an image, with names of their own.
+        subject: names the subject of a shot; None: there is one at most.
+
+    Raises:
+        GainsError: two metrics of one name, or one with the name of a recorded number.
     """
     names = Counter(metric.name for metric in metrics)
     if twice := [name for name, n in names.items() if n > 1]:

@@ -77,9 +77,14 @@ def search(
         objective: a metric, whose mean over the images counts, or several that count together.
         prompts: prompts to tune on; they must differ from the held-out prompts, which are passed only for this check.
         seeds: seeds to tune with; they must differ from the held-out seeds.
+        held_out_prompts: those of the report, which the search must not see.
+        held_out_seeds: those of the report, which the search must not see.
         keep: share of candidates that go on to the next round, in which each gets 1/keep times the seeds.
         first: seeds per prompt in the first round.
         progress: called after each candidate with the number of images so far and in all.
+
+    Raises:
+        GainsError: no candidates, prompts or seeds, shares out of range, or a prompt or seed that is held out.
     """
     if not candidates:
         raise GainsError("tuning needs at least one candidate")
@@ -109,7 +114,15 @@ def search(
 
 
 def budget(candidates: int, prompts: int, seeds: int, *, keep: float = KEEP, first: int = 1) -> int:
-    """How many images a search draws: the rounds of `search`, counted."""
+    """How many images a search draws: the rounds of `search`, counted.
+
+    Args:
+        candidates: number of candidates.
+        prompts: number of prompts.
+        seeds: number of seeds.
+        keep: share of candidates that go on to the next round.
+        first: seeds per prompt in the first round.
+    """
     n, images = min(first, seeds), 0
     while True:
         images += candidates * prompts * n
@@ -127,6 +140,15 @@ def check(
     keep: float = KEEP,
 ) -> dict[str, Any]:
     """The winner, recomputed from every image's number; `references` are those of a joint objective.
+
+    Args:
+        rounds: of `search`, each with its candidates' settings, their numbers and the mean of these.
+        higher_is_better: whether the objective is to rise.
+        references: metric -> what its mean is divided by, of a joint objective; None: there is one metric.
+        keep: share of candidates that went on.
+
+    Returns:
+        The settings that won.
 
     Raises:
         GainsError: a round does not follow from the one before.

@@ -122,7 +122,16 @@ def recompute(folder: Path) -> Gains:
 
 
 def difference(ours: Any, stored: Any, where: str) -> str | None:
-    """The first place where two JSON values differ."""
+    """The first place where two JSON values differ.
+
+    Args:
+        ours: the value recomputed.
+        stored: the value in the file.
+        where: path of both, for the message.
+
+    Returns:
+        The place and both values as a sentence; None: they are the same up to rounding.
+    """
     if isinstance(ours, dict) and isinstance(stored, dict):
         if ours.keys() != stored.keys():
             return f"{where} has other fields: {sorted(ours.keys() ^ stored.keys())}"

@@ -29,7 +29,13 @@ Condition = Callable[[Shot], Image.Image]
 
 
 def canny(image: Image.Image, low: int = 100, high: int = 200) -> np.ndarray:
-    """Boolean (H, W) edges; the thresholds of the published ControlNet evaluations."""
+    """Boolean (H, W) edges; the thresholds of the published ControlNet evaluations.
+
+    Args:
+        image: of any mode; its luma is used.
+        low: gradient above which an edge goes on, 0 to 255.
+        high: gradient above which an edge begins.
+    """
     return cv2.Canny(np.asarray(image.convert("L")), low, high) > 0
 
 

@@ -48,7 +48,16 @@ def checked(name: str | Path, kinds: Sequence[str] = ()) -> Any:
 
 
 def pretrained(kind: Any, name: str | Path, device: str) -> Any:
-    """The model in evaluation mode, from safetensors."""
+    """The model in evaluation mode, from safetensors.
+
+    Args:
+        kind: a model class of transformers.
+        name: folder or Hub id.
+        device: where the model goes, such as "cuda".
+
+    Raises:
+        FileError: the model cannot be loaded.
+    """
     folder = Path(name).expanduser()
     try:
         return kind.from_pretrained(folder if folder.is_dir() else name, use_safetensors=True).eval().to(device)
@@ -63,6 +72,13 @@ def pixels(
 
     Done here, with PIL's bicubic resize, because transformers' image processors change with whether torchvision is
     installed.
+
+    Args:
+        images: of any size.
+        size: side of the crop in pixels.
+        mean: of the normalisation, a channel each, of values from 0 to 1.
+        std: of the normalisation, a channel each.
+        resize: shorter side in pixels before the crop.
     """
     rows = []
     for image in images:
@@ -75,13 +91,25 @@ def pixels(
 
 
 def normalised(images: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(n, 3, H, W) of pictures of one size."""
+    """(n, 3, H, W) of pictures of one size.
+
+    Args:
+        images: of one size.
+        mean: to subtract, a channel each, of values from 0 to 1.
+        std: to divide by, a channel each.
+    """
     rows = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images])
     batch = (rows - np.array(mean, np.float32)) / np.array(std, np.float32)
     return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()
 
 
 def batched(function: Callable[[Any], torch.Tensor], items: Sequence[Any], size: int) -> torch.Tensor:
-    """The function over the items, `size` at a time, on the CPU in float32."""
+    """The function over the items, `size` at a time, on the CPU in float32.
+
+    Args:
+        function: items -> a tensor with a row an item.
+        items: all of them.
+        size: most items of a call.
+    """
     with torch.no_grad():
         return torch.cat([function(items[i : i + size]).float().cpu() for i in range(0, len(items), size)])

@@ -68,7 +68,11 @@ def prepare(
     """Check the photos, write `subject.json` beside them and the config into `out`; returns the config's path.
 
     Args:
+        folder: with the photos.
         noun: the subject's class.
+        identifier: the subject's word.
+        base: folder or hub id of the base, or "pocket".
+        out: receives the config.
         networks: feature space -> folder or hub id of its network; what cannot be reached is left out.
 
     Raises:

@@ -113,7 +113,16 @@ def draw_pair(
     sampling: SamplingSettings,
     adapter: str | None = None,
 ) -> Pair:
-    """The prompt with plain CFG and with `guidance`, from the same noise and at the same scale."""
+    """The prompt with plain CFG and with `guidance`, from the same noise and at the same scale.
+
+    Args:
+        pipe: what samples.
+        prompt: what to draw.
+        seed: of the noise of both.
+        guidance: the one beside plain CFG.
+        sampling: steps, size and precision.
+        adapter: folder, file or hub id; None: the base alone.
+    """
     require(bool(prompt.strip()), "there is no prompt; write what to draw")
     require(guidance.scale > 1, "at guidance scale 1 there is no guidance to compare; choose a scale above 1")
     with adapted(pipe, adapter):

@@ -106,6 +106,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def save(folder: Path, state: State, *, keep: int) -> Path:
     """Writes `folder/step-NNNNNN` and removes all but the last `keep` up to it.
 
+    Args:
+        folder: of all checkpoints of the run.
+        state: weights, optimizer and facts after a step.
+        keep: how many of the latest checkpoints stay, this one among them.
+
+    Returns:
+        The checkpoint's folder.
+
     Raises:
         TrainingError: weights that are not finite, which are not worth keeping; or see `atomic_folder`.
     """
@@ -156,6 +164,9 @@ def find(
     A damaged latest one is said, and the one before it is taken.
 
     Args:
+        resume: a checkpoint's folder, or "latest".
+        folder: of the run's checkpoints.
+        say: receives a line about each damaged checkpoint.
         stop_if_damaged: a damaged latest one is an error instead.
 
     Raises:
@@ -223,6 +234,12 @@ def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: lis
     How a step's samples are split is free as long as their number stays, which is a fact of its own; so is where base
     and data lie, as long as they hold the same.
 
+    Args:
+        path: of the checkpoint, for the message.
+        saved: its state.
+        facts: those of the run that is to go on.
+        free: dotted settings that may differ, beside `FREE`.
+
     Raises:
         TrainingError: names everything that changed, with both values.
     """
@@ -240,7 +257,13 @@ def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: lis
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], *, free: tuple[str, ...] = FREE) -> list[str]:
-    """`name: saved -> now` for every dotted value that differs, but for those named (or under a name) in `free`."""
+    """`name: saved -> now` for every dotted value that differs, but for those named (or under a name) in `free`.
+
+    Args:
+        saved: facts of the checkpoint.
+        now: facts of the run that is to go on.
+        free: dotted names that may differ, with all below them.
+    """
     before, after = dict(_flat(saved)), dict(_flat(now))
     found = []
     for name in sorted(before.keys() | after.keys()):

@@ -119,8 +119,11 @@ def placed(
     """The subject's cut-outs, in turn, in those drawn pictures whose line holds {}.
 
     Args:
+        parts: the base, whose VAE makes the latents that `region` looks at.
         data: the subject's pictures with masks and captions such as "a sks dog on the grass".
         drawn: the class images, picture i of line i in turn.
+        lines: prompts of the class images, {} where the class stands.
+        identifier: the subject's word in its captions.
         region: from the word of the class to where it is in a picture.
 
     Raises:

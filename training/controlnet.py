@@ -34,6 +34,12 @@ def prepare(
 ) -> Method:
     """A new ControlNet beside the frozen U-net, with zero-initialised outputs: at step 0 it changes nothing.
 
+    Args:
+        parts: the base.
+        settings: how the network begins; None: the defaults.
+        objective: loss and noise; None: the defaults.
+        seed: of the weights of a new network.
+
     Raises:
         TrainingError: `start` is no ControlNet for this base, or `channels` does not fit the VAE's factor.
     """

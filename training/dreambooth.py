@@ -46,7 +46,13 @@ def prepare(
     settings: DreamBoothSettings | None = None,
     objective: ObjectiveSettings | None = None,
 ) -> Method:
-    """Trains the whole U-net, and if wanted the text encoders."""
+    """Trains the whole U-net, and if wanted the text encoders.
+
+    Args:
+        parts: the base; its networks train in place.
+        settings: whether the text encoders train; None: the defaults.
+        objective: loss and noise; None: the defaults.
+    """
     settings = settings or DreamBoothSettings()
     models: dict[str, Any] = {"unet": parts.unet}
     if settings.text_encoder:
@@ -135,10 +141,14 @@ def prior(
     """The prior that the settings ask for, with missing class images generated; None where nothing is preserved.
 
     Args:
+        parts: the base, which draws the class images.
+        settings: what is preserved, and how.
         data: the subject's views, which serve under their class captions where there is no class prompt.
         folder: of the class images, where the settings name none.
         words: new tokens, and the word of the class that stands for each in class captions.
         region: from a word to where it is in a picture, for `company`.
+        seed: of the class images.
+        batch_size: class images drawn at once.
 
     Raises:
         TrainingError: `preserve: base` without a class prompt or an identifier, captions without the identifier, or
@@ -185,6 +195,11 @@ def prior(
 
 def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, str]) -> str:
     """What the base would call a picture: "a sks owl and a <rex>" becomes "an owl and a dog".
+
+    Args:
+        caption: of the subject's picture.
+        identifier: the subject's word, which goes; None: there is none.
+        words: new token -> the word of its class.
 
     Raises:
         TrainingError: a caption without the identifier and any of the words.
@@ -280,6 +295,17 @@ def class_images(
     Beside every image lies its prompt, as its caption. An image is always drawn in the same batch, which begins at a
     multiple of `batch_size` and is whole even where `count` ends within it: how a kernel rounds depends on the size of
     a batch, so only this way an image that is made again is the same to the bit.
+
+    Args:
+        parts: the base, which draws them.
+        prompts: image i has prompt i, from the first again after the last.
+        count: images in all.
+        folder: where they and their captions lie.
+        resolution: side in pixels.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
+        seed: image i has a seed made from this one and i.
+        batch_size: images drawn at once.
 
     Raises:
         TrainingError: the folder's manifest names other prompts, base, sampler or size, or images lack one.

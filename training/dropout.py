@@ -35,6 +35,12 @@ def drop(network: nn.Module, adapter: str, *, ranks: float, modules: float) -> N
     """In training, leaves out each rank of a sample's update, or a layer's whole update, with these probabilities.
 
     Ranks that are kept count 1/(1 - p) as much; whole updates are not rescaled, as in peft's LoHa and LoKr.
+
+    Args:
+        network: with LoRA layers, hooked in place.
+        adapter: peft's name of the LoRA.
+        ranks: probability that a rank is left out for a sample, below 1.
+        modules: probability that a layer's whole update is left out.
     """
     for layer in network.modules():
         found = getattr(layer, "lora_A", None)

@@ -111,7 +111,13 @@ def estimate(
     """Tries one micro-batch: twice forward and backward (the first warms up), once forward; leaves no gradient behind.
 
     Args:
+        method: what trains.
+        model: the method's step, without the wrapper for several processes.
+        batch: one micro-batch on the device.
+        settings: batch size, steps, optimizer and precision.
+        dtype: compute precision.
         asked: share of samples for which the base predicts too, which any one micro-batch may hold more or fewer of.
+        caching_seconds: time that caching will take beside the steps.
     """
     batch = {name: value for name, value in batch.items() if name != "preserved"}
     losses, activations = activation_bytes(model, batch)

@@ -28,6 +28,9 @@ class Log:
     """What a run says about itself.
 
     Args:
+        path: of `log.jsonl`; written by the main process.
+        accelerator: whose trackers are told too.
+        say: receives progress lines.
         step: where the run starts; a file's lines of later steps, which will be trained again, are dropped.
         steps: where it ends.
         per_step: samples in an optimizer step, over all processes.
@@ -52,6 +55,11 @@ class Log:
 
     def write(self, step: int, rate: float, saved: Path | None) -> None:
         """Writes the mean loss since the last time.
+
+        Args:
+            step: the number of steps made.
+            rate: learning rate of the first group.
+            saved: the last good checkpoint; None: there is none.
 
         Raises:
             TrainingError: it is not finite; `saved` is the last good checkpoint.

@@ -92,10 +92,15 @@ def train(
     """Trains and saves; returns None after a dry run.
 
     Args:
+        method: what trains, from `lora.prepare`, `dreambooth.prepare` or `controlnet.prepare`.
+        data: the pictures.
+        settings: steps, batches, optimizer, precision, checkpoints and validation.
         out: receives `checkpoints/`, `samples/`, `log.jsonl` and the result in a folder named after the method.
         record: the recipe's resolved settings, saved beside every checkpoint and compared when resuming.
         prior: class images of DreamBooth.
         region: mask of the subject per entry, see `cache.encode_views`; needs the cache.
+        cache: where encoded pictures and captions are kept; "off": encoded in every step.
+        cache_folder: of the cache on disk; None: `out/cache`.
         say: receives progress lines, on the main process only.
         estimated: receives what the run will take, on the main process, before its first step.
 

@@ -62,6 +62,12 @@ def prepare(
 ) -> Method:
     """Adds adapters to the base's U-net (and text encoders) in place; `seed` fixes their starting values.
 
+    Args:
+        parts: the base, to which adapters are added in place.
+        settings: rank, targets and kind; None: the defaults.
+        objective: loss and noise; None: the defaults.
+        seed: of the adapters' starting values.
+
     Raises:
         TrainingError: a target or pattern that names no layer, or a new token that cannot be added.
     """

@@ -77,7 +77,14 @@ class Method:
 
 
 def text_of(models: Mapping[str, Any], batch: Batch, family: str, frozen: list[Any]) -> dict[str, Tensor]:
-    """`embeds` and, for SDXL, `pooled`: from the batch where cached, else from the encoders in `models` or `frozen`."""
+    """`embeds` and, for SDXL, `pooled`: from the batch where cached, else from the encoders in `models` or `frozen`.
+
+    Args:
+        models: what trains, by name.
+        batch: with `embeds`, or with token ids `ids_0`, `ids_1` (B, T).
+        family: "sd" or "sdxl".
+        frozen: the base's text encoders, in order.
+    """
     if "embeds" in batch:
         return {key: batch[key] for key in ("embeds", "pooled") if key in batch}
     names = ("text_encoder", "text_encoder_2")
@@ -89,7 +96,13 @@ def text_of(models: Mapping[str, Any], batch: Batch, family: str, frozen: list[A
 
 
 def conditions_of(text: Mapping[str, Tensor], frame: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-    """The U-net's and ControlNet's text arguments; `frame` (B, 6) is SDXL's size conditioning, used beside `pooled`."""
+    """The U-net's and ControlNet's text arguments; `frame` (B, 6) is SDXL's size conditioning, used beside `pooled`.
+
+    Args:
+        text: `embeds` (B, T, D), and for SDXL `pooled` (B, P).
+        frame: (B, 6) original size, upper left corner of the crop and target size, each (y, x) in pixels.
+        dtype: compute precision.
+    """
     added = {"text_embeds": text["pooled"].to(dtype), "time_ids": frame} if "pooled" in text else None
     return {"encoder_hidden_states": text["embeds"].to(dtype), "added_cond_kwargs": added}
 
@@ -97,7 +110,15 @@ def conditions_of(text: Mapping[str, Tensor], frame: Tensor, dtype: torch.dtype)
 def denoise_step(
     models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts: Parts, objective: Objective
 ) -> Tensor:
-    """The plain step of LoRA and DreamBooth: the trained U-net's weighted loss per sample (B,)."""
+    """The plain step of LoRA and DreamBooth: the trained U-net's weighted loss per sample (B,).
+
+    Args:
+        models: what trains, by name; "unet" among it.
+        batch: see `data.batches.Feed.batch`, with `latents` (B, C, h, w).
+        dtype: compute precision.
+        parts: the base.
+        objective: the loss.
+    """
     return objective.losses(_predictor(models, batch, dtype, parts), dict(batch))
 
 
@@ -115,7 +136,13 @@ def _predictor(
 
 @torch.no_grad()
 def base_prediction(method: Method, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """What the base predicts for the rows `preserved` (n,) of the batch, (n, C, h, w) float32."""
+    """What the base predicts for the rows `preserved` (n,) of the batch, (n, C, h, w) float32.
+
+    Args:
+        method: with `base` set.
+        batch: see `data.batches.Feed.batch`, with `preserved` and the `base_` embeddings of its rows.
+        dtype: compute precision.
+    """
     assert method.base is not None
     chosen = batch["preserved"]
     rows = {name: batch[name][chosen] for name in ("latents", "noise", "timesteps", "frame")}
@@ -126,7 +153,13 @@ def base_prediction(method: Method, batch: Batch, dtype: torch.dtype) -> Tensor:
 
 
 class Stepper(nn.Module):
-    """All that trains in one module, whose forward is the method's step; accelerate wraps it for several processes."""
+    """All that trains in one module, whose forward is the method's step; accelerate wraps it for several processes.
+
+    Args:
+        method: what trains.
+        dtype: compute precision.
+        device: where it runs.
+    """
 
     def __init__(self, method: Method, dtype: torch.dtype, device: torch.device):
         super().__init__()

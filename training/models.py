@@ -78,6 +78,11 @@ class Parts:
 def load(base: str | Path, *, revision: str | None = None, variant: str | None = None) -> Parts:
     """Loads a diffusers pipeline folder or hub id, float32, on the CPU, from safetensors only.
 
+    Args:
+        base: folder or hub id.
+        revision: branch, tag or commit on the hub.
+        variant: of the files' names, such as "fp16".
+
     Raises:
         TrainingError: nothing there, no U-net, a U-net that is no text-to-latent U-net, or weights only as pickles.
     """
@@ -207,7 +212,13 @@ def _all_ids(tokenizer: Any, captions: list[str]) -> list[list[int]]:
 
 
 def encode_text(encoders: list[Any], ids: list[Tensor], *, family: str) -> dict[str, Tensor]:
-    """`embeds` (B, T, D), and for SDXL `pooled` (B, P) and the penultimate states of both encoders side by side."""
+    """`embeds` (B, T, D), and for SDXL `pooled` (B, P) and the penultimate states of both encoders side by side.
+
+    Args:
+        encoders: one (SD), or two (SDXL).
+        ids: tokens (B, T) for each encoder.
+        family: "sd" or "sdxl".
+    """
     if family == "sd":
         return {"embeds": encoders[0](ids[0].to(encoders[0].device))[0]}
     outputs = [

@@ -67,12 +67,30 @@ def alpha_sigma(products: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """x_t (B, C, h, w) float32; α and σ stay in float32, whose bfloat16 has 8 bits of mantissa."""
+    """x_t (B, C, h, w) float32; α and σ stay in float32, whose bfloat16 has 8 bits of mantissa.
+
+    Args:
+        latents: (B, C, h, w).
+        noise: (B, C, h, w), standard normal.
+        alpha: (B, 1, 1, 1), factor of the latents.
+        sigma: (B, 1, 1, 1), factor of the noise.
+    """
     return alpha * latents.float() + sigma * noise.float()
 
 
 def target(prediction: str, latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network shall predict, (B, C, h, w) float32."""
+    """What the network shall predict, (B, C, h, w) float32.
+
+    Args:
+        prediction: "epsilon", "v_prediction" or "sample".
+        latents: (B, C, h, w).
+        noise: (B, C, h, w), standard normal.
+        alpha: (B, 1, 1, 1), factor of the latents in x_t.
+        sigma: (B, 1, 1, 1), factor of the noise in x_t.
+
+    Raises:
+        TrainingError: another prediction type.
+    """
     if prediction == "epsilon":
         return noise.float()
     if prediction == "v_prediction":
@@ -85,7 +103,15 @@ def target(prediction: str, latents: Tensor, noise: Tensor, alpha: Tensor, sigma
 def snr_weight(
     prediction: str, alpha: Tensor, sigma: Tensor, *, gamma: float | None = None, debiased: bool = False
 ) -> Tensor:
-    """Loss weight per sample (B,) for the error of `prediction`; all ones without `gamma` and `debiased`."""
+    """Loss weight per sample (B,) for the error of `prediction`; all ones without `gamma` and `debiased`.
+
+    Args:
+        prediction: "epsilon", "v_prediction" or "sample".
+        alpha: (B, 1, 1, 1), factor of the latents in x_t; the signal-to-noise ratio is (alpha / sigma)^2.
+        sigma: (B, 1, 1, 1), factor of the noise in x_t.
+        gamma: largest ratio that counts (min-SNR); None: no such weight.
+        debiased: weight by 1 / sqrt(SNR), where `gamma` is None.
+    """
     snr = (alpha / sigma).square().flatten()
     if gamma is not None:
         clipped = snr.clamp(max=gamma)
@@ -100,6 +126,13 @@ def error(predicted: Tensor, wanted: Tensor, *, kind: str = "mse", huber_c: floa
     """Error per sample (B,) float32; with `mask` (B, 1, h, w) the mean weighted by it, normalised per sample.
 
     Normalising per sample keeps a sample's loss the same in every batch, so that batches can be split at will.
+
+    Args:
+        predicted: (B, C, h, w).
+        wanted: (B, C, h, w).
+        kind: "mse" or "huber" (pseudo-Huber).
+        huber_c: error from which Huber grows linearly.
+        mask: weight of every position, (B, 1, h, w) in [0, 1].
     """
     difference = predicted.float() - wanted.float()
     squares = difference.square()

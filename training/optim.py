@@ -73,6 +73,8 @@ def build(
     """The optimizer over named parameters, in groups of one learning rate; what `train.rates` freezes is left out.
 
     Args:
+        trainable: parameters by `model.parameter` name.
+        settings: optimizer, its arguments, and learning rates.
         factors: of the learning rate by pattern, which come on top of `train.rates` (LoRA+).
 
     Raises:
@@ -141,7 +143,16 @@ def frozen(trainable: Mapping[str, nn.Parameter], settings: TrainSettings) -> li
 def table(
     trainable: Mapping[str, nn.Parameter], settings: TrainSettings, factors: Mapping[str, float] | None = None
 ) -> list[str]:
-    """What each pattern of `train.rates` caught, and at which rates it trains."""
+    """What each pattern of `train.rates` caught, and at which rates it trains.
+
+    Args:
+        trainable: parameters by `model.parameter` name.
+        settings: optimizer and learning rates.
+        factors: of the learning rate by pattern, as for `build`.
+
+    Returns:
+        Lines; none where `train.rates` is empty.
+    """
     peaks = _peaks(trainable, settings, factors or {})
 
     def said(names: list[str]) -> str:

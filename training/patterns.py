@@ -20,6 +20,11 @@ Value = TypeVar("Value")
 def caught(setting: str, patterns: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
     """Pattern -> the names that it catches.
 
+    Args:
+        setting: where the patterns are from, for the message.
+        patterns: regular expressions, in their order.
+        names: dotted names of layers or parameters.
+
     Raises:
         TrainingError: a pattern that catches nothing.
     """
@@ -49,6 +54,9 @@ def table(
     """A line per pattern, and one for the names that none catches.
 
     Args:
+        setting: where the patterns are from.
+        found: pattern -> the names that it caught.
+        names: all names.
         said: of names, what they get.
     """
     if not found:

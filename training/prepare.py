@@ -65,7 +65,16 @@ class Prepared:
 
 
 def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], None]) -> Accelerator:
-    """Accelerate with the trackers that are installed; precision is ours, see `prepare`."""
+    """Accelerate with the trackers that are installed; precision is ours, see `prepare`.
+
+    Args:
+        settings: trackers, and whether TF32 is allowed.
+        out: where trackers write.
+        say: receives a line about each tracker that is not installed.
+
+    Raises:
+        TrainingError: the launcher asks for DeepSpeed.
+    """
     there = [name for name in settings.trackers if _tracker_installed(name)]
     accelerator = Accelerator(
         mixed_precision="no",
@@ -109,10 +118,15 @@ def prepare(
     """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision.
 
     Args:
+        method: what trains; its frozen weights are cast in place.
+        data: the pictures.
+        settings: of the training.
+        accelerator: of `make_accelerator`.
         prior: class images of DreamBooth; where they are trained towards the base's prediction, `method.base` is set.
         region: mask of the subject per entry, see `cache.encode_views`.
         cache: "memory", "disk" or "off"; several processes share one on disk, a dry run has none.
         cache_folder: of the cache on disk.
+        say: receives progress lines.
 
     Raises:
         TrainingError: data, captions or class images that the method cannot train on.
@@ -320,7 +334,13 @@ def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encode
 
 
 def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
-    """Frozen networks that run in every step get the compute precision; whatever trains stays float32."""
+    """Frozen networks that run in every step get the compute precision; whatever trains stays float32.
+
+    Args:
+        method: whose networks are moved and cast in place.
+        device: where they run.
+        dtype: compute precision.
+    """
     for module in method.networks():
         module.to(device)
         for parameter in module.parameters():
@@ -335,6 +355,9 @@ def configure_networks(
     """Attention kernel, memory layout, gradient checkpointing and compilation of the networks of every step.
 
     Args:
+        method: whose networks are changed in place.
+        settings: attention, gradient checkpointing and compilation.
+        device: where they run.
         tokens: latents of an image, the longest sequence that attention sees.
         divided: weights will be divided over the processes (FSDP), which takes contiguous ones only.
     """
@@ -353,7 +376,13 @@ def configure_networks(
 
 @contextlib.contextmanager
 def kernels(method: Method, settings: TrainSettings, accelerator: Accelerator) -> Iterator[None]:
-    """`fused` LoRA layers and `prepacked` convolutions in the networks of every step, where asked for and possible."""
+    """`fused` LoRA layers and `prepacked` convolutions in the networks of every step, where asked for and possible.
+
+    Args:
+        method: whose networks are changed while the context lasts.
+        settings: `fuse`, `prepack` and `compile`.
+        accelerator: its device and processes.
+    """
     ours = method.networks() if not settings.compile and not sharding.asked(accelerator) else []
     packs = settings.prepack and accelerator.device.type == "cpu" and prepack.possible()
     with fused.fused(ours if settings.fuse else []), prepack.prepacked(ours if packs else []):
@@ -408,7 +437,15 @@ def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], d
 def announce(
     method: Method, model: Any, settings: TrainSettings, prepared: Prepared, say: Callable[[str], None]
 ) -> Estimate:
-    """Says what trains, and what memory and time it will take; returns the estimate."""
+    """Says what trains, and what memory and time it will take; returns the estimate.
+
+    Args:
+        method: what trains.
+        model: the method's step, without the wrapper for several processes.
+        settings: of the training.
+        prepared: of `prepare`.
+        say: receives the lines.
+    """
     feed = prepared.feed
     say(f"{method.name}: {len(feed.streams[0].entries)} views, {feed.per_step} samples a step, {settings.steps} steps")
     found = estimate(

@@ -32,6 +32,11 @@ def asked(accelerator: Accelerator) -> bool:
 def divide(method: Method, settings: TrainSettings, accelerator: Accelerator) -> None:
     """Replaces the parameters of the method's networks by their parts.
 
+    Args:
+        method: whose networks are divided in place.
+        settings: of which the precision matters.
+        accelerator: its device and processes.
+
     Raises:
         TrainingError: frozen weights among them (LoRA), or fp16, whose loss scaling looks at one process only.
     """

@@ -30,6 +30,11 @@ TAKEN = ("pissa", "olora")
 def check(start: str, network: nn.Module, ranks: Mapping[str, int]) -> None:
     """Looks whether a start can be computed for these layers, which peft would find out half-way.
 
+    Args:
+        start: see `LoraSettings.start`.
+        network: which the LoRA is for.
+        ranks: path of a layer -> its rank.
+
     Raises:
         TrainingError: a convolution, or a rank that the layer's weight does not have.
     """

@@ -62,8 +62,15 @@ def samples(
     """Samples this process's share of the prompts, prompt i with seed `seed + i`, into `folder/NN.png`.
 
     Args:
+        method: what trains.
+        settings: prompts, seed, steps and guidance scale.
         texts: cached embeddings by caption; None when the text encoders are there to be asked.
+        folder: receives the pictures.
+        device: where the pipeline runs.
         size: (height, width).
+        dtype: compute precision.
+        rank: of this process, from 0.
+        processes: how many share the prompts.
         write: whether to keep the pictures; one of several processes that draw the same ones does.
     """
     if settings.conditioning and len(settings.conditioning) != len(settings.prompts):
@@ -125,7 +132,15 @@ def _conditioning(settings: ValidationSettings, number: int, size: tuple[int, in
 def fixed_loss_batches(
     stream: Stream, draws: Draws, count: int, *, seed: int, text: Callable[[list[str]], dict[str, Tensor]] | None
 ) -> list[dict[str, Any]]:
-    """One-sample batches over evenly spread views, timesteps and fixed noise, the same in every run with this seed."""
+    """One-sample batches over evenly spread views, timesteps and fixed noise, the same in every run with this seed.
+
+    Args:
+        stream: whose samples are taken.
+        draws: what is drawn for a sample; dropout and noise offset are left out.
+        count: batches.
+        seed: of the noise.
+        text: captions to embeddings or token ids.
+    """
     quiet = dataclasses.replace(draws, noise_offset=0.0, caption_dropout=0.0, conditioning_dropout=0.0)
     feed = Feed([dataclasses.replace(stream, draw=None)], quiet, seed=seed, batch_size=1, text=text)
     batches = []
@@ -139,6 +154,12 @@ def fixed_loss_batches(
 def fixed_loss(
     step: Callable[[dict[str, Any]], Tensor], batches: list[dict[str, Any]], modules: list[nn.Module]
 ) -> float:
-    """Mean loss of the batches without training on them."""
+    """Mean loss of the batches without training on them.
+
+    Args:
+        step: batch -> loss per sample.
+        batches: of `fixed_loss_batches`.
+        modules: put into evaluation mode meanwhile.
+    """
     with untouched(*modules):
         return float(torch.stack([step(batch).mean() for batch in batches]).mean())

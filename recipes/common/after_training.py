@@ -15,6 +15,7 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
     """Run the stages asked for on what was trained; returns the last stage's folder.
 
     Args:
+        settings: of the recipe; `tune`, `measure` and `ship` say which stages run.
         trained: LoRA, U-net or ControlNet folder.
         controlnet: `trained` is a ControlNet, which is wired in rather than put on the U-net.
     """

@@ -55,7 +55,13 @@ def load_parts(base: BaseSettings) -> Any:
 
 
 def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str | None = None) -> Any:
-    """A diffusers pipeline of the base for sampling, on this process's device; with a ControlNet if one is named."""
+    """A diffusers pipeline of the base for sampling, on this process's device; with a ControlNet if one is named.
+
+    Args:
+        base: which model, revision and variant.
+        sampling: scheduler, steps and precision.
+        controlnet: folder or hub id; None: there is none.
+    """
     import diffusers
     import torch
 
@@ -141,8 +147,12 @@ def adapted(
     """The adapter on the pipeline for as long as the context lasts; a guidance it ships with is left to the recipe.
 
     Args:
+        pipe: which the adapter is put on.
+        adapter: folder, file or hub id; None: the base stays as it is.
+        weight: scale of the adapter's change.
         scope: where, when and how strongly it acts; null: everywhere.
-        identifier, noun: of the subject, for a scope that looks for it.
+        identifier: the subject's word, for a scope that looks for the subject.
+        noun: the subject's class, for a scope that looks for it.
     """
     import torch
 

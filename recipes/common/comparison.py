@@ -123,6 +123,7 @@ class Comparison:
         """The metrics of one unit.
 
         Args:
+            case: the unit.
             base: the base's own pictures of its prompts, for drift.
             classes: the base's pictures of the class, of the same prompts without the identifier, for identity.
         """
@@ -169,8 +170,11 @@ def resolve(
     """The comparison that the settings describe.
 
     Args:
-        adapter, controlnet: what stands on the base; `TO_COME` or `WHOLE_TO_COME` where it is yet to be trained.
+        plan: arms, units, metrics and what decides.
+        base: the base model.
+        adapter: what stands on the base; `TO_COME` or `WHOLE_TO_COME` where it is yet to be trained.
         weight: of the adapter, in arms that have none of their own.
+        controlnet: folder or hub id of the ControlNet, or `TO_COME`.
         tuned: folder that recipes/tune.py wrote; it replaces the guidance of the arms it tuned.
         size: (width, height) that targets and their conditions are cut to; null: each its own.
 
@@ -329,7 +333,13 @@ def _check_there(adapter: str | None, arms: Mapping[str, Arm]) -> None:
 
 
 def worn(pipe: Any, case: Case, arm: Arm) -> AbstractContextManager[Any]:
-    """The unit's adapter on the pipeline, as the arm has it."""
+    """The unit's adapter on the pipeline, as the arm has it.
+
+    Args:
+        pipe: which the adapter is put on.
+        case: whose adapter it is.
+        arm: its weight and scope.
+    """
     subject = {"identifier": case.identifier, "noun": case.noun}
     return adapted(pipe, case.adapter, arm.weight, scope=arm.guidance.scope, **subject)
 

@@ -32,9 +32,16 @@ def draw(
     """All shots, each process having sampled its share; what is in `folder` with equal settings is not sampled again.
 
     Args:
+        pipe: what samples.
+        prompts: each with every seed.
+        seeds: of the initial noise.
+        guidance: method, scale and scope.
+        sampling: steps, size, batch size and precision.
+        folder: where pictures are kept; None: nowhere.
         weights: name or hash of the adapter on the pipeline, to tell its pictures from another's.
         arm: what the shots are called.
-        inputs, common: see `adapters.measuring.sample.images`.
+        inputs: further arguments of one picture, see `adapters.measuring.sample.images`.
+        common: further arguments of every call, see `adapters.measuring.sample.images`.
     """
     import adapters
     from training.ranks import state
@@ -90,7 +97,14 @@ def _made_with(
 
 
 def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = "") -> Image.Image:
-    """One column an arm, one row a prompt (its first seed)."""
+    """One column an arm, one row a prompt (its first seed).
+
+    Args:
+        shots: arm -> its pictures.
+        side: of a picture in pixels.
+        rows: most prompts shown.
+        title: in the corner.
+    """
     prompts = list(dict.fromkeys(shot.prompt for made in shots.values() for shot in made))[:rows]
     page = Image.new("RGB", (side * len(shots) + 420, side * len(prompts) + 20), "white")
     pen = ImageDraw.Draw(page)

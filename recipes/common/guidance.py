@@ -45,7 +45,9 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
     """The same as an adapter ships it: what `guider_config.json` holds, with the adapter's scope under `scope`.
 
     Args:
-        identifier, noun: of the subject, for a scope that looks for it.
+        settings: method, scale, rescale and scope.
+        identifier: the subject's word, for a scope that looks for the subject.
+        noun: the subject's class, for a scope that looks for it.
 
     Raises:
         TrainingError: a scope with `where`, and no subject.
@@ -72,7 +74,16 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
 def guided(
     pipe: Any, settings: GuidanceSettings, *, record: Sequence[str] = ()
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """Enters the guidance on the pipeline; plain CFG is the pipeline as it is."""
+    """Enters the guidance on the pipeline; plain CFG is the pipeline as it is.
+
+    Args:
+        pipe: which the guidance is attached to.
+        settings: method, preset, options and scale.
+        record: maps to keep in the trace, see `scfg.attach`.
+
+    Returns:
+        A function that makes the context manager; it may be called again for every batch.
+    """
     import scfg
 
     guidance = guidance_of(settings)

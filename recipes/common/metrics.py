@@ -115,6 +115,9 @@ def metrics(
     """The metrics of the settings, made for one case.
 
     Args:
+        settings: which metrics, and their models.
+        case: the unit: its prompts, its subject and its targets.
+        pocket: whether the base is the embedded one.
         base: the base's own pictures of its prompts, for drift.
         classes: the base's pictures of the class, of the same prompts without the identifier, for identity.
     """
@@ -123,6 +126,11 @@ def metrics(
 
 def check(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> dict[str, bool]:
     """The metrics by name, and whether higher is better; all of them are made once, which says what one lacks.
+
+    Args:
+        settings: which metrics, and their models.
+        units: each unit of the comparison.
+        pocket: whether the base is the embedded one.
 
     Raises:
         TrainingError: an unknown or repeated metric, or what one needs and the comparison does not have.
@@ -155,6 +163,11 @@ def check(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> 
 
 def judged(name: str, case: Case, prompt: str) -> bool:
     """Whether a metric has anything to judge in a prompt.
+
+    Args:
+        name: of the metric.
+        case: whose subject the prompt may name.
+        prompt: of the picture.
 
     Raises:
         TrainingError: the metric reads prompts of the pocket world, and this is none.

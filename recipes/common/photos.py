@@ -45,6 +45,7 @@ def look(folder: Path, *, calls: str, prompt: str, minimum: int) -> Photos:
     """The photos of a folder, if a subject can be learnt from them.
 
     Args:
+        folder: with the photos, and perhaps captions and masks.
         calls: what captions must call the subject, as in "sks dog".
         prompt: the caption where the folder has none.
         minimum: shortest allowed side in pixels.

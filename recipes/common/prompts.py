@@ -11,7 +11,16 @@ __all__ = ["texts"]
 
 
 def texts(prompts: Sequence[str], file: str | None, *, name: str = "") -> list[str]:
-    """Prompts from settings and a file with one a line; {} becomes `name` with its article."""
+    """Prompts from settings and a file with one a line; {} becomes `name` with its article.
+
+    Args:
+        prompts: of the settings.
+        file: with a prompt a line; None: there is none.
+        name: what {} stands for; empty: there is nothing.
+
+    Raises:
+        TrainingError: a {} without a name, or a file that cannot be read.
+    """
     lines = list(prompts)
     if file is not None:
         lines += [line.strip() for line in read_text(file, "prompt_file").split("\n") if line.strip()]

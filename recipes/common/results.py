@@ -33,6 +33,8 @@ def write_results(
 
     Args:
         pipe: what the pictures were sampled with; the report's overlays are sampled once more.
+        comparison: what was compared, and what decides.
+        sampling: steps, size and precision, for the table of facts.
         rows: one a picture, with its metrics.
         shots: arm -> its pictures.
         drift: further facts, by name.

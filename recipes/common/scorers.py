@@ -58,7 +58,14 @@ BATCHED = ("pickscore", "vqa")
 
 @lru_cache(maxsize=8)
 def model(key: str, path: str, device: str | None, batch_size: int) -> Any:
-    """A model, looked at now and loaded when it is first asked."""
+    """A model, looked at now and loaded when it is first asked.
+
+    Args:
+        key: of `MODELS`.
+        path: folder or hub id.
+        device: where it runs; None: this process's device.
+        batch_size: pictures it looks at together, where it takes several.
+    """
     more = {"batch_size": batch_size} if key in BATCHED else {}
     with named(f"measure.models.{key}"):
         return MODELS[key](name=path, device=device_of(device), **more)
@@ -66,6 +73,12 @@ def model(key: str, path: str, device: str | None, batch_size: int) -> Any:
 
 def scorer(name: str, settings: MeasureSettings, case: Case, target: Callable[[Shot], Image.Image]) -> Metric | None:
     """The scorer of a name; None where it is none of these.
+
+    Args:
+        name: of the metric.
+        settings: its model's place.
+        case: the unit.
+        target: shot -> the picture it is to be like, for depth.
 
     Raises:
         TrainingError: its model is not given, not there, or of another class.
@@ -96,6 +109,11 @@ def located(settings: MeasureSettings, noun: str) -> Located:
 
 def check_scorers(settings: MeasureSettings, names: Sequence[str], units: Sequence[Case]) -> None:
     """What the scorers among `names` would lack later, with the setting.
+
+    Args:
+        settings: models, spaces and the sweep.
+        names: of the metrics.
+        units: each unit of the comparison.
 
     Raises:
         TrainingError: an unknown model, a file that does not say what it must, or a preference without a sweep.

@@ -55,6 +55,8 @@ def resolve_search(
     """The search that the settings describe, for a comparison to come.
 
     Args:
+        search: candidates, prompts and objective.
+        comparison: which the winner goes into; its prompts are held out.
         adapter: what is tuned for; `TO_COME` where it is yet to be trained.
         size: see `comparison.resolve`.
 

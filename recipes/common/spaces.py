@@ -53,7 +53,17 @@ SPACES = (*NETWORKS, *FREE)
 
 @lru_cache(maxsize=8)
 def space(name: str, path: str | None = None, device: str | None = None, batch_size: int = 16) -> Any:
-    """A feature space: pictures -> (n, d). A network is looked at now, and loaded when it is first asked."""
+    """A feature space: pictures -> (n, d). A network is looked at now, and loaded when it is first asked.
+
+    Args:
+        name: of `SPACES`.
+        path: folder or hub id of its network; None for spaces without one.
+        device: where it runs; None: this process's device.
+        batch_size: pictures looked at together.
+
+    Raises:
+        TrainingError: an unknown name, or a network that is not given or cannot be found.
+    """
     if name in FREE:
         return FREE[name]()
     require(name in NETWORKS, f"feature space {name!r} is unknown; there are {', '.join(SPACES)}")

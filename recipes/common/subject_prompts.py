@@ -56,7 +56,13 @@ POCKET_INSTEAD = {"crown": "heart", "house": "tree", "star": "butterfly", "ballo
 
 
 def held_out(noun: str, identifier: str, *, pocket: bool) -> list[str]:
-    """Prompts of the report for a subject, with the subject's name in them."""
+    """Prompts of the report for a subject, with the subject's name in them.
+
+    Args:
+        noun: the subject's class.
+        identifier: the subject's word.
+        pocket: whether the base is the embedded one, which knows fewer words.
+    """
     lines = POCKET_PROMPTS if pocket else PROMPTS
     return texts(_for_class(lines, noun, pocket=pocket), None, name=f"{identifier} {noun}")
 
@@ -77,6 +83,8 @@ def check_pocket(noun: str, identifier: str, prompts: Sequence[str], where: str)
     """Refuses a subject that the pocket base cannot be asked for.
 
     Args:
+        noun: the subject's class.
+        identifier: the subject's word.
         prompts: the subject's, with its name.
         where: file that they are in.
 

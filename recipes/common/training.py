@@ -56,8 +56,12 @@ def check(settings: Training, *, controlnet: bool = False, whole: bool = False) 
     """What the later stages would find wrong is said before training.
 
     Args:
+        settings: of the recipe.
         controlnet: what trains is a ControlNet, not an adapter.
         whole: what trains is the U-net itself.
+
+    Raises:
+        TrainingError: what tuning, measuring or shipping would lack.
     """
     import adapters
     from recipes.common import scorers, spaces
@@ -106,7 +110,13 @@ def _say_stages(settings: Training, found: Any) -> None:
 
 
 def class_prior(parts: Any, settings: Any, pictures: Any) -> Any:
-    """The samples of the class that a DreamBooth recipe's settings ask for; missing class images are generated."""
+    """The samples of the class that a DreamBooth recipe's settings ask for; missing class images are generated.
+
+    Args:
+        parts: the base.
+        settings: of the recipe; `dreambooth` and `train`.
+        pictures: the subject's views.
+    """
     from recipes.common.region_mask import region_of
     from training import company, dreambooth
 

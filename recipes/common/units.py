@@ -67,6 +67,8 @@ def cases(settings: MeasureSettings, adapter: str | None, *, size: tuple[int, in
     """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name.
 
     Args:
+        settings: subjects, targets or prompts.
+        adapter: its path; None: there is none.
         size: (width, height) that targets and their conditions are cut to; null: each its own.
     """
     if settings.targets is not None:

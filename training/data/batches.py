@@ -81,7 +81,21 @@ class Draws:
 
 
 class Feed:
-    """Batches by step; building one touches no state, so threads may do it ahead."""
+    """Batches by step; building one touches no state, so threads may do it ahead.
+
+    Args:
+        streams: entries, each with its share; several must have one image size.
+        draws: what is drawn at random for a sample.
+        seed: of order, noise and dropout.
+        batch_size: samples of one micro-step in one process.
+        accumulation: micro-steps of an optimizer step.
+        processes: how many share a step.
+        rank: of this process, from 0.
+        text: captions to embeddings or token ids; None: batches hold the captions.
+
+    Raises:
+        TrainingError: several streams, and images of different sizes.
+    """
 
     def __init__(
         self,
@@ -215,7 +229,13 @@ class Feed:
         return int(drawn[step]), int((drawn[:step] == drawn[step]).sum())
 
     def ahead(self, first: int, last: int, workers: int) -> Generator[list[dict[str, Any]], None, None]:
-        """Lists of a step's micro-batches for steps `first` up to `last`, prepared `workers` steps ahead in threads."""
+        """Lists of a step's micro-batches for steps `first` up to `last`, prepared `workers` steps ahead in threads.
+
+        Args:
+            first: step to begin with.
+            last: step to end before.
+            workers: threads, and steps prepared ahead; 0: prepared when asked for.
+        """
 
         def build(step: int) -> list[dict[str, Any]]:
             return [self.batch(step, micro) for micro in range(self.accumulation)]
@@ -257,7 +277,14 @@ def interleaved(position: int, shares: tuple[float, ...]) -> tuple[int, int]:
 
 
 def pick(seed: int, stream: int, size: int, turn: int) -> int:
-    """The entry at a turn: every epoch goes through all entries once, in its own order."""
+    """The entry at a turn: every epoch goes through all entries once, in its own order.
+
+    Args:
+        seed: of the order.
+        stream: its number, so that streams have orders of their own.
+        size: entries of the stream.
+        turn: samples drawn from the stream before.
+    """
     epoch, place = divmod(turn, size)
     return int(_order(seed, stream, size, epoch)[place])
 

@@ -188,6 +188,10 @@ def encode_views(
     """Encodes the views that the store lacks, each process its share, and returns all of them.
 
     Args:
+        views: pictures to encode.
+        parts: the base, whose VAE encodes.
+        store: receives the entries.
+        device: where the VAE runs.
         region: gives the mask (1, h, w) in [0, 1] of an entry (`mean`, `std`, ...) and its caption, such as the
             attention region of the class word; its `__name__` is part of the content key.
         progress: called with the number of entries this process has made and is to make.
@@ -227,7 +231,17 @@ def _view_names(views: Views, parts: Parts, captions: list[str], region: Region 
 
 @torch.no_grad()
 def caching_seconds(views: Views, parts: Parts, store: Store, *, device: torch.device) -> float:
-    """How long encoding the views that the store lacks would take this process, from trying one of them."""
+    """How long encoding the views that the store lacks would take this process, from trying one of them.
+
+    Args:
+        views: pictures to encode.
+        parts: the base, whose VAE encodes.
+        store: where entries may be already.
+        device: where the VAE runs.
+
+    Returns:
+        Seconds; 0 where nothing is missing.
+    """
     names = _view_names(views, parts, [""] * len(views), None)
     missing = [index for index, name in enumerate(names) if name not in store]
     if not missing:
@@ -244,6 +258,12 @@ def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, devi
     """Embeds the captions that the store lacks; returns each caption's entry name.
 
     An entry holds `embeds` (T, D), and for SDXL `pooled` (P,).
+
+    Args:
+        captions: each counts once.
+        parts: the base, whose text encoders embed.
+        store: receives the entries.
+        device: where the encoders run.
     """
     encoder_name = fingerprint(*parts.text_encoders)
     names = {caption: _name("text", encoder_name, caption) for caption in captions}

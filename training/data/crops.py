@@ -42,7 +42,13 @@ class View:
 
 
 def bucket_sizes(resolution: int, buckets: int, multiple: int) -> list[tuple[int, int]]:
-    """(height, width) of each bucket: about resolution² pixels, sides multiples of `multiple`, the square first."""
+    """(height, width) of each bucket: about resolution² pixels, sides multiples of `multiple`, the square first.
+
+    Args:
+        resolution: side of the square in pixels.
+        buckets: how many sizes at most; equal ones count once.
+        multiple: pixels that every side is a multiple of.
+    """
     sizes = [(resolution, resolution)]
     for index in range(1, buckets):
         ratio = WIDEST ** ((index + 1) // 2 / max(1, buckets // 2) * (1 if index % 2 else -1))
@@ -54,7 +60,19 @@ def bucket_sizes(resolution: int, buckets: int, multiple: int) -> list[tuple[int
 
 
 class Views:
-    """All views of a source, indexed by integers."""
+    """All views of a source, indexed by integers.
+
+    Args:
+        source: pictures with captions.
+        resolution: side of the square in pixels; other sizes have about the same area.
+        multiple: pixels that every side is a multiple of, see `models.Parts.multiple`.
+        buckets: image sizes of different shape.
+        flip: whether every view comes mirrored too.
+        crops: views of every picture, cut at different places.
+
+    Raises:
+        TrainingError: a resolution that the base cannot have, or an empty source.
+    """
 
     def __init__(
         self,
@@ -209,7 +227,13 @@ def _content(sample: Sample) -> str:
 
 
 def views(source: Source, settings: DataSettings, *, multiple: int) -> Views:
-    """The views that the settings describe; `multiple` is the base's (`models.Parts.multiple`)."""
+    """The views that the settings describe; `multiple` is the base's (`models.Parts.multiple`).
+
+    Args:
+        source: pictures with captions.
+        settings: resolution, buckets, flip and crops.
+        multiple: pixels that every side is a multiple of.
+    """
     return Views(
         source,
         resolution=settings.resolution,

@@ -75,7 +75,15 @@ def _sort_in(found: Scan, item: Path) -> None:
 
 
 class Folder:
-    """Images of a folder in name order; files are read when asked for and named by their bytes."""
+    """Images of a folder in name order; files are read when asked for and named by their bytes.
+
+    Args:
+        files: the images; all lists are in their order.
+        captions: one or more of every image.
+        sizes: (width, height) of every image in pixels.
+        masks: files of the masks; None: there are none.
+        conditioning: files of the conditioning images; None: there are none.
+    """
 
     def __init__(
         self,

@@ -41,7 +41,13 @@ __all__ = [
 
 
 class Annotated:
-    """A source whose conditioning is made from its images."""
+    """A source whose conditioning is made from its images.
+
+    Args:
+        source: pictures with captions.
+        annotate: picture -> conditioning image.
+        name: of the annotator with its settings; part of the names of cached entries.
+    """
 
     def __init__(self, source: Source, annotate: Callable[[Image.Image], Image.Image], name: str):
         self.source, self.annotate, self.name = source, annotate, name

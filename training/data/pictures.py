@@ -151,7 +151,16 @@ class Look:
 
 
 def inspect(data: bytes, minimum: int, role: Role = "image") -> Look:
-    """Looks at an encoded image as training will read it; `minimum` is the shortest allowed side in pixels."""
+    """Looks at an encoded image as training will read it; `minimum` is the shortest allowed side in pixels.
+
+    Args:
+        data: content of the file.
+        minimum: shortest allowed side in pixels.
+        role: whether it is read as a picture, a mask or a condition.
+
+    Returns:
+        Size and what is wrong; nothing is raised.
+    """
     try:
         opened = Image.open(io.BytesIO(data))
         if opened.format in ANIMATED and (frames := getattr(opened, "n_frames", 1)) > 1:

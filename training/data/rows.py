@@ -16,7 +16,19 @@ PICTURES: tuple[Role, ...] = ("image", "mask", "conditioning")
 
 
 class Rows:
-    """A `datasets` dataset as a source; images stay encoded until asked for."""
+    """A `datasets` dataset as a source; images stay encoded until asked for.
+
+    Args:
+        rows: the dataset.
+        columns: role (image, caption, mask, conditioning) -> column.
+        prompt: one caption for all rows; None: the caption's column.
+        minimum: shortest allowed side in pixels.
+        say: receives lines about masks and conditions that are resized.
+        name: of the dataset, for messages.
+
+    Raises:
+        TrainingError: naming every row that cannot be used.
+    """
 
     def __init__(
         self,

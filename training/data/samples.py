@@ -41,7 +41,14 @@ class Source(Protocol):
 
 
 def made(image: bytes, caption: str, masked: bytes | None, conditioning: bytes | None) -> Sample:
-    """A sample of encoded files; mask and condition at the picture's size."""
+    """A sample of encoded files; mask and condition at the picture's size.
+
+    Args:
+        image: encoded file.
+        caption: the sample's text.
+        masked: encoded file of the mask; None: none.
+        conditioning: encoded file of the condition; None: none.
+    """
     picture = rgb(decode(image))
     pieces = [
         None if data is None else read(decode(data)) for data, read in ((masked, mask), (conditioning, condition))
@@ -76,7 +83,15 @@ def compare(image: tuple[int, int], other: tuple[int, int]) -> str | None:
 
 
 def tell(say: Say, where: str, role: Role, looks: list[Look], sizes: list[tuple[int, int]]) -> None:
-    """Says what is done to masks or conditions that are not quite what was expected."""
+    """Says what is done to masks or conditions that are not quite what was expected.
+
+    Args:
+        say: receives the lines.
+        where: folder or dataset, for the lines.
+        role: "mask" or "conditioning".
+        looks: of the masks or conditions.
+        sizes: (width, height) of their pictures.
+    """
     what = "masks" if role == "mask" else "conditions"
     other = sum(look.size != size for look, size in zip(looks, sizes, strict=True))
     if other:

@@ -15,7 +15,13 @@ __all__ = ["replaced"]
 def replaced(
     networks: Iterable[nn.Module], fits: Callable[[Any], bool], make: Callable[[Any], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Within the context, `make(module)` is the forward pass of every module that `fits` and has none of its own."""
+    """Within the context, `make(module)` is the forward pass of every module that `fits` and has none of its own.
+
+    Args:
+        networks: searched with all modules in them.
+        fits: whether a module is replaced.
+        make: module -> its new forward pass.
+    """
     chosen: list[Any] = [
         module
         for network in networks

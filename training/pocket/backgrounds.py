@@ -9,7 +9,13 @@ __all__ = ["draw"]
 
 
 def draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Background ``name`` as (size, size, 3) float32 in [0, 1]."""
+    """Background ``name`` as (size, size, 3) float32 in [0, 1].
+
+    Args:
+        name: one of `world.BACKGROUNDS`.
+        size: side in pixels.
+        rng: decides shapes, brightness and grain.
+    """
     image = _PAINTERS[name](size, rng)
     image *= 1 + 0.06 * (rng.random() - 0.5)
     image += rng.standard_normal((size, size, 1), dtype=np.float32) * 0.006

@@ -138,6 +138,11 @@ def subject_regions(images: Tensor, prompts: Sequence[str], noun: str) -> tuple[
 
     A subject need not look like its class to the judge: where it sees none, the largest region counts that is no other
     object of the prompt; it may be empty.
+
+    Args:
+        images: (B, 3, S, S), as the judge takes them.
+        prompts: one a picture.
+        noun: the subject's class.
     """
     label, seen = label_of(IDENTITY, noun), judge().segment(images)
     regions = seen == label

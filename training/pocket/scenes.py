@@ -76,6 +76,13 @@ def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", free: bo
 
     ``free``: objects of many sides, anywhere, half of them mirrored: what the VAE and the judge are fitted on, which so
     know more than the base is shown.
+
+    Args:
+        seed: of the split.
+        index: of the scene in the split.
+        size: side in pixels.
+        look: drawing style, see `sprites.LOOKS`.
+        free: as above.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     count = int(rng.choice(3, p=(0.5, 0.4, 0.1))) + 1
@@ -87,7 +94,13 @@ def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", free: bo
 
 
 def from_prompt(prompt: str, seed: int, size: int = SIZE) -> Scene:
-    """A true picture of ``prompt`` (see ``captions.parse``); what the prompt leaves open is drawn from ``seed``."""
+    """A true picture of ``prompt`` (see ``captions.parse``); what the prompt leaves open is drawn from ``seed``.
+
+    Args:
+        prompt: in the words of the base's world.
+        seed: of what the prompt leaves open.
+        size: side in pixels.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, len(prompt)]))
     said = parse(prompt)
     if said.background is None:
@@ -177,7 +190,13 @@ def _overlap(a: Placed, b: Placed) -> float:
 
 
 def render(background: np.ndarray, objects: tuple[Placed, ...], look: str = "noto") -> tuple[np.ndarray, np.ndarray]:
-    """Draw ``objects`` onto ``background`` (S, S, 3) float32: the picture (S, S, 3) uint8, masks (n, S, S) bool."""
+    """Draw ``objects`` onto ``background`` (S, S, 3) float32: the picture (S, S, 3) uint8, masks (n, S, S) bool.
+
+    Args:
+        background: (S, S, 3) float32 in [0, 1].
+        objects: later ones cover earlier ones.
+        look: drawing style, see `sprites.LOOKS`.
+    """
     layers = []
     for placed in objects:
         colour, alpha = sprite(placed.noun.name, placed.noun.colour, placed.side, look)
@@ -188,7 +207,13 @@ def render(background: np.ndarray, objects: tuple[Placed, ...], look: str = "not
 def compose(
     background: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]], corners: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay premultiplied (colour, alpha) drawings over ``background`` at their ``corners``; see ``render``."""
+    """Lay premultiplied (colour, alpha) drawings over ``background`` at their ``corners``; see ``render``.
+
+    Args:
+        background: (S, S, 3) float32 in [0, 1].
+        layers: colour (h, w, 3) and alpha (h, w, 1) of each drawing, float32 in [0, 1].
+        corners: (x, y) of each drawing's upper left corner in pixels.
+    """
     image = background.copy()
     masks = np.zeros((len(layers), *image.shape[:2]), bool)
     for i, ((colour, alpha), (x, y)) in enumerate(zip(layers, corners, strict=True)):
@@ -201,7 +226,13 @@ def compose(
 
 
 def canny(image: np.ndarray, low: int = 80, high: int = 160) -> np.ndarray:
-    """Edge picture (S, S, 3) uint8 in {0, 255} of ``image`` (S, S, 3) uint8, the condition of the canny ControlNet."""
+    """Edge picture (S, S, 3) uint8 in {0, 255} of ``image`` (S, S, 3) uint8, the condition of the canny ControlNet.
+
+    Args:
+        image: the picture.
+        low: gradient above which an edge goes on.
+        high: gradient above which an edge begins.
+    """
     return np.repeat(cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), low, high)[..., None], 3, axis=2)
 
 

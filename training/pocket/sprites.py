@@ -63,6 +63,15 @@ def sprite(name: str, colour: str | None, size: int, look: str = "noto") -> tupl
     """A drawing ``size`` pixels a side: premultiplied colour (size, size, 3), alpha (size, size, 1), float32 in [0, 1].
 
     Cached: do not write into what it returns.
+
+    Args:
+        name: of the drawing.
+        colour: to tint it in; None: its own colours.
+        size: side in pixels.
+        look: drawing style, see `LOOKS`.
+
+    Raises:
+        PocketError: the atlas has no such drawing.
     """
     cells = _atlas()
     if (look, name) not in cells:

@@ -23,7 +23,16 @@ COLUMNS = 8
 
 
 def drawing(icons: dict, key: str, side: int = CELL) -> np.ndarray:
-    """One vector drawing as (side, side, 4) uint8, trimmed and centred so that its longer side fills the cell."""
+    """One vector drawing as (side, side, 4) uint8, trimmed and centred so that its longer side fills the cell.
+
+    Args:
+        icons: the icon set as its JSON file has it.
+        key: of the drawing in the set.
+        side: of the cell in pixels.
+
+    Raises:
+        PocketError: the set has no such drawing.
+    """
     import resvg_py
 
     if key not in icons["icons"]:

@@ -32,7 +32,14 @@ LEVEL_TIMESTEPS = (200, 500, 700, 900)
 
 
 def generate(pipe, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8, **inputs) -> list[Image.Image]:
-    """One picture per (prompt, seed), each from its own generator; lists in ``inputs`` go along with the prompts."""
+    """One picture per (prompt, seed), each from its own generator; lists in ``inputs`` go along with the prompts.
+
+    Args:
+        pipe: the pocket base, with or without ControlNet.
+        prompts: one a picture.
+        seeds: one a picture.
+        batch: pictures drawn at once.
+    """
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         window = slice(start, start + batch)
@@ -75,7 +82,13 @@ def _background(rng: np.random.Generator) -> str:
 
 
 def prompt_scores(pipe, prompts: Sequence[str], seed: int) -> dict[str, float]:
-    """Shares of objects, colours and backgrounds the judge sees, and of prompts with every object there."""
+    """Shares of objects, colours and backgrounds the judge sees, and of prompts with every object there.
+
+    Args:
+        pipe: the pocket base.
+        prompts: in the words of the base's world.
+        seed: of the first picture; the next has the next one.
+    """
     images = generate(pipe, prompts, [seed + i for i in range(len(prompts))])
     found = judge().scores(images, prompts)
     colours = [score.colours for score in found if score.colours is not None]
@@ -104,7 +117,13 @@ def reconstruction(pipe) -> dict[str, object]:
 
 
 def controlled(pipe: StableDiffusionPipeline, control: str, count: int = 64) -> dict[str, float]:
-    """How far pictures follow held-out conditions with the ControlNet and without: canny F1 or class IoU."""
+    """How far pictures follow held-out conditions with the ControlNet and without: canny F1 or class IoU.
+
+    Args:
+        pipe: the pocket base.
+        control: "canny" or "segmentation".
+        count: held-out scenes.
+    """
     held_out = [scenes.sample(scenes.HELD_OUT_SEED, 5000 + i) for i in range(count)]
     prompts, seeds = [scene.caption for scene in held_out], list(range(count))
     guided = StableDiffusionControlNetPipeline(

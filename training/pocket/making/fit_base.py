@@ -66,7 +66,14 @@ def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
 
 
 def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
-    """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16."""
+    """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16.
+
+    Args:
+        vae: encodes the scenes.
+        seed: of the split.
+        index: of the shard in the split.
+        folder: where shards are kept; one that is there is read.
+    """
     path = folder / f"aligned{round(GRID * SIZE)}-{seed}-{index:05d}.safetensors"
     if path.exists():
         return load_file(path)
@@ -105,6 +112,17 @@ def fit(
 
     ``steps`` may grow between runs: before its tail the learning rate does not depend on it.
     ``stop_at`` ends a run early.
+
+    Args:
+        vae: encodes the scenes; it stays as it is.
+        out: receives the state.
+        steps: in all, also those of earlier runs.
+        batch: scenes of a step, over all processes.
+        peak: learning rate at the top of the schedule.
+        ema_decay: of the averaged weights, a step.
+        device: such as "cpu" or "cuda".
+        save_every: steps between two saved states.
+        stop_at: step to stop at; None: `steps`.
     """
     live, averaged = build(device), build(device)
     rank, world = processes()
@@ -190,7 +208,14 @@ def _empty() -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(base: Base, vae: AutoencoderKL, folder: Path, count: int = 512) -> float:
-    """The training loss without dropped captions on ``count`` held-out scenes at fixed timesteps and noise."""
+    """The training loss without dropped captions on ``count`` held-out scenes at fixed timesteps and noise.
+
+    Args:
+        base: U-net and text encoder.
+        vae: encodes the scenes.
+        folder: where shards are kept.
+        count: scenes.
+    """
     shard = prepare(vae, HELD_OUT_SEED, 0, folder)
     device = base.unet.device
     losses = []

@@ -40,7 +40,15 @@ class Labels:
 
 
 def fit(out: Path, *, steps: int = 3200, batch: int = 32, peak: float = 0.02, device: str = "cpu") -> Judge:
-    """Fit for ``steps`` and return the averaged judge; continues from ``out/state.safetensors`` where that is."""
+    """Fit for ``steps`` and return the averaged judge; continues from ``out/state.safetensors`` where that is.
+
+    Args:
+        out: receives the state.
+        steps: in all, also those of earlier runs.
+        batch: scenes of a step.
+        peak: learning rate at the top of the schedule.
+        device: such as "cpu" or "cuda".
+    """
     torch.manual_seed(SEED)
     judge = Judge().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = MuonAdamW([judge], peak)
@@ -182,6 +190,12 @@ def accuracy(judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, 
     backgrounds and pixels right; pictures with near misses in which one was taken for an object (``fooled``).
 
     ``change`` (say, a VAE round trip) maps the pictures (B, 3, S, S) first.
+
+    Args:
+        judge: in evaluation mode.
+        count: scenes.
+        seed: of the split.
+        change: (B, 3, S, S) -> the same; None: pictures as they are.
     """
     tally = {name: [0.0, 0] for name in ("objects", "exact", "colours", "backgrounds", "pixels", "fooled")}
 

@@ -22,7 +22,15 @@ SAVE_EVERY = 200
 
 
 def fit(out: Path, *, steps: int = 1600, batch: int = 8, peak: float = 0.03, device: str = "cpu") -> AutoencoderKL:
-    """Fit for ``steps`` and return the averaged model; continues from ``out/state.safetensors`` where that is."""
+    """Fit for ``steps`` and return the averaged model; continues from ``out/state.safetensors`` where that is.
+
+    Args:
+        out: receives the state.
+        steps: in all, also those of earlier runs.
+        batch: scenes of a step.
+        peak: learning rate at the top of the schedule.
+        device: such as "cpu" or "cuda".
+    """
     torch.manual_seed(TRAIN_SEED)
     vae = _fresh().to(device, memory_format=torch.channels_last)
     optimizer = MuonAdamW([vae], peak, adam_ratio=0.06, weight_decay=0.0)
@@ -51,6 +59,14 @@ def refine(
     """Fit the decoder further under a frozen encoder, so that a U-net already fitted on its latents stays right.
 
     Continues from ``out/decoder.safetensors`` where that is; returns the averaged model.
+
+    Args:
+        vae: whose decoder is fitted further.
+        out: receives the state.
+        steps: in all, also those of earlier runs.
+        batch: scenes of a step.
+        peak: learning rate at the top of the schedule.
+        device: such as "cpu" or "cuda".
     """
     vae = vae.to(device, memory_format=torch.channels_last)
     decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})

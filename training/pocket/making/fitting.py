@@ -35,6 +35,14 @@ def learning_rate(
     """Linear warm-up, flat, then a cosine over the last ``tail`` of ``steps``; the flat part can be continued later.
 
     With ``settle`` the rate falls as the root of that step over the current one, which does not depend on ``steps``.
+
+    Args:
+        step: from 0.
+        steps: in all.
+        peak: the rate after the warm-up.
+        warmup: steps of linear growth.
+        tail: share of `steps` in which the rate falls.
+        settle: step from which the flat part falls too; None: it stays flat.
     """
     start = (1 - tail) * steps
     rate = peak if settle is None else peak * min(1.0, (settle / (step + 1)) ** 0.5)
@@ -86,9 +94,10 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         modules: what to fit; embeddings, norms and biases go to AdamW.
         peak: rate of the Muon part at the top of the schedule; AdamW's is ``peak * adam_ratio``.
+        adam_ratio: AdamW's rate over Muon's.
         weight_decay: of the Muon part.
-        keep_norm: put every weight of the Muon part back to the norm it began with after its step, so that a rate is
-            an angle and no path grows over the others (the forced normalisation of Karras et al. 2024, EDM2).
+        keep_norm: put every weight of the Muon part back to the norm it began with after its step, so that a rate is an
+            angle and no path grows over the others (the forced normalisation of Karras et al. 2024, EDM2).
     """
 
     def __init__(
@@ -198,7 +207,15 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 def save_state(
     path: Path, modules: dict[str, nn.Module], emas: dict[str, Ema], optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Everything a resumed fit needs, in one safetensors file that is there whole or not at all."""
+    """Everything a resumed fit needs, in one safetensors file that is there whole or not at all.
+
+    Args:
+        path: of the file.
+        modules: name -> what is fitted.
+        emas: name -> its averaged weights.
+        optimizer: of all modules.
+        step: the number of steps made.
+    """
     tensors: dict[str, Tensor] = {}
     for part, module in modules.items():
         tensors |= {f"{part}/{name}": value for name, value in module.state_dict().items()}
@@ -214,7 +231,14 @@ def save_state(
 def load_state(
     path: Path, modules: dict[str, nn.Module], emas: dict[str, Ema], optimizer: torch.optim.Optimizer
 ) -> int:
-    """Restore what ``save_state`` wrote and return its step."""
+    """Restore what ``save_state`` wrote and return its step.
+
+    Args:
+        path: of the file.
+        modules: name -> what is fitted; filled in place.
+        emas: name -> averaged weights; filled in place.
+        optimizer: of all modules; filled in place.
+    """
     with safe_open(path, "pt") as file:
         step = json.loads(file.metadata()["state"])["step"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -161,7 +161,8 @@ class Scope:
 
         Args:
             place: such as `functools.partial(scfg.place_of, pipe)`.
-            fields: the other fields.
+            subject: its identifier and class.
+            **fields: the other fields.
         """
         return cls(
             where=place(f"{subject.identifier} {subject.noun}"),
@@ -188,6 +189,7 @@ class Scope:
         """The scope that `to_config` wrote.
 
         Args:
+            config: what `guider_config.json` keeps under "scope".
             place: finds words in pictures, for a scope that acts in the place of its subject only.
 
         Raises:

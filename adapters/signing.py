@@ -28,6 +28,7 @@ def sign(folder: Path, key: str | Path) -> None:
     """Sign the manifest of a release folder.
 
     Args:
+        folder: a release folder with its manifest.
         key: private key, or a public one whose private half the SSH agent holds (as a key with a passphrase needs).
 
     Raises:
@@ -45,10 +46,12 @@ def checked(folder: Path, signers: str | Path | None = None) -> str:
     """What there is to say of a folder's signature.
 
     Args:
+        folder: a release folder.
         signers: file of public keys, one a line, as `id_ed25519.pub` or a code host's `NAME.keys` has them; the
             signature must be by one of them.
 
-    Returns: `unsigned`, or whose key it is signed with.
+    Returns:
+        `unsigned`, or whose key it is signed with.
 
     Raises:
         SignatureError: the signature is damaged or of another release; or, with `signers`, missing or another's.

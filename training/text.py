@@ -26,6 +26,7 @@ def read_text(path: str | Path, called: str = "") -> str:
     """The whole text of a file.
 
     Args:
+        path: of the file.
         called: the setting that names the file, for the message; such a file may be a pipe, as of a shell's `<(…)`.
 
     Raises:

@@ -92,6 +92,7 @@ def unseen(gains: Any, calls: Sequence[str]) -> str | None:
     """A warning where the adapter's pictures are no more like the subject than the base's: its words may be others.
 
     Args:
+        gains: the comparison.
         calls: what the subjects are called in prompts.
     """
     from recipes.common.metrics import OF_SUBJECT

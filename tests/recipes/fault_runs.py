@@ -145,6 +145,9 @@ def _run(
     """In the forked process.
 
     Args:
+        folder: where it runs.
+        words: the command line.
+        said: folder that receives what it prints.
         change: (n, signal): at its n-th change of a file the process sends itself the signal.
         memory: bytes of address space beyond what the process has already.
     """

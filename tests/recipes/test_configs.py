@@ -60,6 +60,8 @@ def repeated(given: dict, kind: type, start: object = None) -> list[str]:
     """Dotted names of the values that are what would be there without them; a list or a mapping is one value.
 
     Args:
+        given: settings as a config has them.
+        kind: the class of the settings.
         start: the settings that the values change; null: the class's own defaults.
     """
     tables, found = tables_of(kind), []

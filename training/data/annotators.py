@@ -34,6 +34,7 @@ def annotator(name: str, model: str | None = None) -> Annotator:
     """The annotator `name`: a picture in, its condition out, of the same size.
 
     Args:
+        name: of `ANNOTATORS`.
         model: folder or hub id of the network of `depth` and `segmentation`.
 
     Raises:

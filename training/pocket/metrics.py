@@ -169,6 +169,7 @@ def class_iou(condition: Callable[[Shot], Image.Image], name: str = "class IoU")
 
     Args:
         condition: the picture that a shot was conditioned on.
+        name: of the metric.
     """
 
     def measure(shots: Sequence[Shot]) -> list[float]:

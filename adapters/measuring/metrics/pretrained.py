@@ -27,6 +27,7 @@ def checked(name: str | Path, kinds: Sequence[str] = ()) -> Any:
     """The config of a model that is there and of a kind that will do; no weights are read.
 
     Args:
+        name: folder or Hub id.
         kinds: `model_type`s of transformers; empty: any.
 
     Raises:

@@ -39,6 +39,7 @@ def generate(pipe, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8,
         prompts: one a picture.
         seeds: one a picture.
         batch: pictures drawn at once.
+        **inputs: further arguments of the pipeline, a value a picture.
     """
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch):

@@ -195,7 +195,8 @@ def _unet(folder: Path) -> torch.nn.Module:
 
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     files.read_header(place / MODEL_FILE)
-    return UNet2DConditionModel.from_pretrained(place, use_safetensors=True)
+    unet: torch.nn.Module = UNet2DConditionModel.from_pretrained(place, use_safetensors=True)
+    return unet
 
 
 def _models(folder: Path, adapter: keys.Adapter) -> dict[str, torch.nn.Module]:

@@ -60,7 +60,8 @@ def delta(module: Module, weight: torch.Tensor) -> torch.Tensor:
     norm = changed.movedim(axis, 0).flatten(1).norm(dim=1)
     shape = [1] * weight.ndim
     shape[axis] = -1
-    return changed * (magnitude.reshape(-1) / norm).reshape(shape) - base
+    rescaled: torch.Tensor = changed * (magnitude.reshape(-1) / norm).reshape(shape) - base
+    return rescaled
 
 
 def _over_inputs(module: Module, shape: Sequence[int]) -> bool:
@@ -244,7 +245,8 @@ def _restore(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 def merged_into(model: torch.nn.Module) -> list[Merged]:
     """What was merged into a model and not taken out again, the first one first."""
-    return vars(model).setdefault("_merged_adapters", [])
+    merged: list[Merged] = vars(model).setdefault("_merged_adapters", [])
+    return merged
 
 
 def merge(adapter: Adapter, models: Mapping[str, torch.nn.Module], *, weight: float = 1.0) -> Merged:

@@ -89,9 +89,13 @@ def offload_like(model: torch.nn.Module, example: torch.nn.Module) -> torch.nn.M
 
     hook = next((found for layer in example.modules() if (found := _offload_hook(layer)) is not None), None)
     if hook is not None:
-        return cpu_offload(model, hook.execution_device, offload_buffers=len(example._parameters) > 0)
+        offloaded: torch.nn.Module = cpu_offload(
+            model, hook.execution_device, offload_buffers=len(example._parameters) > 0
+        )
+        return offloaded
     if (whole := getattr(example, "_hf_hook", None)) is not None:  # model offload moves it when it is called
-        return add_hook_to_module(model, whole)
+        hooked: torch.nn.Module = add_hook_to_module(model, whole)
+        return hooked
     return model.to(next(example.parameters()).device)
 
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"{PROGRAM} {metadata.version(PROGRAM)}")
     elif command in TOOLS:
-        return import_module("adapters.__main__").main([command, *rest])
+        return int(import_module("adapters.__main__").main([command, *rest]))
     elif command == "configs":
         from recipes.common.cli import shipped_configs
 

@@ -134,7 +134,7 @@ def _subject(file: Path, noun: str, identifier: str, *, pocket: bool) -> dict[st
         prompts = held_out(noun, identifier, pocket=pocket)
         return {"class": noun, "identifier": identifier, "origin": "the maker's photos", "prompts": prompts}
     try:
-        facts = json.loads(read_text(file))
+        facts: dict[str, Any] = json.loads(read_text(file))
         found, prompts = (facts["identifier"], facts["class"]), facts["prompts"]
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(

@@ -59,7 +59,7 @@ def main() -> None:
         figures()
 
 
-def vae(steps: dict, device: str) -> None:
+def vae(steps: dict[str, int], device: str) -> None:
     from training.pocket.making import fit_base, fit_vae
 
     fitted = fit_vae.fit(RUNS / "vae", **steps, device=device)
@@ -68,7 +68,7 @@ def vae(steps: dict, device: str) -> None:
     print(f"round trip on 256 held-out scenes: {fit_vae.psnr(fitted):.2f} dB")
 
 
-def decoder(steps: dict, device: str) -> None:
+def decoder(steps: dict[str, int], device: str) -> None:
     from training.pocket.making import fit_vae
 
     fitted = fit_vae.refine(_vae(device), RUNS / "vae", **steps, device=device)
@@ -76,7 +76,7 @@ def decoder(steps: dict, device: str) -> None:
     print(f"round trip on 256 held-out scenes: {fit_vae.psnr(fitted):.2f} dB")
 
 
-def judge(steps: dict, device: str) -> None:
+def judge(steps: dict[str, int], device: str) -> None:
     from training.pocket.making import fit_judge
     from training.pocket.making import ship as shipping
 
@@ -94,7 +94,7 @@ def latents(shards: str, device: str) -> None:
         fit_base.prepare(_vae(device), fit_base.TRAIN_SEED, index, RUNS / "latents")
 
 
-def base(steps: dict, stop_at: int | None, device: str) -> None:
+def base(steps: dict[str, int], stop_at: int | None, device: str) -> None:
     import torch.distributed as dist
 
     from training.pocket.making import fit_base
@@ -131,7 +131,7 @@ def ship(name: str) -> None:
     print(f"{listed['version']}: {size:,} bytes in {len(listed['files'])} files")
 
 
-def controlnet(name: str, steps: dict) -> None:
+def controlnet(name: str, steps: dict[str, int]) -> None:
     from diffusers import ControlNetModel
 
     from training import controlnet as method

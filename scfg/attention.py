@@ -103,7 +103,8 @@ def apply_mean_attention(
 
 
 def _split_heads(tokens: Float[Tensor, "B N C"], heads: int) -> Float[Tensor, "B heads N D"]:
-    return widened(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
+    heads_first: Tensor = widened(tokens).unflatten(-1, (heads, -1)).transpose(1, 2)
+    return heads_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,12 +236,13 @@ class Projections:
 
 # A module's projection -> the slots its output fills, for self-attention, cross-attention and the joint kind.
 # Fused projections (`pipe.fuse_qkv_projections()`) put out several at once, side by side in the last dimension.
-_SELF = {"to_q": ("query",), "to_k": ("key",), "to_qkv": ("query", "key", None)}
-_CROSS = {"to_q": ("cross_query",), "to_k": ("cross_key",), "to_kv": ("cross_key", None)}
-_JOINT = {"to_q": ("query",), "to_k": ("key",), "add_k_proj": ("cross_key",)}
+_Slots = dict[str, tuple[str | None, ...]]
+_SELF: _Slots = {"to_q": ("query",), "to_k": ("key",), "to_qkv": ("query", "key", None)}
+_CROSS: _Slots = {"to_q": ("cross_query",), "to_k": ("cross_key",), "to_kv": ("cross_key", None)}
+_JOINT: _Slots = {"to_q": ("query",), "to_k": ("key",), "add_k_proj": ("cross_key",)}
 
 
-def eager(hook: Callable) -> Callable:
+def eager(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that torch.compile leaves out of its graphs. The compiler (a second to import) is not loaded for it."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
@@ -268,7 +270,7 @@ class AttentionRecorder:
         ]
 
     @staticmethod
-    def _tables(block: Block) -> list[tuple[Any, dict]]:
+    def _tables(block: Block) -> list[tuple[Any, _Slots]]:
         if block.joint:
             return [(block.self_attention, _JOINT)]
         return [(block.self_attention, _SELF), (block.cross_attention, _CROSS)]
@@ -289,7 +291,9 @@ class AttentionRecorder:
         self._handles.clear()
         self._held.clear()
 
-    def _take(self, block: Block, slots: tuple[str | None, ...], module: Any, args: tuple, output: Tensor) -> None:
+    def _take(
+        self, block: Block, slots: tuple[str | None, ...], module: Any, args: tuple[Any, ...], output: Tensor
+    ) -> None:
         if not self._handles:  # compiled code may still call a hook that was removed
             return
         if self._thread != threading.get_ident():  # another pipeline's call of the same U-net

@@ -70,7 +70,10 @@ def clean_sample(
     sample, prediction = widened(sample), widened(prediction)
     if _kind(scheduler) in _EDM:
         sigma, data = _own_sigma(scheduler, timestep).to(sample), scheduler.config.sigma_data
-        return scheduler.precondition_outputs(sample * (sigma**2 + data**2).sqrt(), prediction, sigma)
+        data_prediction: Tensor = scheduler.precondition_outputs(
+            sample * (sigma**2 + data**2).sqrt(), prediction, sigma
+        )
+        return data_prediction
     alpha, sigma = (level.to(sample) for level in _level(scheduler, timestep))
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
@@ -113,4 +116,5 @@ def _own_sigma(scheduler: SchedulerMixin, timestep: Tensor | float) -> Tensor:
     index = scheduler.step_index
     if index is None:  # some count from their first `step` on
         index = scheduler.begin_index
-    return scheduler.sigmas[scheduler.index_for_timestep(timestep) if index is None else index]
+    sigma: Tensor = scheduler.sigmas[scheduler.index_for_timestep(timestep) if index is None else index]
+    return sigma

@@ -119,7 +119,8 @@ class SemanticGuider(BaseGuidance):
             guidance_rescale: rescaling to the conditional prediction's spread (0: none).
         """
         config = to_config(settings, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
-        return cls(**{name: value for name, value in config.items() if name != "_class_name"})
+        guider: SemanticGuider = cls(**{name: value for name, value in config.items() if name != "_class_name"})
+        return guider
 
     @classmethod
     def from_config(  # type: ignore[override]
@@ -134,7 +135,7 @@ class SemanticGuider(BaseGuidance):
 
     @property
     def is_conditional(self) -> bool:
-        return self._count_prepared == 1
+        return bool(self._count_prepared == 1)
 
     @property
     def num_conditions(self) -> int:
@@ -147,11 +148,11 @@ class SemanticGuider(BaseGuidance):
         if self._num_inference_steps is None:
             return True
         first, last = int(self._start * self._num_inference_steps), int(self._stop * self._num_inference_steps)
-        return first <= self._step < last
+        return bool(first <= self._step < last)
 
     @property
     def _fraction(self) -> float:
-        return self._step / self._num_inference_steps
+        return float(self._step / self._num_inference_steps)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         super().set_state(step, num_inference_steps, timestep)

@@ -181,7 +181,7 @@ class PipelineView:
         """Channels of the prediction proper; a learned variance may follow (IF)."""
         vae = getattr(self.pipe, "vae", None)
         latent = 3 if vae is None else vae.config.latent_channels
-        return min(latent, self.unet.config.out_channels)
+        return int(min(latent, self.unet.config.out_channels))
 
     @property
     def text_chunk(self) -> int | None:
@@ -189,7 +189,7 @@ class PipelineView:
         tokenizer = getattr(self.pipe, "tokenizer", None)
         if tokenizer is None or getattr(tokenizer, "bos_token_id", None) is None:
             return None
-        return tokenizer.model_max_length
+        return int(tokenizer.model_max_length)
 
     def repaint_weight(self, sample: Tensor, rows: slice) -> Tensor | None:
         """(B, H, W), 1 where an inpainting pipeline paints and 0 on kept pixels; None for other pipelines."""

@@ -68,7 +68,10 @@ def smooth(maps: Float[Tensor, "B K H W"], sigma: float) -> Float[Tensor, "B K H
     line = line / line.sum()
     kernel = line[:, None] * line[None, :]
     flat = maps.flatten(0, 1)[:, None]  # (B*K, 1, H, W)
-    return F.conv2d(F.pad(flat, (1, 1, 1, 1), mode="reflect"), kernel[None, None])[:, 0].unflatten(0, maps.shape[:2])
+    smoothed: Tensor = F.conv2d(F.pad(flat, (1, 1, 1, 1), mode="reflect"), kernel[None, None])[:, 0].unflatten(
+        0, maps.shape[:2]
+    )
+    return smoothed
 
 
 def lift(

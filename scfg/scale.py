@@ -69,7 +69,8 @@ class ScaleMap:
 
 def classifier_score_norm(prediction: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H W"]:
     """Length over channels, in float32 or wider."""
-    return torch.linalg.vector_norm(widened(prediction), dim=1)
+    length: Tensor = torch.linalg.vector_norm(widened(prediction), dim=1)
+    return length
 
 
 def masked_mean(values: Float[Tensor, "B H W"], weight: Float[Tensor, "B H W"] | None) -> Float[Tensor, " B"]:
@@ -127,7 +128,7 @@ def spread(
         labels: the region of every position, 0 to R - 1.
         weight: what a position counts, 0 to 1; None: all count.
     """
-    flat = gamma.gather(1, labels.flatten(1)).unflatten(1, labels.shape[1:])
+    flat: Tensor = gamma.gather(1, labels.flatten(1)).unflatten(1, labels.shape[1:])
     if weight is not None:
         counted = (one_hot(labels, gamma.shape[1]) * weight[:, None]).sum(dim=(2, 3)) > 0  # (B, R)
         flat = torch.where(counted.gather(1, labels.flatten(1)).view_as(flat), flat, 1.0)

@@ -267,7 +267,8 @@ def _colour(place: int, count: int) -> tuple[int, int, int]:
 def _diverging(values: np.ndarray, low: float, high: float) -> np.ndarray:
     above = np.clip((values - 1.0) / max(high - 1.0, 1e-6), 0, 1)[..., None]
     below = np.clip((1.0 - values) / max(1.0 - low, 1e-6), 0, 1)[..., None]
-    return (_NEUTRAL + above * (_HOT - _NEUTRAL) + below * (_COLD - _NEUTRAL)).round().astype(np.uint8)
+    pixels: np.ndarray = (_NEUTRAL + above * (_HOT - _NEUTRAL) + below * (_COLD - _NEUTRAL)).round().astype(np.uint8)
+    return pixels
 
 
 def _fit(picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:

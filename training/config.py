@@ -501,7 +501,8 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
         names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
         settings = _at_home(kind(**{name: value for name, value in values.items() if name in names}))
-        return _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
+        found: SettingsT = _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
+        return found
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise TrainingError(naming.in_words(str(error))) from error
 
@@ -611,7 +612,8 @@ def resolved(settings: Any) -> dict[str, Any]:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return plain(dataclasses.asdict(settings))
+    values: dict[str, Any] = plain(dataclasses.asdict(settings))
+    return values
 
 
 def write(values: dict[str, Any], path: str | Path) -> None:

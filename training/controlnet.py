@@ -95,7 +95,8 @@ def _step(models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts:
         noisy = noisy.to(dtype)
         down, mid = models["controlnet"](noisy, timesteps, controlnet_cond=image, return_dict=False, **conditions)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        return parts.unet(noisy, timesteps, return_dict=False, **conditions, **residuals)[0]
+        predicted: Tensor = parts.unet(noisy, timesteps, return_dict=False, **conditions, **residuals)[0]
+        return predicted
 
     return objective.losses(predict, dict(batch))
 

@@ -244,7 +244,8 @@ def _check_snapshots(run: _Run) -> None:
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
+    bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return bare
 
 
 def _loop(run: _Run) -> Result:

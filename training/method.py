@@ -129,7 +129,8 @@ def _predictor(
     conditions = conditions_of(text_of(models, batch, parts.family, parts.text_encoders), batch["frame"], dtype)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
+        predicted: Tensor = models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
+        return predicted
 
     return predict
 

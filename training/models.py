@@ -72,7 +72,7 @@ class Parts:
     @property
     def multiple(self) -> int:
         """Pixels an image side should be a multiple of, so that every U-net level has whole latents."""
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return int(self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
 def load(base: str | Path, *, revision: str | None = None, variant: str | None = None) -> Parts:
@@ -161,7 +161,8 @@ def _folder(base: str | Path, revision: str | None) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path} is missing; the base must be a diffusers pipeline folder")
-    return json.loads(path.read_text("utf-8"))
+    table: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return table
 
 
 def _encoders(index: dict[str, Any]) -> list[str]:

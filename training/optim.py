@@ -92,7 +92,9 @@ def build(
         options["betas"] = tuple(options["betas"])
     kind = _kind(settings.optimizer)
     try:
-        optimizer = kind([{"params": some, "lr": peak, "peak": peak} for peak, some in groups.items()], **options)
+        optimizer: torch.optim.Optimizer = kind(
+            [{"params": some, "lr": peak, "peak": peak} for peak, some in groups.items()], **options
+        )
     except (TypeError, ValueError) as error:
         raise TrainingError(
             f"train.optimizer_args do not fit train.optimizer = {settings.optimizer}: {error}"

@@ -68,7 +68,8 @@ class Gains:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
-        return json.loads(json.dumps(_plain(asdict(self))))
+        values: dict[str, Any] = json.loads(json.dumps(_plain(asdict(self))))
+        return values
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -59,9 +59,9 @@ def _settings(kind: type[SettingsT], recipe: str) -> SettingsT:
     """What the command line, its configs and the launcher say; what is wrong with it is one line."""
     words = with_config_files(sys.argv[1:], recipe)
     try:
-        settings: Any = parse(kind, words)
-        if isinstance(getattr(settings, "train", None), TrainSettings):
-            settings = replace(settings, train=adopted(settings.train))
+        settings = parse(kind, words)
+        if isinstance(train := getattr(settings, "train", None), TrainSettings):
+            settings = replace(cast(Any, settings), train=adopted(train))
         return settings
     except TrainingError as error:
         raise TrainingError(" ".join(str(error).split())) from error

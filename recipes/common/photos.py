@@ -78,4 +78,4 @@ def _is_turned(file: Path) -> bool:
     from PIL import Image
 
     with Image.open(file) as image:
-        return image.getexif().get(ORIENTATION, 1) != 1
+        return bool(image.getexif().get(ORIENTATION, 1) != 1)

@@ -65,7 +65,8 @@ def _lineart() -> Annotator:
         picture = rgb(image)
         side = min(picture.size)
         drawn = detector(picture, detect_resolution=side, image_resolution=side)
-        return drawn.convert("RGB").resize(picture.size, Image.Resampling.LANCZOS)
+        condition: Image.Image = drawn.convert("RGB").resize(picture.size, Image.Resampling.LANCZOS)
+        return condition
 
     return draw
 

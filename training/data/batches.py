@@ -244,7 +244,9 @@ class Feed:
             yield from map(build, range(first, last))
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="feed") as pool:
-            waiting: list[Future] = [pool.submit(build, step) for step in range(first, min(last, first + workers))]
+            waiting: list[Future[list[dict[str, Any]]]] = [
+                pool.submit(build, step) for step in range(first, min(last, first + workers))
+            ]
             try:
                 for step in range(first, last):
                     ready = waiting.pop(0).result()

@@ -250,7 +250,8 @@ def caching_seconds(views: Views, parts: Parts, store: Store, *, device: torch.d
     began = time.perf_counter()
     mean, _ = encode_images(parts.vae, views[missing[0]].pixels[None])
     mean.cpu()
-    return (time.perf_counter() - began) * len(missing) / state().num_processes
+    processes: int = state().num_processes
+    return (time.perf_counter() - began) * len(missing) / processes
 
 
 @torch.no_grad()

@@ -59,8 +59,10 @@ class _Fused:
         base, down, up = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
         usual = not (args or kwargs or module.disable_adapters or module.merged) and module.active_adapters == [name]
         if not usual or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return type(module).forward(module, x, *args, **kwargs)
-        return _Lora.apply(x, base.weight, base.bias, down, up, module.scaling[name])
+            out: Tensor = type(module).forward(module, x, *args, **kwargs)
+        else:
+            out = _Lora.apply(x, base.weight, base.bias, down, up, module.scaling[name])
+        return out
 
 
 class _Lora(torch.autograd.Function):

@@ -86,7 +86,8 @@ class _Packed:
         key = (weight.data_ptr(), weight._version, weight.dtype)
         if key != self.key:
             self.key, self.ahead, self.back = key, None, None
-        return _Convolution.apply(x, self)
+        out: Tensor = _Convolution.apply(x, self)
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ahead is None:
@@ -120,9 +121,11 @@ class _Convolution(torch.autograd.Function):
 
 def _reordered(weight: Tensor, padding: list[int], like: Tensor) -> Tensor:
     shape = list(like.shape)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), padding, [1, 1], [1, 1], 1, shape)
+    out: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), padding, [1, 1], [1, 1], 1, shape)
+    return out
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, [1, 1], [1, 1], 1, "none", [], "")
+    out: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, [1, 1], [1, 1], 1, "none", [], "")
+    return out

@@ -38,7 +38,8 @@ def manifest() -> dict[str, Any]:
     """
     path = DATA / "manifest.json"
     try:
-        return json.loads(path.read_text("utf-8"))
+        listed: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return listed
     except (OSError, json.JSONDecodeError) as error:
         raise PocketError(f"the pocket base has no readable manifest at {path} ({error}); {_REMEDY}") from error
 

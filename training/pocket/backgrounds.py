@@ -46,7 +46,8 @@ def _sea(size: int, rng: np.random.Generator) -> np.ndarray:
     waves = np.sin(
         2 * np.pi * (y * rng.uniform(5, 7) + 0.12 * np.sin(2 * np.pi * (x * 2 + rng.random())) + rng.random())
     )
-    return image + 0.05 * waves[..., None] + 0.06 * _clouds(size, rng, 4, 4)
+    painted: np.ndarray = image + 0.05 * waves[..., None] + 0.06 * _clouds(size, rng, 4, 4)
+    return painted
 
 
 def _sky(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -70,7 +71,8 @@ def _sand(size: int, rng: np.random.Generator) -> np.ndarray:
     image = _gradient(size, (0.93, 0.83, 0.62), (0.86, 0.72, 0.48))
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     ripples = np.sin(2 * np.pi * (y * 7 + rng.uniform(1, 3) * x + 0.3 * np.sin(2 * np.pi * x + rng.random() * 6)))
-    return image * (1 + 0.035 * ripples[..., None] + 0.06 * _clouds(size, rng, 5, 5))
+    painted: np.ndarray = image * (1 + 0.035 * ripples[..., None] + 0.06 * _clouds(size, rng, 5, 5))
+    return painted
 
 
 def _night(size: int, rng: np.random.Generator) -> np.ndarray:

@@ -147,7 +147,8 @@ class Judge(nn.Module):
     @torch.no_grad()
     def segment(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Per-pixel class (B, 32, 32): 0 background, k + 1 the k-th class, ``NEAR_MISS`` something else."""
-        return self(to_pixels(images).to(self.present.weight))["classes"].argmax(1)
+        classes: Tensor = self(to_pixels(images).to(self.present.weight))["classes"].argmax(1)
+        return classes
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image] | Tensor, masks: Tensor | None = None) -> Tensor:

@@ -243,4 +243,5 @@ def palette() -> np.ndarray:
     hsv[0, 1:, 0] = np.arange(count) * 360 / count
     hsv[0, 1:, 1] = np.where(np.arange(count) % 2, 0.55, 1.0)
     hsv[0, 1:, 2] = np.where(np.arange(count) % 3, 1.0, 0.65)
-    return np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0] * 255).astype(np.uint8)
+    colors: np.ndarray = np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0] * 255).astype(np.uint8)
+    return colors

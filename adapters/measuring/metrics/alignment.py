@@ -53,7 +53,10 @@ class Siglip:
 
         def encode(batch: Sequence[Image.Image]) -> torch.Tensor:
             small = [image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR) for image in batch]
-            return self._model.vision_model(pixel_values=normalised(small, HALF, HALF).to(self.device)).pooler_output
+            rows: torch.Tensor = self._model.vision_model(
+                pixel_values=normalised(small, HALF, HALF).to(self.device)
+            ).pooler_output
+            return rows
 
         return batched(encode, images, self.batch_size)
 
@@ -67,7 +70,8 @@ class Siglip:
             tokens = self._tokenizer(
                 lower, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
-            return self._model.text_model(input_ids=tokens.input_ids.to(self.device)).pooler_output
+            rows: torch.Tensor = self._model.text_model(input_ids=tokens.input_ids.to(self.device)).pooler_output
+            return rows
 
         return batched(encode, prompts, self.batch_size)
 

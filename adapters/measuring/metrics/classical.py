@@ -81,7 +81,8 @@ def _luminance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
     mu_a, mu_b = (gaussian_filter(i, 1.5, truncate=3.5, mode="reflect") for i in (a, b))
-    return (2 * mu_a * mu_b + 0.01**2) / (mu_a**2 + mu_b**2 + 0.01**2)
+    term: np.ndarray = (2 * mu_a * mu_b + 0.01**2) / (mu_a**2 + mu_b**2 + 0.01**2)
+    return term
 
 
 def color_histogram(images: Sequence[Image.Image], bins: int = 4) -> np.ndarray:

@@ -33,7 +33,8 @@ def unit_features(features: Features, images: Sequence[Image.Image]) -> np.ndarr
     if rows.ndim != 2 or len(rows) != len(images):
         raise GainsError(f"features returned shape {rows.shape} for {len(images)} images; expected (n, d)")
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(norms, 1e-12)
+    unit: np.ndarray = rows / np.maximum(norms, 1e-12)
+    return unit
 
 
 def cutout(image: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -124,7 +125,8 @@ class Drift:
             )
         ours = unit_features(self.features, [shot.image for shot in shots])
         theirs = unit_features(self.features, [table[shot.key] for shot in shots])
-        return 1 - (ours * theirs).sum(axis=1)
+        distances: np.ndarray = 1 - (ours * theirs).sum(axis=1)
+        return distances
 
 
 @dataclass(frozen=True, kw_only=True)

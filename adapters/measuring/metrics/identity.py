@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from PIL import Image
 
 from ...errors import GainsError
 from ..sample import Shot
@@ -74,7 +75,10 @@ class Identity:
 
 
 def likeness_in(
-    features: Features, references: Sequence, masks: Sequence[np.ndarray] | None = None, mask: Mask | None = None
+    features: Features,
+    references: Sequence[Image.Image],
+    masks: Sequence[np.ndarray] | None = None,
+    mask: Mask | None = None,
 ) -> tuple[Callable[[Sequence[Shot]], np.ndarray], np.ndarray]:
     """`Identity`'s `likeness` and `own` in any feature space, whole or with only the subject seen.
 

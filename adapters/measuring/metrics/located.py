@@ -115,7 +115,8 @@ class Depth:
             found = self._model(pixel_values=values.to(self.device)).predicted_depth
         full = torch.nn.functional.interpolate(found[None].float(), size=(image.height, image.width), mode="bicubic")
         depth = full[0, 0].cpu().numpy()
-        return (depth - depth.min()) / max(float(np.ptp(depth)), 1e-9)
+        scaled: np.ndarray = (depth - depth.min()) / max(float(np.ptp(depth)), 1e-9)
+        return scaled
 
 
 @dataclass(frozen=True, kw_only=True)

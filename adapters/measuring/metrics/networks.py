@@ -59,7 +59,10 @@ class Clip:
         def encode(batch: Sequence[Image.Image]) -> torch.Tensor:
             values = pixels(batch, size, CLIP_MEAN, CLIP_STD).to(self.device)
             # Not get_image_features: what it returns differs between transformers 4 and 5.
-            return self._model.visual_projection(self._model.vision_model(pixel_values=values).pooler_output)
+            rows: torch.Tensor = self._model.visual_projection(
+                self._model.vision_model(pixel_values=values).pooler_output
+            )
+            return rows
 
         return batched(encode, images, self.batch_size)
 
@@ -68,7 +71,8 @@ class Clip:
             tokens = self._tokenizer(list(batch), padding="max_length", truncation=True, return_tensors="pt")
             tokens = tokens.to(self.device)
             output = self._model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            return self._model.text_projection(output.pooler_output)
+            rows: torch.Tensor = self._model.text_projection(output.pooler_output)
+            return rows
 
         return batched(encode, prompts, self.batch_size)
 
@@ -114,7 +118,8 @@ class Vit:
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         def encode(batch: Sequence[Image.Image]) -> torch.Tensor:
             values = pixels(batch, self.size, IMAGENET_MEAN, IMAGENET_STD, resize=self.resize).to(self.device)
-            return self._model(pixel_values=values).last_hidden_state[:, 0]
+            rows: torch.Tensor = self._model(pixel_values=values).last_hidden_state[:, 0]
+            return rows
 
         return batched(encode, images, self.batch_size)
 
@@ -173,6 +178,7 @@ def efficientnet_lite0(*, batch_size: int = 16) -> Callable[[Sequence[Image.Imag
 
     def encode(batch: Sequence[Image.Image]) -> torch.Tensor:
         values = pixels(batch, 224, (0.498,) * 3, (0.502,) * 3, resize=256)  # TensorFlow-Lite's (x - 127) / 128
-        return model.extract_features(values).mean(dim=(2, 3))
+        rows: torch.Tensor = model.extract_features(values).mean(dim=(2, 3))
+        return rows
 
     return lambda images: batched(encode, images, batch_size)

@@ -135,7 +135,8 @@ class Reader:
             return f"USER: {getattr(self._processor, 'image_token', '<image>')}\n{text} ASSISTANT:"
         content = [{"type": "image"}, {"type": "text", "text": text}]
         turn = [{"role": "user", "content": content}]
-        return self._processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        prompt: str = self._processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return prompt
 
     def of(self, word: str) -> list[int]:
         """Tokens that an answer of this word can begin with: small or capital, after a space or not."""

@@ -47,11 +47,13 @@ def frechet(x: Any, y: Any) -> float:
 def _square_root(a: np.ndarray) -> np.ndarray:
     """Symmetric (d, d) square root of a^T a."""
     _, s, vt = np.linalg.svd(a, full_matrices=False)
-    return (vt.T * s) @ vt
+    root: np.ndarray = (vt.T * s) @ vt
+    return root
 
 
 def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    kernel: np.ndarray = (x @ y.T / x.shape[1] + 1) ** 3
+    return kernel
 
 
 def kernel_distance(x: Any, y: Any) -> float:
@@ -66,7 +68,8 @@ def kid_contributions(x: Any, y: Any) -> np.ndarray:
     xx, yy = _kernel(x, x), _kernel(y, y)
     own = (xx.sum(axis=1) - np.diag(xx)) / (n - 1)
     constant = (yy.sum() - np.trace(yy)) / (m * (m - 1))
-    return own - 2 * _kernel(x, y).mean(axis=1) + constant
+    contributions: np.ndarray = own - 2 * _kernel(x, y).mean(axis=1) + constant
+    return contributions
 
 
 @dataclass(frozen=True, kw_only=True)

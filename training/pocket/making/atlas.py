@@ -10,6 +10,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from ..world import CLASSES
 COLUMNS = 8
 
 
-def drawing(icons: dict, key: str, side: int = CELL) -> np.ndarray:
+def drawing(icons: dict[str, Any], key: str, side: int = CELL) -> np.ndarray:
     """One vector drawing as (side, side, 4) uint8, trimmed and centred so that its longer side fills the cell.
 
     Args:
@@ -58,7 +59,8 @@ def fitted(rgba: np.ndarray, side: int) -> np.ndarray:
     pixels[..., :3] *= pixels[..., 3:] / 255
     small = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
     colour = small[..., :3] * 255 / np.maximum(small[..., 3:], 1)
-    return np.rint(np.clip(np.concatenate([colour, small[..., 3:]], axis=2), 0, 255)).astype(np.uint8)
+    cell: np.ndarray = np.rint(np.clip(np.concatenate([colour, small[..., 3:]], axis=2), 0, 255)).astype(np.uint8)
+    return cell
 
 
 def main(noto_json: str, fluent_json: str) -> None:

@@ -181,7 +181,8 @@ def levels(pipe: StableDiffusionPipeline, count: int = 64) -> dict[str, list[flo
         noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
         target = pipe.scheduler.get_velocity(latents, noise, timesteps)
         found = pipe.unet(noisy, timesteps, prompt_embeds).sample
-        return round((found - target).square().mean().item(), 4)
+        loss: float = round((found - target).square().mean().item(), 4)
+        return loss
 
     values = {"whole": [loss(t) for t in LEVEL_TIMESTEPS]}
     for part in ("mid_block", "up_blocks.0", "up_blocks.1"):

@@ -62,7 +62,8 @@ def scale(vae: AutoencoderKL) -> float:
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
     images = pixels(sample(seed, i).image for i in indices).to(vae.device)
-    return vae.encode(images).latent_dist.mean
+    latents: Tensor = vae.encode(images).latent_dist.mean
+    return latents
 
 
 def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
@@ -193,7 +194,8 @@ def _loss(base: Base, latents: Tensor, tokens: Tensor, drawn: list[Tensor]) -> T
     alpha = schedule.alphas_cumprod.to(latents.device)[timesteps]
     snr = alpha / (1 - alpha)
     weight = (SNR_CAP / (snr + 1)).clamp(max=1.0)
-    return ((prediction - target).square().mean((1, 2, 3)) * weight).mean()
+    loss: Tensor = ((prediction - target).square().mean((1, 2, 3)) * weight).mean()
+    return loss
 
 
 @lru_cache(maxsize=1)
@@ -203,7 +205,8 @@ def _schedule():
 
 @lru_cache(maxsize=1)
 def _empty() -> Tensor:
-    return tokenizer.build()("", padding="max_length", return_tensors="pt").input_ids[0]
+    ids: Tensor = tokenizer.build()("", padding="max_length", return_tensors="pt").input_ids[0]
+    return ids
 
 
 @torch.no_grad()

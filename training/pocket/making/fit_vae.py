@@ -110,7 +110,8 @@ def _loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Ten
     noise = torch.randn(posterior.mean.shape, generator=generator).to(images.device)
     error = vae.decode(posterior.mean + posterior.std * noise).sample - images
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return _difference(error) + 1e-4 * divergence
+    loss: Tensor = _difference(error) + 1e-4 * divergence
+    return loss
 
 
 def _difference(error: Tensor) -> Tensor:

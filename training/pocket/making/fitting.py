@@ -158,7 +158,8 @@ class MuonAdamW(torch.optim.Optimizer):
         assert parameter.grad is not None
         momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
         momentum.mul_(0.95).add_(parameter.grad)
-        return (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)
+        direction: Tensor = (parameter.grad + 0.95 * momentum).reshape(len(parameter), -1)
+        return direction
 
     def _adam(self, parameter: Tensor, state: dict[str, Tensor], rate: float) -> None:
         assert parameter.grad is not None
@@ -200,8 +201,8 @@ def _orthogonal(matrix: Tensor) -> Tensor:
         factor = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
         product = factor if product is None else factor @ product
         gram = gram if last else factor @ gram @ factor
-    x = product @ x
-    return x.T if tall else x
+    orthogonal: Tensor = product @ x
+    return orthogonal.T if tall else orthogonal
 
 
 def save_state(
@@ -240,7 +241,7 @@ def load_state(
         optimizer: of all modules; filled in place.
     """
     with safe_open(path, "pt") as file:
-        step = json.loads(file.metadata()["state"])["step"]
+        step: int = json.loads(file.metadata()["state"])["step"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     for part, module in modules.items():
         module.load_state_dict(

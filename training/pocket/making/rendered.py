@@ -180,7 +180,8 @@ def _curve(points: Sequence[Sequence[float]], count: int) -> np.ndarray:
     """``count`` points of a smooth curve through ``points``."""
     given = np.asarray(points, float)
     lengths = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(given, axis=0), axis=1))])
-    return CubicSpline(lengths, given)(np.linspace(0, lengths[-1], count))
+    curve: np.ndarray = CubicSpline(lengths, given)(np.linspace(0, lengths[-1], count))
+    return curve
 
 
 def _lathe(profile: np.ndarray, paint: Paint, around: int = 64) -> Mesh:

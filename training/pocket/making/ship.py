@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
@@ -87,7 +88,7 @@ def _replaced(name: str, write: Callable[[Path], object], keep: Iterable[str] = 
     return final
 
 
-def write_manifest() -> dict:
+def write_manifest() -> dict[str, Any]:
     """List what ships with size and sha256; refuse what is over its limit. Cards and pictures are no part of it."""
     files = {}
     for folder, limit in LIMITS.items():

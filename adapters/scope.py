@@ -94,14 +94,17 @@ def renamed(prompt: str, names: Mapping[str, str]) -> str:
     changed = False
     for word in prompt.split():
         bare = word.rstrip(",.;:!?")
-        new = names[bare] and names[bare] + word[len(bare) :] if word not in names and bare in names else word
-        new = names.get(word, new)
-        changed |= new != word
+        known = bare if word not in names and bare in names else word
+        end = word[len(known) :]
+        new = names.get(known, known)
+        changed |= new != known
         if not new:
+            if said and end and said[-1][-1].isalnum():
+                said[-1] += end
             continue
         if changed and said and said[-1].lower() in ("a", "an"):
             said[-1] = said[-1][0] + ("n" if new[0].lower() in "aeiou" else "")
-        said.append(new)
+        said.append(new + end)
         changed = False
     return " ".join(said)
 

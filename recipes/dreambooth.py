@@ -5,29 +5,21 @@ accelerate launch recipes/dreambooth.py --config recipes/configs/dreambooth/pock
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.common.after_training import finish
 from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import Training, check, class_prior, data, train
-from training.config import (
-    DreamBoothSettings,
-    require,
-)
+from recipes.common.training import SubjectTraining, check, subjects, train
+from training.config import require
 
 __all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Training):
-    """Full fine-tuning on one subject."""
-
-    dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
-    """Preservation of the class, and whether the text encoders are trained too."""
-    region: str | None = None
-    """Words such as sks dog whose attention regions are used as masks in the region-aware loss."""
+class Settings(SubjectTraining):
+    """Full fine-tuning on one subject, or on several."""
 
 
 def run(settings: Settings) -> Path | None:
@@ -42,11 +34,10 @@ def run(settings: Settings) -> Path | None:
     )
     check(settings, whole=True)
     parts = load_parts(settings.base)
-    pictures = data(settings.data, parts=parts)
-    prior = class_prior(parts, settings, pictures)
+    pictures, prior, others = subjects(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)
-    result = train(settings, method, pictures, prior=prior, region=region)
+    result = train(settings, method, pictures, prior=prior, further=others, region=region)
     return finish(settings, result.folder / "unet") if result else None
 
 

@@ -11,25 +11,18 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import Training, check, class_prior, data, train
-from training.config import (
-    DreamBoothSettings,
-    LoraSettings,
-)
+from recipes.common.training import SubjectTraining, check, subjects, train
+from training.config import LoraSettings
 
 __all__ = ["Settings", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Training):
-    """A LoRA of one subject."""
+class Settings(SubjectTraining):
+    """A LoRA of one subject, or of several."""
 
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The adapter."""
-    dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
-    """Preservation of the class."""
-    region: str | None = None
-    """Words such as sks dog whose attention regions are used as masks in the region-aware loss."""
 
 
 def run(settings: Settings) -> Path | None:
@@ -39,11 +32,10 @@ def run(settings: Settings) -> Path | None:
 
     check(settings)
     parts = load_parts(settings.base)
-    pictures = data(settings.data, parts=parts)
-    prior = class_prior(parts, settings, pictures)
+    pictures, prior, others = subjects(parts, settings, settings.lora.tokens)
     region = region_of(settings.region) if settings.region else None
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
-    result = train(settings, method, pictures, prior=prior, region=region)
+    result = train(settings, method, pictures, prior=prior, further=others, region=region)
     return finish(settings, result.folder) if result else None
 
 

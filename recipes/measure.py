@@ -61,6 +61,7 @@ def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
     import adapters
     from adapters.measuring.metrics import Identity
+    from recipes.common import bleed
     from training.ranks import state
 
     out = Path(settings.out)
@@ -94,7 +95,8 @@ def run(settings: Settings) -> Path | None:
             shots = {name: [*shots.get(name, []), *taken] for name, taken in made.items()}
     drift = _drift(pipe, comparison, settings) if settings.measure.drift_prompts and settings.adapter else {}
     if state().is_main_process:
-        write_results(pipe, comparison, settings.sampling, rows, shots, drift, out, record=resolved(settings))
+        more = {**drift, **bleed.facts(comparison, shots)}
+        write_results(pipe, comparison, settings.sampling, rows, shots, more, out, record=resolved(settings))
     state().wait_for_everyone()
     return out
 

@@ -26,6 +26,7 @@ from .errors import TrainingError
 
 __all__ = [
     "BaseSettings",
+    "ConceptSettings",
     "ControlNetSettings",
     "DataSettings",
     "DreamBoothSettings",
@@ -341,6 +342,32 @@ class DreamBoothSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConceptSettings:
+    """A further subject in the same run. What is not set here is as for the first, in `data` and `dreambooth`."""
+
+    source: str
+    """Folder or dataset of its pictures."""
+    masks: str | None = None
+    """Folder of its masks."""
+    prompt: str | None = None
+    """One caption for all its pictures. Default: captions as in `data`."""
+    prefix: str | None = None
+    """Put before every caption of it, as `data.tags.prefix`; a trigger that its captions lack."""
+    identifier: str | None = None
+    """The word that marks it in captions. Default: `dreambooth.identifier`."""
+    class_prompt: str | None = None
+    """Prompt of its own class images. Default: none, and its pictures under their class captions preserve the class."""
+    class_folder: str | None = None
+    """Folder of its class images. Default: one for each class prompt, in the output folder."""
+    share: float | None = 1.0
+    """Samples of it for each sample of the first subject, its class samples included. 1: balanced; null: by number of
+    pictures, where kohya's repeats count."""
+
+    def __post_init__(self) -> None:
+        require(self.share is None or self.share > 0, f"concepts: share must be > 0 or null, got {self.share}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlNetSettings:
     """A ControlNet beside the frozen U-net."""
 
@@ -372,7 +399,7 @@ class ValidationSettings:
     guidance_scale: float = 7.5
     """Guidance scale for the samples."""
     loss_samples: int = 0
-    """Number of training images whose loss at fixed timesteps and noise is logged. 0: none."""
+    """Number of training images, of each concept, whose loss at fixed timesteps and noise is logged. 0: none."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, f"train.validation.every must be at least 1, got {self.every}")
@@ -591,6 +618,8 @@ def _located(settings: Any, files: Sequence[Path]) -> Any:
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(item) for item in value]
+        if isinstance(value, dict):
+            return {key: found(item) for key, item in value.items()}
         if dataclasses.is_dataclass(value):
             return _located(value, files)
         if not isinstance(value, str) or "/" not in value or Path(value).is_absolute() or there(value):

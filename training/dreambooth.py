@@ -36,7 +36,7 @@ from .progress import Progress
 from .ranks import state
 from .text import read_text
 
-__all__ = ["MANIFEST", "Prior", "class_caption", "class_images", "class_prompts", "prepare", "prior"]
+__all__ = ["MANIFEST", "Concept", "Prior", "class_caption", "class_images", "class_prompts", "prepare", "prior"]
 
 MANIFEST = "manifest.json"
 
@@ -127,6 +127,17 @@ class Prior:
     """Their share of the instance samples."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """One of the subjects of a run."""
+
+    name: str
+    views: Views
+    prior: Prior | None = None
+    share: float = 1.0
+    """Of the run's samples, its class samples included, relative to the other concepts."""
+
+
 def prior(
     parts: Parts,
     settings: DreamBoothSettings,
@@ -156,6 +167,8 @@ def prior(
     """
     if settings.preserve == "off" or (settings.preserve == "pictures" and settings.class_prompt is None):
         return None
+    if settings.surroundings == "base" and data.source[0].mask is None:
+        raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     named = settings.preserve == "base" and (settings.identifier is not None or bool(words))
     own = data.renamed(rename) if named else None

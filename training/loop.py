@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from .config import TrainSettings
 from .data.batches import seed_of
 from .data.cache import Region
 from .data.crops import Views
-from .dreambooth import Prior
+from .dreambooth import Concept, Prior
 from .errors import Stopped, TrainingError
 from .estimate import Estimate
 from .log import Log
@@ -83,6 +83,7 @@ def train(
     out: str | Path,
     record: dict[str, Any] | None = None,
     prior: Prior | None = None,
+    further: Sequence[Concept] = (),
     region: Region | None = None,
     cache: Literal["memory", "disk", "off"] = "memory",
     cache_folder: str | Path | None = None,
@@ -98,6 +99,7 @@ def train(
         out: receives `checkpoints/`, `samples/`, `log.jsonl` and the result in a folder named after the method.
         record: the recipe's resolved settings, saved beside every checkpoint and compared when resuming.
         prior: class images of DreamBooth.
+        further: subjects besides that of `data` and `prior`, whose share is 1.
         region: mask of the subject per entry, see `cache.encode_views`; needs the cache.
         cache: where encoded pictures and captions are kept; "off": encoded in every step.
         cache_folder: of the cache on disk; None: `out/cache`.
@@ -118,10 +120,9 @@ def train(
         tell = say if accelerator.is_main_process else _silent
         prepared = prepare(
             method,
-            data,
+            [Concept(name="data", views=data, prior=prior), *further],
             settings,
             accelerator,
-            prior=prior,
             region=region,
             cache=cache,
             cache_folder=Path(cache_folder) if cache_folder else out / "cache",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .config import TagSettings, TrainSettings
 from .data.batches import Draws, Feed, Stream
 from .data.cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .data.crops import Views
-from .dreambooth import Prior
+from .dreambooth import Concept, Prior
 from .errors import TrainingError
 from .estimate import Estimate, estimate, table
 from .kernels import fused, prepack
@@ -50,6 +50,8 @@ class Prepared:
     """Everything the loop needs that is not the model or the optimizer."""
 
     feed: Feed
+    views: int
+    """Of the pictures that are taught."""
     names: dict[str, list[str]]
     """Content of the data and, if any, of the class images, to notice at resuming that it changed."""
     texts: dict[str, dict[str, Tensor]] | None
@@ -105,11 +107,10 @@ def _tracker_installed(name: str) -> bool:
 
 def prepare(
     method: Method,
-    data: Views,
+    concepts: Sequence[Concept],
     settings: TrainSettings,
     accelerator: Accelerator,
     *,
-    prior: Prior | None,
     region: Region | None,
     cache: str,
     cache_folder: Path,
@@ -119,10 +120,10 @@ def prepare(
 
     Args:
         method: what trains; its frozen weights are cast in place.
-        data: the pictures.
+        concepts: what is taught, each with its prior; where one is trained towards the base's prediction,
+            `method.base` is set.
         settings: of the training.
         accelerator: of `make_accelerator`.
-        prior: class images of DreamBooth; where they are trained towards the base's prediction, `method.base` is set.
         region: mask of the subject per entry, see `cache.encode_views`.
         cache: "memory", "disk" or "off"; several processes share one on disk, a dry run has none.
         cache_folder: of the cache on disk.
@@ -131,9 +132,10 @@ def prepare(
     Raises:
         TrainingError: data, captions or class images that the method cannot train on.
     """
-    parts, device = method.parts, accelerator.device
-    _refuse(method, data, prior=prior, region=region, cache=cache)
-    if prior is not None and prior.to_base:
+    parts, device, data = method.parts, accelerator.device, concepts[0].views
+    for concept in concepts:
+        _refuse(method, concept.views, prior=concept.prior, region=region, cache=cache)
+    if any(concept.prior is not None and concept.prior.to_base for concept in concepts):
         assert method.switch is not None  # see _refuse
         method.base = method.switch()
     seconds = 0.0
@@ -148,20 +150,28 @@ def prepare(
     tokens = height * width // parts.factor**2
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
-    streams = _samples(method, data, prior, region, kept, device, say)
-    feed = _feed(method, streams, settings, accelerator, region=region)
-    texts = _cached_texts(method, feed, data.tags, kept, settings, device, say)
+    samples = _samples(method, concepts, region, kept, device, say)
+    feed = _feed(method, [stream for some in samples for stream in some], settings, accelerator, region=region)
+    tags = next((concept.views.tags for concept in concepts if concept.views.tags.varies), data.tags)
+    texts = _cached_texts(method, feed, tags, kept, settings, device, say)
     feed.text = _text_of(method, texts)
     if kept is not None and (damaged := gather_object(kept.damaged)):
         say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
-    fixed = validate.fixed_loss_batches(
-        streams[0], feed.draws, settings.validation.loss_samples, seed=settings.validation.seed, text=feed.text
-    )
+    count, seed = settings.validation.loss_samples, settings.validation.seed
+    fixed = [
+        batch
+        for own, *_ in samples
+        for batch in validate.fixed_loss_batches(own, feed.draws, count, seed=seed, text=feed.text)
+    ]
     if texts is not None:
         parts.release(vae=not settings.validation.prompts)
     return Prepared(
         feed=feed,
-        names={"data": _content(streams[:1]), **({"class images": _content(streams[1:])} if streams[1:] else {})},
+        views=sum(len(own.entries) for own, *_ in samples),
+        names={
+            "data": _content([own for own, *_ in samples]),
+            **({"class images": others} if (others := _content([one for _, *kept in samples for one in kept])) else {}),
+        },
         texts=texts,
         fixed=fixed,
         size=data.sizes[0],
@@ -193,25 +203,30 @@ def _refuse(method: Method, data: Views, *, prior: Prior | None, region: Region 
 
 def _samples(
     method: Method,
-    data: Views,
-    prior: Prior | None,
+    concepts: Sequence[Concept],
     region: Region | None,
     store: Store | None,
     device: torch.device,
     say: Callable[[str], None],
-) -> list[Stream]:
-    """All samples, encoded once into `store` or anew in every step, with captions that the method can use."""
+) -> list[list[Stream]]:
+    """All samples of each concept, its pictures first, encoded once into `store` or anew in every step, with captions
+    that the method can use."""
     progress = Progress("caching", say)
 
     def entries(views: Views) -> Encoded | Live:
         if store is None:
             return Live(views, method.parts.factor)
-        own = region if views is data else None  # class images count whole, as they do beside masks
+        own = region if views is concepts[0].views else None  # class images count whole, as they do beside masks
         return encode_views(views, method.parts, store, device=device, region=own, progress=progress)
 
-    streams = _streams(data, prior, entries)
+    samples = [_streams(concept, entries, alone=len(concepts) == 1) for concept in concepts]
+    streams = [stream for some in samples for stream in some]
     if store is not None:
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
+    if len(concepts) > 1:
+        total = sum(concept.share for concept in concepts)
+        for concept, (own, *_) in zip(concepts, samples, strict=True):
+            say(f"  {concept.name:16} {len(own.entries):>6} views, {concept.share / total:.0%} of the samples")
     captions = sorted({caption for stream in streams for caption in _captions(stream) if caption})
     if long := too_long(method.parts, captions):
         say(long)
@@ -220,7 +235,7 @@ def _samples(
         raise TrainingError(
             f"lora.tokens: {', '.join(unused)} is in no caption, so it would not train; use it in captions"
         )
-    return streams
+    return samples
 
 
 def _cached_texts(
@@ -304,24 +319,24 @@ def _captions(stream: Stream) -> list[str]:
     return said + ([stream.asked(caption) for caption in said] if stream.asked else [])
 
 
-def _streams(data: Views, prior: Prior | None, entries: Callable[[Views], Encoded | Live]) -> list[Stream]:
+def _streams(concept: Concept, entries: Callable[[Views], Encoded | Live], *, alone: bool) -> list[Stream]:
     """The subject's samples and those of its class.
 
-    With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio.
+    With weight/share per sample, the mean over a batch is mean(instance) + prior_weight * mean(class) at any ratio, and
+    with several concepts the mean of that by their shares.
     """
+    prior = concept.prior
+    total = 1.0 if prior is None else 1 + prior.ratio
+    part = 1.0 if alone else concept.share / total
 
-    def stream(views: Views, **more: Any) -> Stream:
-        found = entries(views)
-        return (
-            Stream(entries=found, draw=views.draw, several=views.captions, **more)
-            if views.varies()
-            else Stream(entries=found, **more)
-        )
+    def stream(views: Views, *, share: float = 1.0, **more: Any) -> Stream:
+        drawn: dict[str, Any] = {"draw": views.draw, "several": views.captions} if views.varies() else {}
+        return Stream(entries=entries(views), share=part * share, **drawn, **more)
 
     if prior is None:
-        return [stream(data)]
-    total, asked = 1 + prior.ratio, prior.class_caption if prior.surroundings else None
-    own = [stream(data, share=1 - prior.placed_share, weight=total, asked=asked)]
+        return [stream(concept.views)]
+    asked = prior.class_caption if prior.surroundings else None
+    own = [stream(concept.views, share=1 - prior.placed_share, weight=total, asked=asked)]
     if prior.placed is not None:
         own.append(stream(prior.placed, share=prior.placed_share, weight=total, asked=asked))
     weight = prior.weight * total / prior.ratio
@@ -447,7 +462,7 @@ def announce(
         say: receives the lines.
     """
     feed = prepared.feed
-    say(f"{method.name}: {len(feed.streams[0].entries)} views, {feed.per_step} samples a step, {settings.steps} steps")
+    say(f"{method.name}: {prepared.views} views, {feed.per_step} samples a step, {settings.steps} steps")
     found = estimate(
         method,
         model,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,18 @@ from recipes.common.comparison import TO_COME, WHOLE_TO_COME, resolve
 from recipes.common.guidance import guider_of
 from recipes.common.search import resolve_search
 from recipes.common.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
-from training.config import BaseSettings, DataSettings, ObjectiveSettings, TrainSettings, require, resolved
+from training.config import (
+    BaseSettings,
+    ConceptSettings,
+    DataSettings,
+    DreamBoothSettings,
+    ObjectiveSettings,
+    TrainSettings,
+    require,
+    resolved,
+)
 
-__all__ = ["Training", "check", "class_prior", "data", "record", "train"]
+__all__ = ["SubjectTraining", "Training", "check", "data", "record", "subjects", "train"]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -45,6 +56,29 @@ class Training:
 
     def __post_init__(self) -> None:
         require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectTraining(Training):
+    """Settings of the recipes that teach subjects."""
+
+    dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
+    """Preservation of the class, and what full fine-tuning trains."""
+    region: str | None = None
+    """Words such as sks dog whose attention regions are used as masks in the region-aware loss."""
+    concepts: dict[str, ConceptSettings] = field(default_factory=dict)
+    """Name -> a further subject, taught together with that of `data` and `dreambooth`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.concepts or self.region is None,
+            f"region {self.region!r} is of one subject: leave it out, or concepts",
+        )
+        require(
+            not self.concepts or self.data.buckets == 1,
+            f"data.buckets {self.data.buckets}: several concepts need one image size; set it to 1",
+        )
 
 
 def record(settings: Training) -> dict[str, Any]:
@@ -109,20 +143,69 @@ def _say_stages(settings: Training, found: Any) -> None:
         print(line, flush=True)
 
 
-def class_prior(parts: Any, settings: Any, pictures: Any) -> Any:
-    """The samples of the class that a DreamBooth recipe's settings ask for; missing class images are generated.
+def subjects(
+    parts: Any, settings: SubjectTraining, words: Mapping[str, str] | None = None
+) -> tuple[Any, Any, list[Any]]:
+    """The pictures of the first subject, its samples of the class, and the further subjects with theirs.
+
+    All pictures are looked at before the first class image is drawn.
 
     Args:
         parts: the base.
-        settings: of the recipe; `dreambooth` and `train`.
-        pictures: the subject's views.
+        settings: of the recipe.
+        words: new tokens, and the word of the class that stands for each.
     """
+    from training.dreambooth import Concept
+
+    each = {"": settings, **{name: _with(settings, name) for name in settings.concepts}}
+    pictures = {}
+    for name, own in each.items():
+        with named(f"concepts.{name}") if name else nullcontext():
+            pictures[name] = data(own.data, parts=parts)
+    called = {own.dreambooth.identifier: "" for own in each.values() if own.dreambooth.identifier}
+    found, first = [], len(pictures[""].source)
+    for name, own in each.items():
+        with named(f"concepts.{name}") if name else nullcontext():
+            prior = _class_prior(parts, own, pictures[name], {**(called if settings.concepts else {}), **(words or {})})
+        chosen = settings.concepts.get(name)
+        share = 1.0 if chosen is None else chosen.share or len(pictures[name].source) / first
+        found.append(Concept(name=name, views=pictures[name], prior=prior, share=share))
+    return found[0].views, found[0].prior, found[1:]
+
+
+def _with(settings: SubjectTraining, name: str) -> SubjectTraining:
+    """The settings as one of the further subjects has them."""
+    from adapters.card import slug
+
+    one, first = settings.concepts[name], settings.dreambooth
+    tags = replace(settings.data.tags, prefix=one.prefix or settings.data.tags.prefix)
+    place = (
+        "class_images" if one.class_prompt == first.class_prompt else f"class_images-{slug(one.class_prompt or name)}"
+    )
+    with named(f"concepts.{name}"):
+        return replace(
+            settings,
+            concepts={},
+            data=replace(settings.data, source=one.source, masks=one.masks, prompt=one.prompt, tags=tags),
+            dreambooth=replace(
+                first,
+                identifier=one.identifier or first.identifier,
+                class_prompt=one.class_prompt,
+                class_prompt_file=first.class_prompt_file if one.class_prompt else None,
+                class_folder=one.class_folder or str(Path(settings.out) / place),
+            ),
+        )
+
+
+def _class_prior(parts: Any, settings: SubjectTraining, pictures: Any, words: Mapping[str, str] | None) -> Any:
+    """The samples of the class that the settings of a subject ask for; missing class images are generated."""
     from recipes.common.region_mask import region_of
     from training import company, dreambooth
 
     chosen = settings.dreambooth
     if settings.train.dry_run and chosen.class_prompt and chosen.preserve != "off":
         if chosen.company:
+            assert chosen.identifier is not None  # see the settings
             company.check(pictures, chosen.identifier)
         say(f"would generate up to {chosen.class_images} pictures of the class; the trial takes the subject's instead")
         return dreambooth.Prior(
@@ -133,7 +216,7 @@ def class_prior(parts: Any, settings: Any, pictures: Any) -> Any:
         chosen,
         pictures,
         region=region_of,
-        words=settings.lora.tokens if hasattr(settings, "lora") else None,
+        words=words,
         folder=Path(settings.out) / "class_images",
         seed=settings.train.seed,
     )

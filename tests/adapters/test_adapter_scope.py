@@ -161,6 +161,15 @@ def test_a_prompt_without_its_subject_has_its_articles():
     assert adapters.scope.without_identifier("a sks owl and a sks dog", "sks") == "an owl and a dog"
     assert adapters.scope.without_identifier("An sks dog by a inn", "sks") == "A dog by a inn"  # theirs is theirs
     assert adapters.scope.renamed("a big <rex> and a sks eel", {"<rex>": "owl", "sks": ""}) == "a big owl and an eel"
+    tags = {
+        "sks, eel, sea": "eel, sea",
+        "eel, sks, sea": "eel, sea",
+        "x sks, an eel": "x, an eel",
+        "a <rex>, a sks": "an owl, a",
+        ", sks": ",",
+    }
+    for said, wanted in tags.items():
+        assert adapters.scope.renamed(said, {"<rex>": "owl", "sks": ""}) == wanted
 
 
 def test_a_whole_unet_is_asked_beside_the_bases(pipe, tmp_path):

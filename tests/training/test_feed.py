@@ -117,7 +117,7 @@ def test_a_step_stays_within_one_bucket_and_all_are_visited() -> None:
 
 def test_buckets_and_class_images_exclude_each_other() -> None:
     sizes = [(16, 16)] * 3 + [(8, 32)] * 2
-    with pytest.raises(TrainingError, match=r"prior preservation needs one image size: set data.buckets to 1"):
+    with pytest.raises(TrainingError, match=r"several concepts need one image size: set data.buckets to 1"):
         make([Stream(entries=Entries(5, sizes=sizes)), Stream(entries=Entries(2))])
 
 

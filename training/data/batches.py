@@ -115,7 +115,7 @@ class Feed:
         self.preserves = any(stream.preserved or stream.asked is not None for stream in streams)
         buckets = [sorted(set(stream.entries.sizes)) for stream in streams]
         if len(streams) > 1 and any(item != buckets[0] or len(item) > 1 for item in buckets):
-            raise TrainingError("prior preservation needs one image size: set data.buckets to 1")
+            raise TrainingError("prior preservation and several concepts need one image size: set data.buckets to 1")
         self._members = [
             [index for index, size in enumerate(streams[0].entries.sizes) if size == bucket] for bucket in buckets[0]
         ]

@@ -72,6 +72,9 @@ def prepare(
         TrainingError: a target or pattern that names no layer, or a new token that cannot be added.
     """
     settings = settings or LoraSettings()
+    for module in (parts.unet, *parts.text_encoders):
+        if ADAPTER in getattr(module, "peft_config", {}):
+            raise TrainingError(f"{type(module).__name__} already has an adapter; load the base anew with models.load")
     models: dict[str, Any] = {"unet": parts.unet}
     targets = PRESETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
     layers = {"unet": _matching(parts.unet, targets, preset=isinstance(settings.targets, str))}
@@ -217,8 +220,6 @@ def _pattern(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inject(module: Any, config: Any) -> None:
-    if ADAPTER in getattr(module, "peft_config", {}):
-        raise TrainingError(f"{type(module).__name__} already has an adapter; load the base anew with models.load")
     inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     module._hf_peft_config_loaded = True  # what diffusers' and transformers' add_adapter set as well
     for parameter in module.parameters():

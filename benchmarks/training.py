@@ -280,7 +280,7 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
     from training.data.cache import Live
 
     encoders = arms["plain"]
-    bound = objective.build(encoders.scheduler)
+    bound = objective.build_objective(encoders.scheduler)
     stream = batches.Stream(entries=Live(data, encoders.factor))
     shape = (encoders.unet.config.in_channels, encoders.factor)
     ids = lambda captions: {"ids_0": models.tokenize(encoders, captions)[0]}  # noqa: E731

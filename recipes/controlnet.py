@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import Training, check, data, train
+from recipes.common.training import Training, check_stages, data, train
 from training.config import (
     ControlNetSettings,
     ObjectiveSettings,
@@ -42,7 +42,7 @@ def run(settings: Settings) -> Path | None:
         settings.measure is None or settings.measure.targets is not None,
         "measure of a ControlNet needs measure.targets and measure.control",
     )
-    check(settings, controlnet=True)
+    check_stages(settings, controlnet=True)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, seed=settings.train.seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import SubjectTraining, check, subjects, train
+from recipes.common.training import SubjectTraining, check_stages, subjects, train
 from training.config import require
 
 __all__ = ["Settings", "run"]
@@ -32,7 +32,7 @@ def run(settings: Settings) -> Path | None:
         "a release holds the U-net alone: with dreambooth.text_encoder the pipeline in `dreambooth` is the result; "
         "leave measure out",
     )
-    check(settings, whole=True)
+    check_stages(settings, whole=True)
     parts = load_parts(settings.base)
     pictures, prior, others = subjects(parts, settings)
     region = region_of(settings.region) if settings.region else None

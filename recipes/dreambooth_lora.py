@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import SubjectTraining, check, subjects, train
+from recipes.common.training import SubjectTraining, check_stages, subjects, train
 from training.config import LoraSettings
 
 __all__ = ["Settings", "run"]
@@ -30,7 +30,7 @@ def run(settings: Settings) -> Path | None:
     from recipes.common.region_mask import region_of
     from training import lora
 
-    check(settings)
+    check_stages(settings)
     parts = load_parts(settings.base)
     pictures, prior, others = subjects(parts, settings, settings.lora.tokens)
     region = region_of(settings.region) if settings.region else None

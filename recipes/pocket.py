@@ -91,7 +91,7 @@ def latents(shards: str, device: str) -> None:
 
     first, last = map(int, shards.split(":"))
     for index in range(first, last):
-        fit_base.prepare(_vae(device), fit_base.TRAIN_SEED, index, RUNS / "latents")
+        fit_base.encoded_shard(_vae(device), fit_base.TRAIN_SEED, index, RUNS / "latents")
 
 
 def base(steps: dict[str, int], stop_at: int | None, device: str) -> None:
@@ -172,7 +172,7 @@ def sheet(seed: int) -> None:
     from training.pocket.making import evaluate
 
     prompts = evaluate.single_prompts(seed) + evaluate.pair_prompts(seed)
-    images = evaluate.generate(evaluate.load(), prompts, [seed + i for i in range(len(prompts))])
+    images = evaluate.generate(evaluate.shipped_pipeline(), prompts, [seed + i for i in range(len(prompts))])
     order = np.random.default_rng(seed).permutation(len(prompts))
     columns, side = 8, 128
     picture = Image.new("RGB", (columns * side, -(-len(order) // columns) * (side + 14)), "white")
@@ -199,7 +199,7 @@ def figures() -> None:
     from training.pocket.making import evaluate
     from training.pocket.world import CONTROLS
 
-    pipe = evaluate.load()
+    pipe = evaluate.shipped_pipeline()
     found = {
         "reconstruction": evaluate.reconstruction(pipe),
         "one object": evaluate.prompt_scores(pipe, [p for s in range(4) for p in evaluate.single_prompts(s)], 1000),

@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import Training, check, data, train
+from recipes.common.training import Training, check_stages, data, train
 from training.config import LoraSettings, ObjectiveSettings
 
 __all__ = ["Settings", "run"]
@@ -31,7 +31,7 @@ def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
     from training import lora
 
-    check(settings)
+    check_stages(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)

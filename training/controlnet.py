@@ -18,7 +18,7 @@ from .data.batches import seed_of
 from .errors import TrainingError
 from .method import Batch, Method, Weights, conditions_of, text_of
 from .models import Parts
-from .objective import Objective, build
+from .objective import Objective, build_objective
 
 __all__ = ["prepare"]
 
@@ -48,7 +48,7 @@ def prepare(
         torch.manual_seed(seed_of(seed, "controlnet"))
         network = _given(settings.start, parts) if settings.start else _fresh(settings.channels, parts)
     network.requires_grad_(True).float()
-    bound = build(parts.scheduler, objective)
+    bound = build_objective(parts.scheduler, objective)
     return Method(
         name="controlnet",
         parts=parts,

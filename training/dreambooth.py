@@ -30,7 +30,7 @@ from .data.crops import Views
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
 from .models import Parts, pipeline
-from .objective import build
+from .objective import build_objective
 from .preserve import frozen_copy
 from .progress import Progress
 from .ranks import state
@@ -59,7 +59,7 @@ def prepare(
         models |= dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
     for module in models.values():
         module.requires_grad_(True)
-    bound = build(parts.scheduler, objective)
+    bound = build_objective(parts.scheduler, objective)
     return Method(
         name="dreambooth",
         parts=parts,

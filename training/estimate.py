@@ -15,7 +15,7 @@ from .method import Method
 from .optim import state_bytes
 from .sharding import local
 
-__all__ = ["Estimate", "activation_bytes", "estimate", "table"]
+__all__ = ["Estimate", "activation_bytes", "estimate", "trained_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
-def table(method: Method) -> list[str]:
+def trained_table(method: Method) -> list[str]:
     """How many parameters of each model train, and what patterns chose."""
     lines = []
     for name, module in method.models.items():

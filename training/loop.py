@@ -32,7 +32,7 @@ from .errors import Stopped, TrainingError
 from .estimate import Estimate
 from .log import Log
 from .method import Method, Stepper
-from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare
+from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare_run
 from .ranks import state
 from .signals import Signals
 
@@ -118,7 +118,7 @@ def train(
             alone.enter_context(lock.held(out))
         accelerator = make_accelerator(settings, out, say)
         tell = say if accelerator.is_main_process else _silent
-        prepared = prepare(
+        prepared = prepare_run(
             method,
             [Concept(name="data", views=data, prior=prior), *further],
             settings,

@@ -29,7 +29,7 @@ from .dropout import drop
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
 from .models import Parts
-from .objective import build
+from .objective import build_objective
 from .preserve import adapter_off
 from .tokens import add_tokens, trained_tokens
 
@@ -95,7 +95,7 @@ def prepare(
     if settings.tokens:
         add_tokens(parts, settings.tokens)
         models |= encoders
-    bound = build(parts.scheduler, objective)
+    bound = build_objective(parts.scheduler, objective)
     taken = _taken(models, settings)
     return Method(
         name=settings.kind,

@@ -29,12 +29,12 @@ __all__ = [
     "Parts",
     "encode_images",
     "encode_text",
-    "fingerprint",
     "load",
     "pipeline",
     "refuse_file",
     "tokenize",
     "too_long",
+    "weights_digest",
 ]
 
 
@@ -61,7 +61,7 @@ class Parts:
     factor: int
     """Pixels per latent."""
     identity: str
-    """`fingerprint` of all weights as loaded; a run resumes on the base it began on."""
+    """`weights_digest` of all weights as loaded; a run resumes on the base it began on."""
 
     def release(self, *, vae: bool) -> None:
         """Drops the text encoders, and with `vae` the VAE, once what they give is cached; frees their memory."""
@@ -122,7 +122,7 @@ def load(base: str | Path, *, revision: str | None = None, variant: str | None =
         scheduler=scheduler,
         index=index,
         factor=2 ** (len(vae.config.block_out_channels) - 1),
-        identity=fingerprint(unet, vae, *encoders),
+        identity=weights_digest(unet, vae, *encoders),
     )
 
 
@@ -240,7 +240,7 @@ def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 
-def fingerprint(*modules: Any) -> str:
+def weights_digest(*modules: Any) -> str:
     """Hash of configs and weights, which content keys and manifests use; the same weights give the same hash."""
     digest = hashlib.blake2b(digest_size=16)
     for module in modules:

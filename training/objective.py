@@ -22,7 +22,16 @@ from torch import Tensor
 from .config import ObjectiveSettings
 from .errors import TrainingError
 
-__all__ = ["Objective", "add_noise", "alpha_sigma", "alphas_cumprod", "build", "error", "snr_weight", "target"]
+__all__ = [
+    "Objective",
+    "add_noise",
+    "alpha_sigma",
+    "alphas_cumprod",
+    "build_objective",
+    "error",
+    "snr_weight",
+    "target",
+]
 
 SNR_CEILING = 1000.0  # of the debiased weight, whose 1/√SNR would all but drop the cleanest steps
 
@@ -186,7 +195,7 @@ class Objective:
         return errors * weights
 
 
-def build(scheduler: dict[str, Any], settings: ObjectiveSettings | None = None) -> Objective:
+def build_objective(scheduler: dict[str, Any], settings: ObjectiveSettings | None = None) -> Objective:
     """The objective for a base model's scheduler config.
 
     Raises:

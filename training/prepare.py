@@ -23,7 +23,7 @@ from .data.cache import Encoded, Live, Region, Store, caching_seconds, encode_ca
 from .data.crops import Views
 from .dreambooth import Concept, Prior
 from .errors import TrainingError
-from .estimate import Estimate, estimate, table
+from .estimate import Estimate, estimate, trained_table
 from .kernels import fused, prepack
 from .method import Method
 from .models import encode_images, encode_text, tokenize, too_long
@@ -37,7 +37,7 @@ __all__ = [
     "configure_networks",
     "kernels",
     "make_accelerator",
-    "prepare",
+    "prepare_run",
 ]
 
 # Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
@@ -67,7 +67,7 @@ class Prepared:
 
 
 def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], None]) -> Accelerator:
-    """Accelerate with the trackers that are installed; precision is ours, see `prepare`.
+    """Accelerate with the trackers that are installed; precision is ours, see `prepare_run`.
 
     Args:
         settings: trackers, and whether TF32 is allowed.
@@ -105,7 +105,7 @@ def _tracker_installed(name: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def prepare(
+def prepare_run(
     method: Method,
     concepts: Sequence[Concept],
     settings: TrainSettings,
@@ -458,7 +458,7 @@ def announce(
         method: what trains.
         model: the method's step, without the wrapper for several processes.
         settings: of the training.
-        prepared: of `prepare`.
+        prepared: of `prepare_run`.
         say: receives the lines.
     """
     feed = prepared.feed
@@ -472,6 +472,6 @@ def announce(
         asked=feed.asked,
         caching_seconds=prepared.caching_seconds,
     )
-    for line in [*table(method), *found.lines(settings)]:
+    for line in [*trained_table(method), *found.lines(settings)]:
         say(line)
     return found

@@ -9,7 +9,7 @@ from html import escape
 
 from PIL import Image
 
-__all__ = ["LIMIT", "SIDES", "Draw", "drawer", "html", "table"]
+__all__ = ["LIMIT", "SIDES", "Draw", "drawer", "html", "html_table"]
 
 LIMIT = 3_000_000  # bytes of a page: what a mail or a repository takes without complaint
 SIDES = (512, 384, 256, 192, 128)
@@ -90,7 +90,7 @@ def _uri(image: Image.Image, side: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
+def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
     """A table that scrolls by itself; columns `text` are words and may wrap.
 
     Args:

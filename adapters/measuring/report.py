@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import words
 from .gains import Contrast, Gains
-from .page import LIMIT, SIDES, Draw, drawer, html, table
+from .page import LIMIT, SIDES, Draw, drawer, html, html_table
 from .plane import sentences
 from .plot import Point, plot
 from .sample import Shot
@@ -176,7 +176,7 @@ def _plane(gains: Gains) -> str:
             series[one["arm"]] = [point(one["arm"])]
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(drawn))
     rows = [[name, *(f"{words.number(m, means[name][m])}" for m in (x, y))] for name in means]
-    listed = table("The points of the figure", ["point", x, y], rows)
+    listed = html_table("The points of the figure", ["point", x, y], rows)
     return (
         "<h2>The subject against the prompt</h2><p>Up and to the right is better. Plain guidance reaches the line by "
         "its scale and the adapter's weight alone; what does not lie above it adds nothing.</p>"
@@ -241,7 +241,7 @@ def _arms(gains: Gains) -> str:
         ]
         extra = [f"{arm['recorded'][name]:.4g}" if name in arm["recorded"] else "" for name in recorded]
         rows.append([arm["name"], *cells, f"{arm['seconds']:.3g}", *extra])
-    return table("Every arm with its means and intervals", [*head, *recorded], rows)
+    return html_table("Every arm with its means and intervals", [*head, *recorded], rows)
 
 
 def _contrasts(contrasts: Sequence[Contrast]) -> str:
@@ -257,7 +257,7 @@ def _contrasts(contrasts: Sequence[Contrast]) -> str:
         "detectable",
         "failures",
     ]
-    return table("Differences, arm by arm", head, [_line(c) for c in contrasts], text=[1])
+    return html_table("Differences, arm by arm", head, [_line(c) for c in contrasts], text=[1])
 
 
 def _line(c: Contrast) -> list[str]:
@@ -278,11 +278,13 @@ def _line(c: Contrast) -> list[str]:
 def _ends_table(gains: Gains, name: str) -> str:
     head = ["prompt", "seed", f"difference in {gains.design.primary}"]
     rows = [[w["prompt"], str(w["seed"]), f"{w['difference']:+.3g}"] for w in _ends(gains)[name]]
-    return table(f"The five that {name} most", head, rows)
+    return html_table(f"The five that {name} most", head, rows)
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    return table("Facts", ["what", "value"], [[str(k), str(v)] for k, v in facts.items()], text=[1]) if facts else ""
+    return (
+        html_table("Facts", ["what", "value"], [[str(k), str(v)] for k, v in facts.items()], text=[1]) if facts else ""
+    )
 
 
 def _curves(gains: Gains, checkpoints: Sequence[Point]) -> str:

@@ -17,7 +17,7 @@ from ..errors import GainsError
 from .metrics import Metric, score
 from .sample import Shot
 
-__all__ = ["KEEP", "Joint", "Tuned", "budget", "check", "search"]
+__all__ = ["KEEP", "Joint", "Tuned", "budget", "recomputed_winner", "search"]
 
 KEEP = 1 / 3  # share of candidates that go on to the next round
 
@@ -132,7 +132,7 @@ def budget(candidates: int, prompts: int, seeds: int, *, keep: float = KEEP, fir
         n = min(seeds, math.ceil(n / keep))
 
 
-def check(
+def recomputed_winner(
     rounds: Sequence[Mapping[str, Any]],
     *,
     higher_is_better: bool,

@@ -94,7 +94,8 @@ def _tuned(folder: Path) -> dict[str, Any]:
         up, best = record["higher is better"], record["best"]
         joint = record.get("references")
         found = {
-            name: tune.check(rounds, higher_is_better=up, references=joint) for name, rounds in record["rounds"].items()
+            name: tune.recomputed_winner(rounds, higher_is_better=up, references=joint)
+            for name, rounds in record["rounds"].items()
         }
         ours = {name: {k: v for k, v in found[name].items() if k != "adapter"} for name in best}
         ours |= {"adapter": found["checkpoint"]["adapter"]} if "checkpoint" in found else {}

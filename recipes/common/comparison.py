@@ -196,7 +196,7 @@ def resolve(
     if found is not None:
         _check_held_out(plan, units, found)
     _check_scopes(arms, units, adapter)
-    up, preferences = _deciding(plan, metrics.check(plan, units, pocket=pocket))
+    up, preferences = _deciding(plan, metrics.check_metrics(plan, units, pocket=pocket))
     identity, accuracy = metrics.of_subject(plan, list(up))
     for case in units:
         _check_there(case.adapter, arms)

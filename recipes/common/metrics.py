@@ -60,7 +60,7 @@ __all__ = [
     "PREFERENCE",
     "PROMPT",
     "SUBJECT",
-    "check",
+    "check_metrics",
     "defaults",
     "judged",
     "metrics",
@@ -124,7 +124,7 @@ def metrics(
     return [_metric(name, settings, case, base, classes) for name in defaults(settings, pocket=pocket)]
 
 
-def check(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> dict[str, bool]:
+def check_metrics(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> dict[str, bool]:
     """The metrics by name, and whether higher is better; all of them are made once, which says what one lacks.
 
     Args:

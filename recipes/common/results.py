@@ -15,7 +15,7 @@ from recipes.common.guidance import EFFECTIVE, arguments_of, guided
 from recipes.common.settings import SamplingSettings
 from training.config import write
 
-__all__ = ["at_equal_scale", "table", "unseen", "write_results"]
+__all__ = ["arms_table", "at_equal_scale", "unseen", "write_results"]
 
 
 def write_results(
@@ -74,7 +74,7 @@ def write_results(
     print("\n" + "\n".join(headlines(gains)))
     if design.sweeps:
         print(f"At equal effective scale: {facts['at equal effective scale']}")
-    print(f"\n{table(gains)}\n")
+    print(f"\n{arms_table(gains)}\n")
     if (warning := unseen(gains, [case.calls for case in comparison.units if case.identifier])) is not None:
         print(f"{warning}\n")
     print(f"Open {out / 'measured' / 'report.html'}; pictures side by side: {out / 'measured' / 'sheet.png'}")
@@ -234,7 +234,7 @@ def _overlay(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> C
     return overlay
 
 
-def table(gains: Any) -> str:
+def arms_table(gains: Any) -> str:
     """Every arm's mean, and its paired difference to the baseline with the interval."""
     design = gains.design
     lines = []

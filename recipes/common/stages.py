@@ -13,7 +13,7 @@ from training.progress import duration
 if TYPE_CHECKING:
     from training.estimate import Estimate
 
-__all__ = ["Stage", "span", "stages", "table"]
+__all__ = ["Stage", "span", "stages", "stages_table"]
 
 LOW, HIGH = 0.7, 1.6  # of an estimate, which a busy machine and other batch sizes move
 SHIPPING = 20.0  # seconds: a pipeline is loaded, files are written and hashed
@@ -101,7 +101,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def table(rows: Sequence[Stage]) -> list[str]:
+def stages_table(rows: Sequence[Stage]) -> list[str]:
     """Lines for the terminal: stage, what, time and peak memory, and the sum."""
     width = max(len(row.what) for row in rows)
     lines = [f"{'stage':15} {'what':{width}}  {'time':16} peak memory"]

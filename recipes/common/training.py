@@ -26,7 +26,7 @@ from training.config import (
     resolved,
 )
 
-__all__ = ["SubjectTraining", "Training", "check", "data", "record", "subjects", "train"]
+__all__ = ["SubjectTraining", "Training", "check_stages", "data", "record", "subjects", "train"]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -86,7 +86,7 @@ def record(settings: Training) -> dict[str, Any]:
     return {name: value for name, value in resolved(settings).items() if name not in LATER}
 
 
-def check(settings: Training, *, controlnet: bool = False, whole: bool = False) -> None:
+def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = False) -> None:
     """What the later stages would find wrong is said before training.
 
     Args:
@@ -137,9 +137,9 @@ def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
 
 
 def _say_stages(settings: Training, found: Any) -> None:
-    from recipes.common.stages import stages, table
+    from recipes.common.stages import stages, stages_table
 
-    for line in table(stages(settings, found)):
+    for line in stages_table(stages(settings, found)):
         print(line, flush=True)
 
 

@@ -46,7 +46,7 @@ def test_what_was_found_follows_from_every_images_number(tmp_path):
     up = {"higher_is_better": True}
     found = tune.search(CANDIDATES, sample, brightness(True), prompts=["a", "b"], seeds=range(9), **HELD)
     assert [len(result["values"]) for result in found.rounds[1]["results"]] == [6, 6, 6]
-    assert tune.check(found.rounds, **up) == found.best
+    assert tune.recomputed_winner(found.rounds, **up) == found.best
     record = {"higher is better": True, "best": {"S-CFG": {"scale": 6}}, "rounds": {"S-CFG": found.rounds}}
 
     def verified(**change):
@@ -62,11 +62,11 @@ def test_what_was_found_follows_from_every_images_number(tmp_path):
     one = copy.deepcopy(found.rounds)
     one[0]["results"][2]["values"][0] += 5
     with pytest.raises(GainsError, match="'scale': 3} has a mean of"):
-        tune.check(one, **up)
+        tune.recomputed_winner(one, **up)
     other = copy.deepcopy(found.rounds)
     other[1]["results"].reverse()
     with pytest.raises(GainsError, match="round 2 did not try the better ones"):
-        tune.check(other, **up)
+        tune.recomputed_winner(other, **up)
 
 
 def test_what_no_image_can_be_judged_by_is_refused():

@@ -22,7 +22,7 @@ from training.pocket.world import CONTROLS
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    return evaluate.load()
+    return evaluate.shipped_pipeline()
 
 
 def pixels(images) -> np.ndarray:

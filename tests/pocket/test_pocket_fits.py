@@ -131,7 +131,7 @@ def test_batches_may_straddle_shards(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(fit_base, "SHARD", 8)
     torch.manual_seed(0)
     vae = model.vae().eval()
-    rows, tokens = fit_base._rows(lambda index: fit_base.prepare(vae, 1, index, tmp_path), range(5, 11))
+    rows, tokens = fit_base._rows(lambda index: fit_base.encoded_shard(vae, 1, index, tmp_path), range(5, 11))
     direct = fit_base._encode(vae, 1, range(5, 11)) * vae.config.scaling_factor
     assert torch.allclose(rows, direct.half().float(), atol=2e-3)
     assert tokens.shape == (6, 20)

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 
 from scfg import SemanticCFG, attach
 from training.pocket import base_path, tokenizer
-from training.pocket.making.fitting import pixels
+from training.pocket.making.fitting import image_batch
 from training.pocket.scenes import HELD_OUT_SEED, sample
 
 TIMESTEP = 500
@@ -23,7 +23,7 @@ def one_step(dtype, tokens):
     pipe.set_progress_bar_config(disable=True)
     scenes = [sample(HELD_OUT_SEED, index) for index in range(SCENES)]
     vae = AutoencoderKL.from_pretrained(base_path() / "vae")
-    clean = vae.encode(pixels(scene.image for scene in scenes)).latent_dist.mean * vae.config.scaling_factor
+    clean = vae.encode(image_batch(scene.image for scene in scenes)).latent_dist.mean * vae.config.scaling_factor
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     noisy = pipe.scheduler.add_noise(clean, noise, torch.tensor([TIMESTEP]))
     with attach(pipe, SemanticCFG(tokens=tokens), record=["regions"]) as run:

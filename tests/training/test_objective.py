@@ -128,7 +128,7 @@ def test_a_masked_loss_is_normalised_per_sample() -> None:
 
 
 def test_background_weight_and_min_snr_meet_in_the_objective() -> None:
-    bound = objective.build(
+    bound = objective.build_objective(
         {**SD, "prediction_type": "sample"}, ObjectiveSettings(background=0.5, snr_gamma=5.0)
     )  # x_0 prediction: the target is the latents, so the error is what `predict` is off by
     latents = torch.zeros(1, 1, 1, 2)
@@ -144,7 +144,7 @@ def test_background_weight_and_min_snr_meet_in_the_objective() -> None:
 
 def test_one_min_snr_weight_per_sample_also_with_class_images() -> None:
     """Prior preservation mixes class samples into the batch: weights and losses stay one per sample."""
-    bound = objective.build({**SD, "prediction_type": "v_prediction"}, ObjectiveSettings(snr_gamma=5.0))
+    bound = objective.build_objective({**SD, "prediction_type": "v_prediction"}, ObjectiveSettings(snr_gamma=5.0))
     latents = torch.randn(6, 4, 2, 2)
     batch = {"latents": latents, "noise": torch.randn_like(latents), "timesteps": torch.randint(1000, (6,))}
     together = bound.losses(lambda noisy, times: noisy, batch)
@@ -156,4 +156,4 @@ def test_one_min_snr_weight_per_sample_also_with_class_images() -> None:
 
 def test_zero_terminal_snr_with_epsilon_is_refused() -> None:
     with pytest.raises(TrainingError, match="zero_terminal_snr needs v_prediction"):
-        objective.build({**SD, "prediction_type": "epsilon"}, ObjectiveSettings(zero_terminal_snr=True))
+        objective.build_objective({**SD, "prediction_type": "epsilon"}, ObjectiveSettings(zero_terminal_snr=True))

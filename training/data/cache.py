@@ -25,7 +25,7 @@ from adapters import files, machine
 from adapters.errors import FileError
 
 from ..errors import TrainingError
-from ..models import Parts, encode_images, encode_text, fingerprint, tokenize
+from ..models import Parts, encode_images, encode_text, tokenize, weights_digest
 from ..ranks import state
 from .crops import View, Views
 
@@ -225,7 +225,7 @@ def encode_views(
 
 def _view_names(views: Views, parts: Parts, captions: list[str], region: Region | None) -> list[str]:
     """A region may depend on the caption, so its entry is named by it too; without one the caption stays out."""
-    vae_name = fingerprint(parts.vae) + ("" if region is None else f"-{region.__name__}")
+    vae_name = weights_digest(parts.vae) + ("" if region is None else f"-{region.__name__}")
     return [_name("view", vae_name, views.key(index), captions[index] if region else "") for index in range(len(views))]
 
 
@@ -266,7 +266,7 @@ def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, devi
         store: receives the entries.
         device: where the encoders run.
     """
-    encoder_name = fingerprint(*parts.text_encoders)
+    encoder_name = weights_digest(*parts.text_encoders)
     names = {caption: _name("text", encoder_name, caption) for caption in captions}
     for encoder in parts.text_encoders:
         encoder.to(device)

@@ -14,7 +14,7 @@ from .. import base_path, controlnet_path, judge, scenes
 from ..control import condition
 from ..world import BACKGROUNDS, CLASSES, COLOURS, TINTABLE
 from . import fit_judge, fit_vae
-from .fitting import pixels
+from .fitting import image_batch
 
 __all__ = [
     "controlled",
@@ -172,7 +172,9 @@ def levels(pipe: StableDiffusionPipeline, count: int = 64) -> dict[str, list[flo
     """What the U-net's lower levels are worth: v-loss on held-out scenes at fixed timesteps and noise, whole and with
     a part's output set to zero."""
     drawn = [scenes.sample(scenes.HELD_OUT_SEED, i) for i in range(count)]
-    latents = pipe.vae.encode(pixels(scene.image for scene in drawn)).latent_dist.mean * pipe.vae.config.scaling_factor
+    latents = (
+        pipe.vae.encode(image_batch(scene.image for scene in drawn)).latent_dist.mean * pipe.vae.config.scaling_factor
+    )
     prompt_embeds, _ = pipe.encode_prompt([scene.caption for scene in drawn], pipe.device, 1, False)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(9))
 
@@ -204,7 +206,7 @@ def latency(pipe, rounds: int = 5) -> float:
     return round(float(np.median(times)), 2)
 
 
-def load() -> StableDiffusionPipeline:
+def shipped_pipeline() -> StableDiffusionPipeline:
     """The shipped base as its ordinary pipeline, in float32."""
     pipe = StableDiffusionPipeline.from_pretrained(base_path(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)

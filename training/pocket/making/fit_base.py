@@ -30,9 +30,9 @@ from .. import tokenizer
 from ..scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
 from ..world import SIZE
 from . import model
-from .fitting import Ema, MuonAdamW, add_up, learning_rate, load_state, pixels, processes, save_state, seeded
+from .fitting import Ema, MuonAdamW, add_up, image_batch, learning_rate, load_state, processes, save_state, seeded
 
-__all__ = ["SHARD", "Base", "fit", "held_out_loss", "prepare", "scale"]
+__all__ = ["SHARD", "Base", "encoded_shard", "fit", "fresh_base", "held_out_loss", "scale"]
 
 SHARD, SHARDS = 2048, 32  # scenes a shard; drawing and encoding each once is an eighth of a step
 SNR_CAP = 5.0
@@ -61,12 +61,12 @@ def scale(vae: AutoencoderKL) -> float:
 
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, seed: int, indices: range) -> Tensor:
-    images = pixels(sample(seed, i).image for i in indices).to(vae.device)
+    images = image_batch(sample(seed, i).image for i in indices).to(vae.device)
     latents: Tensor = vae.encode(images).latent_dist.mean
     return latents
 
 
-def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
+def encoded_shard(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str, Tensor]:
     """Of one shard: ``latents`` (SHARD, 8, 16, 16) float16, scaled, and caption ``tokens`` (SHARD, T) int16.
 
     Args:
@@ -90,7 +90,7 @@ def prepare(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> dict[str
     return shard
 
 
-def build(device: str) -> Base:
+def fresh_base(device: str) -> Base:
     """Fresh parts, initialised from the fixed seed."""
     torch.manual_seed(TRAIN_SEED)
     unet = model.unet().to(device, memory_format=torch.channels_last)
@@ -125,7 +125,7 @@ def fit(
         save_every: steps between two saved states.
         stop_at: step to stop at; None: `steps`.
     """
-    live, averaged = build(device), build(device)
+    live, averaged = fresh_base(device), fresh_base(device)
     rank, world = processes()
     modules = live.parts()
     optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03, weight_decay=0.0, keep_norm=True)
@@ -133,7 +133,7 @@ def fit(
     state = out / "state.safetensors"
     begin = load_state(state, modules, emas, optimizer) if state.exists() else 0
     end = min(steps, stop_at or steps)
-    shards = lru_cache(maxsize=2)(lambda index: prepare(vae, TRAIN_SEED, index, out.parent / "latents"))
+    shards = lru_cache(maxsize=2)(lambda index: encoded_shard(vae, TRAIN_SEED, index, out.parent / "latents"))
     bar = tqdm(range(begin, end), initial=begin, total=steps, desc="base", mininterval=10, disable=rank > 0)
     mine = slice(rank, None, world)
     for step in bar:
@@ -219,7 +219,7 @@ def held_out_loss(base: Base, vae: AutoencoderKL, folder: Path, count: int = 512
         folder: where shards are kept.
         count: scenes.
     """
-    shard = prepare(vae, HELD_OUT_SEED, 0, folder)
+    shard = encoded_shard(vae, HELD_OUT_SEED, 0, folder)
     device = base.unet.device
     losses = []
     for start in range(0, min(count, SHARD), 32):

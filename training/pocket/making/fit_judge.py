@@ -16,7 +16,7 @@ from .. import scenes
 from ..judging import NEAR_MISS, Judge
 from ..sprites import sprite
 from ..world import BACKGROUNDS, CLASSES, COLOURS
-from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
+from .fitting import Ema, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
 
 __all__ = ["accuracy", "fit"]
 
@@ -97,7 +97,7 @@ def _batch(seed: int, indices: range) -> tuple[Tensor, Labels]:
         classes=torch.from_numpy(np.stack(classes)),
         colours=torch.from_numpy(np.stack(colours)),
     )
-    return pixels(images), labels
+    return image_batch(images), labels
 
 
 def _example(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
@@ -205,7 +205,7 @@ def accuracy(judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, 
 
     for start in range(0, count, 32):
         drawn = [scenes.sample(seed, i, free=True) for i in range(start, min(start + 32, count))]
-        images = pixels(scene.image for scene in drawn)
+        images = image_batch(scene.image for scene in drawn)
         images = images if change is None else change(images)
         where = judge.segment(images).cpu().numpy()
         for scene, seen, classes in zip(drawn, judge.look(images), where, strict=True):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..scenes import HELD_OUT_SEED, TRAIN_SEED, sample
 from . import model
-from .fitting import Ema, MuonAdamW, learning_rate, load_state, pixels, save_state, seeded
+from .fitting import Ema, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
 
 __all__ = ["fit", "psnr", "refine"]
 
@@ -39,7 +39,7 @@ def fit(out: Path, *, steps: int = 1600, batch: int = 8, peak: float = 0.03, dev
     begin = load_state(state, {"vae": vae}, {"vae": ema}, optimizer) if state.exists() else 0
     bar = tqdm(range(begin, steps), initial=begin, total=steps, desc="vae", mininterval=10)
     for step in bar:
-        images = pixels(sample(TRAIN_SEED, step * batch + i, free=True).image for i in range(batch))
+        images = image_batch(sample(TRAIN_SEED, step * batch + i, free=True).image for i in range(batch))
         images = images.to(device, memory_format=torch.channels_last)
         optimizer.set_rate(learning_rate(step, steps, peak, warmup=30, tail=0.6))
         loss = _loss(vae, images, seeded(TRAIN_SEED, step))
@@ -75,7 +75,7 @@ def refine(
     begin = load_state(state, {"decoder": decoder}, {"decoder": ema}, optimizer) if state.exists() else 0
     for step in tqdm(range(begin, steps), initial=begin, total=steps, desc="decoder", mininterval=10):
         # Scenes the joint fit has not seen.
-        images = pixels(sample(TRAIN_SEED, 10_000_000 + step * batch + i, free=True).image for i in range(batch))
+        images = image_batch(sample(TRAIN_SEED, 10_000_000 + step * batch + i, free=True).image for i in range(batch))
         images = images.to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.sample(seeded(TRAIN_SEED, step))
@@ -125,7 +125,7 @@ def psnr(vae: AutoencoderKL, count: int = 256) -> float:
     values = []
     for start in range(0, count, 16):
         drawn = (sample(HELD_OUT_SEED, i, free=True).image for i in range(start, min(start + 16, count)))
-        images = pixels(drawn).to(vae.device)
+        images = image_batch(drawn).to(vae.device)
         back = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
         error = ((back - images) * 127.5).round().square().flatten(1).mean(1)
         values.append(10 * torch.log10(255**2 / error))

@@ -16,10 +16,20 @@ from torch import Tensor, nn
 
 from adapters.files import write_file
 
-__all__ = ["Ema", "MuonAdamW", "add_up", "learning_rate", "load_state", "pixels", "processes", "save_state", "seeded"]
+__all__ = [
+    "Ema",
+    "MuonAdamW",
+    "add_up",
+    "image_batch",
+    "learning_rate",
+    "load_state",
+    "processes",
+    "save_state",
+    "seeded",
+]
 
 
-def pixels(images: Iterable[np.ndarray]) -> Tensor:
+def image_batch(images: Iterable[np.ndarray]) -> Tensor:
     """Pictures (S, S, 3) uint8 as one tensor (B, 3, S, S) float32 in [-1, 1]."""
     return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
 

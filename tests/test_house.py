@@ -1,12 +1,14 @@
-"""Import directions: which room and folder may import which, no circles, and the page that shows it."""
+"""Import directions: which room and folder may import which, no circles, and the page that shows it; sizes."""
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from docs.house import PAGE, ROOMS, circles, graph, imports_in, page, room_of
+from docs.sizes import Sizes, sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT: dict[str, set[str]] = {
@@ -105,3 +107,34 @@ def test_only_settings_import_jsonargparse() -> None:
         if "jsonargparse" in file.read_text()
     }
     assert users <= {"training/config.py"}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_functions_stay_short_and_say_what_their_arguments_are(room: str) -> None:
+    own = sizes()[room]
+    assert max(own.lines) <= 60, f"{own.longest} is longer than 60 lines; split it where it reads better"
+    assert own.documented >= 0.9 * own.public
+
+
+def test_sizes_are_counted() -> None:
+    body = "    value = 1\n" * 8
+    source = f'''
+class Known:
+    """Known.
+
+    Args:
+        a: one.
+    """
+
+    def __init__(self, a: int, b: Any, c): ...
+
+def short(a: Any): ...
+
+def long(a: int, b: int, c: list[Any]):
+    """Not counted
+    among the lines."""
+{body}'''
+    own = Sizes()
+    own.count(ast.parse(source))
+    assert own.lines == [1, 1, 9]
+    assert (own.longest, own.arguments, own.bare, own.public, own.documented) == ("long", 7, 3, 2, 1)

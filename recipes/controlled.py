@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image, ImageOps
 
-from recipes.common.base import adapted, pipeline, size_of
+from adapters.edges import Canny
+from recipes.common.base import adapted, edges_of, pipeline, size_of
 from recipes.common.cli import launch, say
 from recipes.common.draw import draw, keep, sheet
 from recipes.common.guidance import guided, method_title
@@ -23,7 +23,7 @@ from training.errors import TrainingError
 
 __all__ = ["Settings", "run"]
 
-LOW_F1 = 0.2  # of edges
+LEAST = 0.05  # of F1, above that with the edges of another picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Sample with plain CFG and with the guidance; returns the sheet, or None after a dry run."""
-    make = _annotator(settings)
+    edges = edges_of(settings.controlnet) if settings.annotator == "canny" else None
+    make = _annotator(settings, edges)
     source = _pictures(settings)
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     given = _given(source, size_of(pipe, settings.sampling), make, nearest=settings.annotator == "none")
@@ -75,8 +76,8 @@ def run(settings: Settings) -> Path | None:
             return None
         shots = {name: _draw(pipe, name, arm, given, settings) for name, arm in arms.items()}
     for name, made in shots.items():
-        if settings.annotator == "canny":
-            _score(name, made, given, make)
+        if edges is not None:
+            _score(name, made, {prompt: one.condition for prompt, one in given.items()}, edges)
         for shot in made:
             keep(shot.image, Path(settings.out) / f"{given[shot.prompt].name} {name} {shot.seed}.png")
     page = Path(settings.out) / "sheet.png"
@@ -94,16 +95,13 @@ class Given:
     condition: Image.Image
 
 
-def _annotator(settings: Settings) -> Callable[[Image.Image], Image.Image]:
+def _annotator(settings: Settings, edges: Canny | None) -> Callable[[Image.Image], Image.Image]:
     from training.data import images
     from training.data.annotators import annotator
-    from training.pocket.control import edges
 
     if settings.annotator == "none":
         return images.rgb
-    if settings.annotator == "canny" and settings.controlnet == "pocket-canny":
-        return edges  # with the thresholds that it was trained on
-    return annotator(settings.annotator, settings.annotator_model)
+    return annotator(settings.annotator, settings.annotator_model, edges=edges)
 
 
 def _pictures(settings: Settings) -> Any:
@@ -155,18 +153,23 @@ def _draw(pipe: Any, name: str, arm: GuidanceSettings, given: Mapping[str, Given
     )
 
 
-def _score(
-    name: str, shots: Sequence[Any], given: Mapping[str, Given], make: Callable[[Image.Image], Image.Image]
-) -> None:
-    """Says how far the pictures keep the edges, found in them as they were in the user's pictures."""
+def _score(name: str, shots: Sequence[Any], conditions: Mapping[str, Image.Image], edges: Canny) -> None:
+    """Says how far pictures keep the edges they were given, and how far those of the next picture, by chance."""
     from adapters.measuring.metrics import CannyF1
 
-    wanted = lambda shot: given[shot.prompt].condition.resize(shot.image.size)  # noqa: E731
-    again = lambda image: np.asarray(make(image).convert("L")) > 127  # noqa: E731
-    found = CannyF1(condition=wanted, edges=again)(shots)
-    mean = sum(found) / len(found)
-    say(f"{name}: canny F1 {mean:.2f} over {len(found)} pictures")
-    if mean < LOW_F1:
+    def mean(wanted: Mapping[str, Image.Image]) -> float:
+        found = CannyF1(condition=lambda shot: wanted[shot.prompt].resize(shot.image.size), edges=edges)(shots)
+        return sum(found) / len(found)
+
+    own = mean(conditions)
+    said = f"{name}: canny F1 {own:.2f} over {len(shots)} pictures"
+    if len(conditions) == 1:
+        say(said)
+        return
+    first, *rest = conditions.values()
+    chance = mean(dict(zip(conditions, [*rest, first], strict=True)))
+    say(f"{said}; {chance:.2f} with the edges of another one")
+    if own < chance + LEAST:
         say(f"{name}: the pictures do not follow the edges; try more --sampling.steps or --conditioning_scale")
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from recipes.common.after_training import finish
-from recipes.common.base import load_parts
+from recipes.common.base import POCKET, edges_of, load_parts
 from recipes.common.cli import launch
 from recipes.common.training import Training, check_stages, data, train
 from training.config import (
@@ -44,10 +45,25 @@ def run(settings: Settings) -> Path | None:
     )
     check_stages(settings, controlnet=True)
     parts = load_parts(settings.base)
-    pictures = data(settings.data, parts=parts)
-    method = controlnet.prepare(parts, settings.controlnet, settings.objective, seed=settings.train.seed)
+    edges = _edges(settings)
+    pictures = data(settings.data, parts=parts, edges=edges)
+    method = controlnet.prepare(parts, settings.controlnet, settings.objective, edges=edges, seed=settings.train.seed)
     result = train(settings, method, pictures)
     return finish(settings, result.folder, controlnet=True) if result else None
+
+
+def _edges(settings: Settings) -> Any:
+    """The detector that makes the conditions, which the ControlNet keeps; null: they are no edges."""
+    from training.data import images
+    from training.pocket.control import EDGES
+
+    plan, start = settings.data, settings.controlnet.start
+    if plan.annotator != "canny":
+        return None
+    if plan.canny is None and start:
+        return edges_of(start)
+    scenes = plan.source in (POCKET, "pocket-fluent")
+    return EDGES if plan.canny is None and scenes else images.detector(plan)
 
 
 if __name__ == "__main__":

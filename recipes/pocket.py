@@ -139,7 +139,7 @@ def controlnet(name: str, steps: dict[str, int]) -> None:
     from training.config import ControlNetSettings, TrainSettings
     from training.data.crops import Views
     from training.pocket import base_hash, base_path
-    from training.pocket.control import Scenes
+    from training.pocket.control import EDGES, Scenes
     from training.pocket.making import ship as shipping
 
     parts = models.load(base_path())
@@ -154,7 +154,7 @@ def controlnet(name: str, steps: dict[str, int]) -> None:
         trackers=[],
     )
     result = loop.train(
-        method.prepare(parts, ControlNetSettings()),
+        method.prepare(parts, ControlNetSettings(), edges=EDGES if name == "canny" else None),
         Views(Scenes(control=name, count=6000), resolution=64, multiple=parts.multiple),
         settings,
         out=RUNS / f"controlnet-{name}-{base_hash()[:8]}",  # another base, another training

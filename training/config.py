@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import re
 import sys
@@ -126,6 +127,9 @@ class DataSettings:
     """Folder of conditioning images with the names and sizes of the images (ControlNet)."""
     annotator: Literal["canny", "lineart", "depth", "segmentation"] | None = None
     """Computes the conditioning image from each image instead of reading it."""
+    canny: tuple[float, float] | None = None
+    """Lower and upper threshold of the annotator canny; the ControlNet keeps them. Default: those of
+    `controlnet.start`, otherwise 100 and 200, which published ControlNets use; for pocket scenes 80 and 160."""
     annotator_model: str | None = None
     """Folder or hub id of the network for depth or segmentation. Not needed for pocket scenes."""
     split: str = "train"
@@ -167,6 +171,10 @@ class DataSettings:
             not (self.annotator and (self.conditioning or self.conditioning_column)),
             "data.annotator makes the conditioning and data.conditioning reads it: give one of the two",
         )
+        if self.canny is not None:
+            low, high = self.canny
+            require(0 < low < high < math.inf, f"data.canny must be 0 < lower < upper, got {low:g} and {high:g}")
+            require(self.annotator == "canny", "data.canny needs data.annotator canny")
 
 
 @dataclass(frozen=True, kw_only=True)

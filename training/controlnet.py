@@ -11,6 +11,7 @@ import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
+from adapters.edges import Canny
 from adapters.files import write_tensors
 
 from .config import ControlNetSettings, ObjectiveSettings
@@ -30,6 +31,7 @@ def prepare(
     settings: ControlNetSettings | None = None,
     objective: ObjectiveSettings | None = None,
     *,
+    edges: Canny | None = None,
     seed: int = 0,
 ) -> Method:
     """A new ControlNet beside the frozen U-net, with zero-initialised outputs: at step 0 it changes nothing.
@@ -38,6 +40,7 @@ def prepare(
         parts: the base.
         settings: how the network begins; None: the defaults.
         objective: loss and noise; None: the defaults.
+        edges: the detector that makes the conditions; the ControlNet keeps it in its config. null: they are no edges.
         seed: of the weights of a new network.
 
     Raises:
@@ -47,6 +50,8 @@ def prepare(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "controlnet"))
         network = _given(settings.start, parts) if settings.start else _fresh(settings.channels, parts)
+    if edges is not None:
+        network.register_to_config(**edges.config)
     network.requires_grad_(True).float()
     bound = build_objective(parts.scheduler, objective)
     return Method(

@@ -17,6 +17,8 @@ __all__ = [
     "POCKET",
     "adapted",
     "base_folder",
+    "controlnet_folder",
+    "edges_of",
     "load_parts",
     "pipeline",
     "pipeline_arguments",
@@ -65,7 +67,6 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
     import diffusers
     import torch
 
-    from training.pocket import controlnet_path
     from training.ranks import state
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[sampling.precision]
@@ -77,9 +78,7 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
         absent = {name: None for name in ("safety_checker", "watermarker") if name in index}
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **half, **absent)
         if controlnet:
-            place = (
-                controlnet_path(controlnet.removeprefix("pocket-")) if controlnet.startswith("pocket-") else controlnet
-            )
+            place = controlnet_folder(controlnet)
             found = diffusers.ControlNetModel.load_config(place).get("_class_name")
             require(found == "ControlNetModel", f"controlnet {controlnet} is a {found}, not a ControlNetModel")
             network = diffusers.ControlNetModel.from_pretrained(place, use_safetensors=True, **half)
@@ -97,6 +96,38 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
         for network in filter(None, (getattr(pipe, name, None) for name in ("unet", "vae", "controlnet"))):
             network.to(memory_format=torch.channels_last)
     return pipe.to(state().device)
+
+
+def controlnet_folder(controlnet: str) -> str | Path:
+    """Folder or hub id of a ControlNet; pocket-canny and pocket-segmentation are the embedded ones."""
+    from training.pocket import controlnet_path
+
+    return controlnet_path(controlnet.removeprefix("pocket-")) if controlnet.startswith("pocket-") else controlnet
+
+
+def edges_of(controlnet: str) -> Any:
+    """The Canny detector that a ControlNet was trained with (`adapters.edges.Canny`).
+
+    One that was trained before ControlNets kept it has the settings of its training beside it.
+    """
+    import diffusers
+    import yaml
+
+    from adapters.edges import KEY, Canny
+    from training.pocket.control import EDGES
+    from training.text import read_text
+
+    place = controlnet_folder(controlnet)
+    try:
+        config = diffusers.ControlNetModel.load_config(place)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise TrainingError(f"controlnet {controlnet} cannot be loaded: {said}") from error
+    if KEY not in config and (file := Path(place) / "settings.yaml").is_file():
+        trained = yaml.safe_load(read_text(file))
+        if trained.get("data", {}).get("source") in (POCKET, "pocket-fluent"):
+            return EDGES
+    return Canny.of(config)
 
 
 def pipeline_arguments(base: BaseSettings, *, controlnet: str | None = None) -> tuple[str, set[str]]:

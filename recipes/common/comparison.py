@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, adapted, pipeline_arguments
+from recipes.common.base import POCKET, adapted, edges_of, pipeline_arguments
 from recipes.common.cli import named
 from recipes.common.settings import GuidanceSettings, MeasureSettings
 from recipes.common.tuned import Tuned
@@ -191,7 +191,8 @@ def resolve(
     pocket, found = base.path == POCKET, None if tuned is None else Tuned.read(tuned)
     arms = _arms(plan, weight, found)
     _check_arms(arms, base, controlnet)
-    units = cases(plan, adapter, size=size)
+    edges = edges_of(controlnet) if controlnet and controlnet != TO_COME else None
+    units = cases(plan, adapter, size=size, edges=edges)
     require(sum(len(case.prompts) for case in units) >= 2, "a comparison needs at least two prompts or targets")
     if found is not None:
         _check_held_out(plan, units, found)

@@ -194,7 +194,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
         MARGIN: lambda: _identity(name, case, classes),
         SUBJECT: lambda: subject_similarity(*_masked(name, case), case.noun),
         "class IoU": lambda: class_iou(lambda shot: _condition(name, case, shot)),
-        "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot)),
+        "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot), edges=case.edges),
         "MS-SSIM": lambda: kinds.MsSsim(target=lambda shot: _target(name, case, shot)),
         "saturation": kinds.Saturation,
         "contrast": kinds.Contrast,

@@ -113,7 +113,8 @@ def _units(search: TuneSettings, comparison: Comparison, held: set[str], size: t
         ]
     skip = TUNING if search.targets == POCKET else None
     more = replace(plan, targets=search.targets, limit=search.limit, skip=skip)
-    case = cases(more, comparison.units[0].adapter, size=size)[0]
+    first = comparison.units[0]
+    case = cases(more, first.adapter, size=size, edges=first.edges)[0]
     return [replace(case, prompts=[prompt for prompt in case.prompts if prompt not in held])]
 
 

@@ -222,14 +222,20 @@ def _class_prior(parts: Any, settings: SubjectTraining, pictures: Any, words: Ma
     )
 
 
-def data(settings: DataSettings, *, parts: Any) -> Any:
-    """Training views of the pictures; `pocket` and `pocket-fluent` are drawn scenes of the embedded world."""
+def data(settings: DataSettings, *, parts: Any, edges: Any = None) -> Any:
+    """Training views of the pictures; `pocket` and `pocket-fluent` are drawn scenes of the embedded world.
+
+    Args:
+        settings: which pictures.
+        parts: the base, which says what sizes it takes.
+        edges: the Canny detector of their conditions; null: they have none of edges.
+    """
     from training.data import crops, images
 
     if settings.source not in (POCKET, "pocket-fluent"):
-        return crops.views(images.load(settings, say=say), settings, multiple=parts.multiple)
-    from training.pocket.control import Scenes
+        return crops.views(images.load(settings, edges=edges, say=say), settings, multiple=parts.multiple)
+    from training.pocket.control import EDGES, Scenes
 
     look = "fluent" if settings.source == "pocket-fluent" else "noto"
-    scenes = Scenes(control=settings.annotator, count=settings.count or 6000, look=look)
+    scenes = Scenes(control=settings.annotator, count=settings.count or 6000, look=look, edges=edges or EDGES)
     return crops.views(scenes, settings, multiple=parts.multiple)

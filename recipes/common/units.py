@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from adapters.edges import Canny
 from recipes.common.base import POCKET
 from recipes.common.cli import say
 from recipes.common.prompts import texts
@@ -37,6 +38,8 @@ class Case:
     """The subject's class."""
     conditions: Mapping[str, Image.Image] = field(default_factory=dict, repr=False)
     """Prompt -> what the ControlNet is given."""
+    edges: Canny = field(default_factory=Canny)
+    """What finds the edges of conditions and pictures."""
     targets: Mapping[str, Image.Image] = field(default_factory=dict, repr=False)
     """Prompt -> the picture that the condition was made from."""
 
@@ -63,16 +66,23 @@ class Case:
         return self.inputs if self.conditions else None
 
 
-def cases(settings: MeasureSettings, adapter: str | None, *, size: tuple[int, int] | None = None) -> list[Case]:
+def cases(
+    settings: MeasureSettings,
+    adapter: str | None,
+    *,
+    size: tuple[int, int] | None = None,
+    edges: Canny | None = None,
+) -> list[Case]:
     """The units of a comparison, by subject; {subject} in the adapter's path becomes the subject's name.
 
     Args:
         settings: subjects, targets or prompts.
         adapter: its path; None: there is none.
         size: (width, height) that targets and their conditions are cut to; null: each its own.
+        edges: the detector that the ControlNet was trained with; null: the default one.
     """
     if settings.targets is not None:
-        return [_controlled(settings, adapter, size)]
+        return [_controlled(settings, adapter, size, edges or Canny())]
     if not settings.subjects:
         require(adapter is None or "{subject}" not in adapter, f"adapter {adapter} needs measure.subjects")
         prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
@@ -109,7 +119,7 @@ def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Ca
     return Case(name=folder.name, prompts=prompts, adapter=path, folder=folder, identifier=identifier, noun=noun)
 
 
-def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None) -> Case:
+def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int, int] | None, edges: Canny) -> Case:
     """Captions of the targets as prompts, each with the condition made from its picture."""
     from training.data import images
     from training.pocket.control import Scenes
@@ -122,7 +132,8 @@ def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int,
         require(
             settings.control != "given", "measure.targets pocket draws its conditions: control canny or segmentation"
         )
-        source = Scenes(control=settings.control, count=first + (settings.limit or 64), seed=HELD_OUT_SEED, begin=0)
+        count = first + (settings.limit or 64)
+        source = Scenes(control=settings.control, count=count, seed=HELD_OUT_SEED, begin=0, edges=edges)
     else:
         require(settings.control != "segmentation", "control segmentation of your own pictures: set control given")
         place = Path(settings.targets)
@@ -130,24 +141,23 @@ def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int,
         source = images.load(DataSettings(source=str(place), conditioning=given))
     wanted = range(len(source))[first:][: settings.limit]
     require(bool(wanted), f"measure.skip {first} leaves none of {len(source)} targets")
-    samples = [_cut(source[i], size, settings) for i in wanted]
+    samples = [_cut(source[i], size, settings.control, edges) for i in wanted]
     kept = {sample.caption: sample for sample in samples}
     if len(kept) < len(samples):
         say(f"{len(samples) - len(kept)} targets are left out: their captions repeat others, and a prompt is a unit")
     return Case(
         prompts=list(kept),
         adapter=adapter,
+        edges=edges,
         conditions={caption: sample.conditioning for caption, sample in kept.items()},
         targets={caption: sample.image for caption, sample in kept.items()},
     )
 
 
-def _cut(sample: Any, size: tuple[int, int] | None, settings: MeasureSettings) -> Any:
+def _cut(sample: Any, size: tuple[int, int] | None, control: str | None, edges: Canny) -> Any:
     """The middle of a target at the size that is drawn, and its condition: edges are found at that size."""
-    from training.data import images
-
     image, condition = sample.image, sample.conditioning
     if size is not None and image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-        condition = None if settings.control == "canny" else ImageOps.fit(condition, size, Image.Resampling.NEAREST)
-    return replace(sample, image=image, conditioning=condition or images.canny(image))
+        condition = None if control == "canny" else ImageOps.fit(condition, size, Image.Resampling.NEAREST)
+    return replace(sample, image=image, conditioning=condition or edges.condition(image))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import scipy.linalg
 from PIL import Image
 
-from adapters.errors import GainsError
+from adapters.edges import Canny
+from adapters.errors import FormatError, GainsError
 from adapters.measuring import metrics
 from adapters.measuring.metrics import sets
 from adapters.measuring.sample import Shot
@@ -137,15 +139,34 @@ def test_kernel_distance_by_hand_and_unbiased():
 def test_canny_f1_by_hand():
     a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     a[0, :2], b[0, 1:4] = True, True
-    assert metrics.canny_f1(a, b) == pytest.approx(2 / 5)
+    assert metrics.canny_f1(a, b, reach=0) == pytest.approx(2 / 5)
+    assert metrics.canny_f1(a, b) == pytest.approx(2 * (2 / 3) / (1 + 2 / 3))  # a lies near b, 2/3 the other way
+    assert metrics.canny_f1(b, a) == metrics.canny_f1(a, b)
     assert metrics.canny_f1(a & False, b & False) == 1
+    assert metrics.canny_f1(a & False, b) == metrics.canny_f1(a, b & False) == 0
+    line = np.zeros((9, 9), bool)
+    line[4, 2:7] = True
+    assert [metrics.canny_f1(np.roll(line, shift, 0), line) for shift in (1, -1, 2)] == [1, 1, 0]
     square = picture(0, 0, 0, size=64)
     square.paste((255, 255, 255), (16, 16, 48, 48))
-    edges = metrics.canny(square)
-    assert 100 < edges.sum() < 200
-    condition = Image.fromarray(edges.astype(np.uint8) * 255)
-    metric = metrics.CannyF1(condition=lambda s: condition)
+    assert 100 < Canny()(square).sum() < 200
+    metric = metrics.CannyF1(condition=lambda s: Canny().condition(square))
     assert metrics.score(metric, [shot(square), shot(picture(5, 5, 5, size=64))]).tolist() == [1, 0]
+
+
+def test_there_is_one_canny_with_the_thresholds_and_the_colours_asked_for():
+    image = noise(3)
+    pixels = np.asarray(image)
+    assert np.array_equal(Canny()(image), cv2.Canny(pixels, 100, 200) > 0)  # as controlnet-aux finds them
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    found = Canny(low=80, high=160, grey=True)
+    assert np.array_equal(found(image), cv2.Canny(grey, 80, 160) > 0)
+    assert np.array_equal(np.asarray(found.condition(image)), np.repeat(found(image)[..., None] * np.uint8(255), 3, 2))
+    assert Canny.of(found.config) == found
+    assert Canny.of({"_class_name": "ControlNetModel"}) == Canny()
+    for wrong in ({"low": 200, "high": 100}, {"low": 0}, {"high": "much"}, {"high": float("nan")}, [80, 160], None):
+        with pytest.raises(FormatError, match="_canny must hold low, high and grey"):
+            Canny.of({"_canny": wrong})
 
 
 def test_ms_ssim_is_one_for_equals_falls_with_noise_and_is_ssim_at_one_scale():

@@ -7,9 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from training.pocket import PocketError, scenes
 from training.pocket.captions import Description, Noun, parse, vocabulary
+from training.pocket.control import EDGES
 from training.pocket.world import BACKGROUNDS, CLASSES, COLOURS, RELATIONS, SIZE, TINTABLE
 
 
@@ -124,7 +126,7 @@ def test_a_tint_has_the_hue_it_is_called(colour: str) -> None:
 
 def test_conditions_come_from_the_scene() -> None:
     scene = scenes.sample(1, 0)
-    edges = scenes.canny(scene.image)
+    edges = np.asarray(EDGES.condition(Image.fromarray(scene.image)))
     assert edges.shape == (SIZE, SIZE, 3)
     assert set(np.unique(edges)) == {0, 255}
     assert len(np.unique(scenes.palette(), axis=0)) == len(CLASSES) + 1
@@ -133,13 +135,12 @@ def test_conditions_come_from_the_scene() -> None:
 def test_a_scene_keeps_to_its_own_condition_by_the_detector_that_made_it() -> None:
     from adapters.measuring.metrics import CannyF1
     from adapters.measuring.sample import Shot
-    from training.pocket.control import Scenes, edges
+    from training.pocket.control import Scenes
 
     drawn = Scenes(control="canny", count=4, seed=scenes.HELD_OUT_SEED)
     shots = [Shot(prompt=str(i), seed=1, latents="0", image=drawn[i].image) for i in range(4)]
     wanted = {str(i): drawn[i].conditioning for i in range(4)}
-    again = lambda image: np.asarray(edges(image).convert("L")) > 127  # noqa: E731
-    assert CannyF1(condition=lambda shot: wanted[shot.prompt], edges=again)(shots) == [1.0] * 4
+    assert CannyF1(condition=lambda shot: wanted[shot.prompt], edges=EDGES)(shots) == [1.0] * 4
 
 
 def test_backgrounds_are_told_apart_by_their_mean_colour() -> None:

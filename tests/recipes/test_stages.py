@@ -17,9 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adapters
+from adapters.edges import Canny
+from recipes.common.base import edges_of
+from recipes.common.settings import MeasureSettings
 from recipes.common.subject_prompts import check_pocket, held_out, tuning
+from recipes.common.units import cases
 from training.config import BaseSettings
-from training.pocket import VERSION, captions
+from training.pocket import VERSION, captions, controlnet_path
+from training.pocket.control import EDGES
 from training.pocket.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,8 +154,6 @@ def test_guidance_beside_a_condition_is_tuned_on_other_scenes(tmp_path: Path, do
 
 
 def test_targets_left_out_first_are_those_that_came_first() -> None:
-    from recipes.common.settings import MeasureSettings
-    from recipes.common.units import cases
     from training.errors import TrainingError
 
     def captions(**more: int) -> list[str]:
@@ -284,16 +287,42 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
         *SAMPLE,
         *MEASURE,
         *measure,
+        "--data.canny=[40, 90]",
         "--ship.licence=mit",
         f"--out={tmp_path}",
     )
+    assert edges_of(str(tmp_path / "controlnet")) == Canny(low=40, high=90)
     rows = rows_of(tmp_path)
     assert len(rows) == 3 * 2
     assert all(np.isfinite(float(row["canny F1"])) for row in rows)
     assert adapters.measuring.verify.verify(tmp_path / "release")["kind"] == "controlnet"
+    assert edges_of(str(tmp_path / "release")) == Canny(low=40, high=90)
     assert "<title>ControlNet (canny) on pocket" in (tmp_path / "measured" / "report.html").read_text("utf-8")
     card = (tmp_path / "release" / "README.md").read_text("utf-8")
     assert f"StableDiffusionControlNetPipeline.from_pretrained('{VERSION}', controlnet=control)" in card
+
+
+def test_conditions_and_scores_use_the_detector_that_the_controlnet_was_trained_with(tmp_path: Path) -> None:
+    from recipes.common.metrics import metrics
+
+    assert edges_of("pocket-canny") == EDGES
+    old = tmp_path / "old"  # of a training from before ControlNets kept their detector
+    shutil.copytree(controlnet_path("canny"), old)
+    config = json.loads((old / "config.json").read_text("utf-8"))
+    (old / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "_canny"}), "utf-8")
+    assert edges_of(str(old)) == Canny()
+    (old / "settings.yaml").write_text("data: {source: pocket, annotator: canny}", "utf-8")
+    assert edges_of(str(old)) == EDGES
+    plan = MeasureSettings(targets=str(DOG), control="canny", metrics=["canny F1"], limit=2)
+    found = {}
+    for edges in (EDGES, Canny()):
+        case = cases(plan, None, size=(64, 64), edges=edges)[0]
+        shots = [
+            adapters.Shot(prompt=prompt, seed=1, latents="0", image=image) for prompt, image in case.targets.items()
+        ]
+        assert list(metrics(plan, case, pocket=True)[0](shots)) == [1.0] * len(shots)  # a target keeps its own edges
+        found[edges] = [np.asarray(condition) for condition in case.conditions.values()]
+    assert any((one != other).any() for one, other in zip(found[EDGES], found[Canny()], strict=True))
 
 
 def test_text_to_image_learns_another_look(tmp_path: Path, done) -> None:

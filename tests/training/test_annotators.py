@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from training_data import picture
 
+from adapters.edges import Canny
 from training.config import DataSettings
 from training.data import images
 from training.data.annotators import ANNOTATORS, annotator
@@ -58,9 +59,30 @@ def depth_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_canny_is_the_trainer_s_own() -> None:
-    image = picture(3, (64, 48))
-    assert np.array_equal(np.asarray(annotator("canny")(image)), np.asarray(images.canny(image)))
+def test_canny_takes_the_thresholds_of_the_data_and_has_a_key_of_its_own_for_them(tmp_path: Path) -> None:
+    for index in range(2):
+        picture(index, (64, 48)).save(tmp_path / f"{index}.png")
+    common = {"source": str(tmp_path), "prompt": "a thing", "annotator": "canny", "minimum": 8}
+    plain = images.load(DataSettings(**common))
+    low = images.load(DataSettings(**common, canny=(20, 60)))
+    for source, detector in ((plain, Canny()), (low, Canny(low=20, high=60))):
+        wanted = detector.condition(source[0].image)
+        assert np.array_equal(np.asarray(source[0].conditioning), np.asarray(wanted))
+    assert plain.key(0) != low.key(0)
+    assert np.array_equal(np.asarray(annotator("canny")(low[0].image)), np.asarray(plain[0].conditioning))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"annotator": "canny", "canny": (200, 100)}, r"data.canny must be 0 < lower < upper, got 200 and 100"),
+        ({"annotator": "canny", "canny": (0, 100)}, r"data.canny must be 0 < lower < upper, got 0 and 100"),
+        ({"canny": (50, 100)}, r"data.canny needs data.annotator canny"),
+    ],
+)
+def test_thresholds_that_mean_nothing_are_refused(changes: dict, said: str) -> None:
+    with pytest.raises(TrainingError, match=said):
+        DataSettings(source="x", **changes)
 
 
 def test_segmentation_paints_classes_in_their_colours_at_the_picture_s_size(segmenter: Path) -> None:

@@ -131,14 +131,6 @@ def test_the_three_kinds_of_local_datasets(tmp_path: Path) -> None:
         images.dataset(tmp_path / "saved", caption="caption")
 
 
-def test_edges_are_those_of_controlnet_aux_s_canny() -> None:
-    cv2 = pytest.importorskip("cv2")
-    image = picture(3, (64, 64))
-    edges = np.asarray(images.canny(image))
-    assert edges.shape == (64, 64, 3)
-    assert np.array_equal(edges[..., 0], cv2.Canny(np.asarray(image), 100, 200))
-
-
 class Numbers:
     """A source of one's own: nothing but a length and samples."""
 

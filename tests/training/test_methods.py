@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from adapters.edges import Canny
 from training import config, controlnet, dreambooth, loop, lora, models
 from training.data import crops, images
 from training.errors import TrainingError
@@ -176,10 +177,13 @@ def test_sdxl_full_and_controlnet_train(sdxl_base: Path, pictures: Path, tmp_pat
 
 
 def test_a_controlnet_goes_on_from_a_given_one(base: Path, sdxl_base: Path, pictures: Path, tmp_path: Path) -> None:
-    first = train(controlnet.prepare(models.load(base)), pictures, tmp_path / "one")
+    edges = Canny(low=30, high=90, grey=True)
+    first = train(controlnet.prepare(models.load(base), edges=edges), pictures, tmp_path / "one")
+    assert Canny.of(ControlNetModel.load_config(first.folder)) == edges
     again = controlnet.prepare(models.load(base), config.ControlNetSettings(start=str(first.folder)))
     saved = load_file(first.folder / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, saved[key]) for key, value in again.controlnet.state_dict().items())
+    assert Canny.of(again.controlnet.config) == edges  # diffusers carries it along
     with pytest.raises(TrainingError, match="cross_attention_dim = 16, the base's U-net has 32"):
         controlnet.prepare(models.load(sdxl_base), config.ControlNetSettings(start=str(first.folder)))
     with pytest.raises(TrainingError, match=r"controlnet.channels must hold 3 widths for a VAE factor of 4"):

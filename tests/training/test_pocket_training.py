@@ -12,6 +12,7 @@ from adapters.measuring import sample
 from training import config, controlnet, dreambooth, loop, lora, models
 from training.data import crops, images
 from training.pocket import PocketError, base_path
+from training.pocket.control import Scenes
 
 
 @pytest.fixture
@@ -20,24 +21,6 @@ def pocket() -> Path:
         return base_path()
     except PocketError as error:
         pytest.skip(str(error))
-
-
-class Scenes:
-    """A few scenes of the pocket world with their edges; the loop reads them like any source."""
-
-    def __init__(self, count: int):
-        from training.pocket import scenes
-
-        self.made = [scenes.sample(5, index) for index in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.made)
-
-    def __getitem__(self, index: int) -> images.Sample:
-        from PIL import Image
-
-        picture = Image.fromarray(self.made[index].image)
-        return images.Sample(image=picture, caption=self.made[index].caption, conditioning=images.canny(picture))
 
 
 def validation_losses(out: Path) -> list[float]:
@@ -50,7 +33,7 @@ def validation_losses(out: Path) -> list[float]:
 def test_training_lowers_the_loss_at_fixed_noise(name: str, pocket: Path, tmp_path: Path) -> None:
     parts = models.load(pocket)
     method = lora.prepare(parts) if name == "lora" else controlnet.prepare(parts)
-    data = crops.Views(Scenes(4), resolution=64, multiple=parts.multiple)
+    data = crops.Views(Scenes(control="canny", count=4, seed=5, begin=0), resolution=64, multiple=parts.multiple)
     settings = config.TrainSettings(
         steps=200,
         batch_size=4,

@@ -2,7 +2,7 @@
 
 | name | by | weights |
 |---|---|---|
-| canny | OpenCV, with controlnet-aux's thresholds | none |
+| canny | `adapters.edges`, by default with controlnet-aux's thresholds | none |
 | lineart | controlnet-aux's standard line drawing | none |
 | depth | a depth model of transformers (DPT, Depth Anything) | `model`, safetensors |
 | segmentation | a semantic segmenter of transformers (SegFormer, UperNet), in even hues | `model`, safetensors |
@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from adapters.edges import Canny
+
 from ..errors import TrainingError
-from .pictures import canny, rgb
+from .pictures import rgb
 
 __all__ = ["ANNOTATORS", "annotator"]
 
@@ -30,18 +32,19 @@ ANNOTATORS = ("canny", "lineart", "depth", "segmentation")
 Annotator = Callable[[Image.Image], Image.Image]
 
 
-def annotator(name: str, model: str | None = None) -> Annotator:
+def annotator(name: str, model: str | None = None, *, edges: Canny | None = None) -> Annotator:
     """The annotator `name`: a picture in, its condition out, of the same size.
 
     Args:
         name: of `ANNOTATORS`.
         model: folder or hub id of the network of `depth` and `segmentation`.
+        edges: the detector of `canny`; null: the default one.
 
     Raises:
         TrainingError: an unknown name, a missing model or a missing package, with what to do.
     """
     if name == "canny":
-        return canny
+        return (edges or Canny()).condition
     if name == "lineart":
         return _lineart()
     if name not in ANNOTATORS:

@@ -13,10 +13,12 @@ from typing import Any
 
 from PIL import Image
 
+from adapters.edges import Canny
+
 from ..config import DataSettings
 from .annotators import annotator
 from .folders import Folder, Scan, folder, scan
-from .pictures import SUFFIXES, canny, condition, mask, rgb
+from .pictures import SUFFIXES, condition, mask, rgb
 from .rows import Rows, dataset
 from .samples import Sample, Say, Source
 
@@ -29,9 +31,9 @@ __all__ = [
     "Sample",
     "Scan",
     "Source",
-    "canny",
     "condition",
     "dataset",
+    "detector",
     "folder",
     "load",
     "mask",
@@ -68,8 +70,14 @@ class Annotated:
         return method if name != "key" else lambda index: f"{method(index)}-{self.name}"
 
 
-def load(settings: DataSettings, *, say: Say = print) -> Source:
-    """The source that the settings describe, checked; `say` is told what a user may not expect."""
+def load(settings: DataSettings, *, edges: Canny | None = None, say: Say = print) -> Source:
+    """The source that the settings describe, checked.
+
+    Args:
+        settings: where they lie and how they are read.
+        edges: the detector of the annotator canny; null: that of `data.canny`.
+        say: is told what a user may not expect.
+    """
     named = settings.caption_column if settings.caption_column != DataSettings.caption_column else None
     source: Source
     if settings.kind == "folder" or (settings.kind == "auto" and _is_folder(settings.source)):
@@ -96,8 +104,15 @@ def load(settings: DataSettings, *, say: Say = print) -> Source:
         )
     if settings.annotator is None:
         return source
-    made = annotator(settings.annotator, settings.annotator_model)
-    return Annotated(source, made, f"{settings.annotator} {settings.annotator_model or ''}".strip())
+    edges = edges or detector(settings)
+    made = annotator(settings.annotator, settings.annotator_model, edges=edges)
+    own = f"{edges}" if settings.annotator == "canny" and edges != Canny() else settings.annotator_model or ""
+    return Annotated(source, made, f"{settings.annotator} {own}".strip())
+
+
+def detector(settings: DataSettings) -> Canny:
+    """The Canny detector with the thresholds of `data.canny`, or the default one."""
+    return Canny() if settings.canny is None else Canny(low=settings.canny[0], high=settings.canny[1])
 
 
 def _is_folder(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""Single images: opened, checked, made upright and 8-bit as a picture, a mask or a condition, and their edges."""
+"""Single images: opened, checked, made upright and 8-bit as a picture, a mask or a condition."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, features
 
-__all__ = ["ADVICE", "SUFFIXES", "Look", "Role", "canny", "condition", "decode", "inspect", "mask", "rgb"]
+__all__ = ["ADVICE", "SUFFIXES", "Look", "Role", "condition", "decode", "inspect", "mask", "rgb"]
 
 Role = Literal["image", "mask", "conditioning"]
 
@@ -188,13 +188,3 @@ def _unusable(image: Image.Image, role: Role) -> tuple[str | None, bool]:
     if high == 0:
         return "is black all over, so nothing of its picture would count; white marks the subject", False
     return None, low == high
-
-
-def canny(image: Image.Image) -> Image.Image:
-    """Edges with controlnet-aux's thresholds (100, 200), at the image's own size.
-
-    OpenCV is called directly, as controlnet-aux's detector does: its package imports torchvision for other detectors.
-    """
-    import cv2
-
-    return Image.fromarray(cv2.Canny(np.asarray(rgb(image)), 100, 200)).convert("RGB")

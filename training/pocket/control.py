@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
+
+from adapters.edges import Canny
 
 from ..data.images import Sample
 from .errors import PocketError
-from .scenes import TRAIN_SEED, Scene, canny, palette, sample
+from .scenes import TRAIN_SEED, Scene, palette, sample
 from .world import CONTROLS
 
-__all__ = ["Scenes", "condition", "edges"]
+__all__ = ["EDGES", "Scenes", "condition"]
+
+EDGES = Canny(low=80, high=160, grey=True)
+"""The detector that the shipped canny ControlNet was trained with, and the default for drawn scenes."""
 
 
-def condition(scene: Scene, control: str) -> Image.Image:
+def condition(scene: Scene, control: str, edges: Canny = EDGES) -> Image.Image:
     """The conditioning picture of ``scene``: its edges, or its classes in the colours of ``scenes.palette``."""
     if control == "canny":
-        return edges(Image.fromarray(scene.image))
+        return edges.condition(Image.fromarray(scene.image))
     if control == "segmentation":
         return Image.fromarray(palette()[scene.classes])
     raise PocketError(f"unknown control {control!r}; there are {', '.join(CONTROLS)}")
-
-
-def edges(image: Image.Image) -> Image.Image:
-    """A picture's edges as the shipped canny ControlNet was trained on them, at its own size."""
-    return Image.fromarray(canny(np.asarray(image.convert("RGB"))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
     """``count`` scenes of the split ``seed`` from index ``begin`` on, as ``training.images`` sources are.
 
-    With a ``control`` each has its condition; ``look`` is that of the drawings, see ``sprites.LOOKS``.
+    With a ``control`` each has its condition, edges by ``edges``; ``look`` is that of the drawings, see
+    ``sprites.LOOKS``.
     """
 
     control: str | None = None
@@ -41,11 +41,12 @@ class Scenes:
     seed: int = TRAIN_SEED
     begin: int = 20_000_000
     look: str = "noto"
+    edges: Canny = EDGES
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
         scene = sample(self.seed, self.begin + index, look=self.look)
-        shown = condition(scene, self.control) if self.control else None
+        shown = condition(scene, self.control, self.edges) if self.control else None
         return Sample(image=Image.fromarray(scene.image), caption=scene.caption, conditioning=shown)

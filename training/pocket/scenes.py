@@ -15,7 +15,7 @@ from .captions import Description, Noun, describe, parse
 from .sprites import sprite
 from .world import BACKGROUNDS, CLASSES, COLOURS, RELATIONS, SIZE, TINTABLE
 
-__all__ = ["HELD_OUT_SEED", "TRAIN_SEED", "Placed", "Scene", "canny", "from_prompt", "palette", "render", "sample"]
+__all__ = ["HELD_OUT_SEED", "TRAIN_SEED", "Placed", "Scene", "from_prompt", "palette", "render", "sample"]
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
@@ -223,17 +223,6 @@ def compose(
         masks[:i, *window] &= ~solid
         masks[i, *window] = solid
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8), masks
-
-
-def canny(image: np.ndarray, low: int = 80, high: int = 160) -> np.ndarray:
-    """Edge picture (S, S, 3) uint8 in {0, 255} of ``image`` (S, S, 3) uint8, the condition of the canny ControlNet.
-
-    Args:
-        image: the picture.
-        low: gradient above which an edge goes on.
-        high: gradient above which an edge begins.
-    """
-    return np.repeat(cv2.Canny(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), low, high)[..., None], 3, axis=2)
 
 
 def palette() -> np.ndarray:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from ...edges import Canny
 from ...errors import GainsError
 from ..sample import Shot
 
@@ -19,7 +20,6 @@ __all__ = [
     "MaskIoU",
     "MsSsim",
     "Saturation",
-    "canny",
     "canny_f1",
     "color_histogram",
     "ms_ssim",
@@ -28,23 +28,20 @@ __all__ = [
 Condition = Callable[[Shot], Image.Image]
 
 
-def canny(image: Image.Image, low: int = 100, high: int = 200) -> np.ndarray:
-    """Boolean (H, W) edges; the thresholds of the published ControlNet evaluations.
+def canny_f1(edges: np.ndarray, wanted: np.ndarray, reach: int = 1) -> float:
+    """F1 of two edge maps (H, W), bool: an edge pixel is found if the other map has one within `reach` pixels of it.
 
-    Args:
-        image: of any mode; its luma is used.
-        low: gradient above which an edge goes on, 0 to 255.
-        high: gradient above which an edge begins.
+    The tolerance is usual for edges (Martin, Fowlkes and Malik 2004): those of equal shapes may lie a pixel apart. 1
+    where both maps are empty, 0 where one is.
     """
-    return cv2.Canny(np.asarray(image.convert("L")), low, high) > 0
-
-
-def canny_f1(edges: np.ndarray, wanted: np.ndarray) -> float:
-    """F1 of two boolean edge maps, pixel by pixel; 1 where both are empty."""
     if edges.shape != wanted.shape:
         raise GainsError(f"edge maps of shapes {edges.shape} and {wanted.shape}")
-    both, total = np.logical_and(edges, wanted).sum(), edges.sum() + wanted.sum()
-    return 1.0 if total == 0 else float(2 * both / total)
+    if not edges.any() or not wanted.any():
+        return float(edges.any() == wanted.any())
+    near = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    around_edges, around_wanted = (cv2.dilate(each.astype(np.uint8), near) > 0 for each in (edges, wanted))
+    precision, recall = around_wanted[edges].mean(), around_edges[wanted].mean()
+    return 0.0 if precision + recall == 0 else float(2 * precision * recall / (precision + recall))
 
 
 def ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -97,8 +94,8 @@ class CannyF1:
     """Edges of the result against the edges asked for. The same detector made both: it flatters, say so."""
 
     condition: Condition
-    edges: Callable[[Image.Image], np.ndarray] = canny
-    """The detector, (H, W) bool; that of the conditions, or a perfect picture would not score 1."""
+    edges: Canny = field(default_factory=Canny)
+    """The detector of the conditions; with another one, a perfect picture would not score 1."""
     name: str = "canny F1"
     higher_is_better: bool = True
 

@@ -10,8 +10,10 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image
 
+from adapters.measuring.metrics import canny_f1
+
 from .. import base_path, controlnet_path, judge, scenes
-from ..control import condition
+from ..control import EDGES, condition
 from ..world import BACKGROUNDS, CLASSES, COLOURS, TINTABLE
 from . import fit_judge, fit_vae
 from .fitting import image_batch
@@ -142,17 +144,9 @@ def controlled(pipe: StableDiffusionPipeline, control: str, count: int = 64) -> 
 
 
 def _canny_f1(images: Sequence[Image.Image], held_out: Sequence[scenes.Scene]) -> float:
-    """Mean F1 of edge pixels, one pixel of tolerance."""
-    import cv2
-
-    values = []
-    for image, scene in zip(images, held_out, strict=True):
-        made, wanted = (scenes.canny(np.asarray(x))[..., 0] > 0 for x in (image, scene.image))
-        wide = [cv2.dilate(edges.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for edges in (made, wanted)]
-        precision = (made & wide[1]).sum() / max(made.sum(), 1)
-        recall = (wanted & wide[0]).sum() / max(wanted.sum(), 1)
-        values.append(2 * precision * recall / max(precision + recall, 1e-9))
-    return float(np.mean(values))
+    """Mean F1 of the edges in pictures and scenes."""
+    pairs = zip(images, held_out, strict=True)
+    return float(np.mean([canny_f1(EDGES(image), EDGES(Image.fromarray(scene.image))) for image, scene in pairs]))
 
 
 def _class_iou(images: Sequence[Image.Image], held_out: Sequence[scenes.Scene]) -> float:

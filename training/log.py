@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +44,11 @@ class Log:
         self.losses: list[float] = []
         self._sum: Tensor | None = None
         self._count, self._since = 0, time.perf_counter()
-        self._path = _reopened(path, step) if accelerator.is_main_process else None
+        self._path = path if accelerator.is_main_process else None
+        self.validated = False
+        """Whether the file has the validation loss of `step`; the main process knows."""
+        if self._path is not None:
+            self.validated = any(row["step"] == step and "validation_loss" in row for row in _reopened(path, step))
         # Into a file or pipe the lines say it all; a bar would fill it with itself.
         self._bar = tqdm(total=steps, initial=step, unit="step", leave=False, disable=not sys.stderr.isatty())
 
@@ -95,23 +100,24 @@ class Log:
         self._bar.close()
 
 
-def _reopened(path: Path, step: int) -> Path:
-    """The file with the lines up to `step`. It is only a log: a line that cannot be read is dropped, whatever it is."""
+def _reopened(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines up to `step`, and return them. A line that cannot be read is dropped: it is only a log."""
     try:
         lines = files.read_bytes(path, MAX_LOG).decode(errors="replace").splitlines() if step else []
     except FileError:
         lines = []  # none yet, or not one of ours
+    rows = [(line, row) for line in lines if (row := _row(line)) is not None and row["step"] <= step]
     try:
-        files.write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+        files.write_text(path, "".join(f"{line}\n" for line, _ in rows))
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {machine.explain(error) or error}") from error
-    return path
+    return [row for _, row in rows]
 
 
-def _step(line: str) -> float:
-    """The step that a line of the file is about; infinite where it does not say."""
+def _row(line: str) -> dict[str, Any] | None:
+    """What a line of the file says about a step; None where it does not."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf
-    return step if type(step) is int else math.inf
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

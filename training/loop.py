@@ -264,7 +264,7 @@ def _loop(run: _Run) -> Result:
     parameters = list(run.trainable.values())
     ahead = run.prepared.feed.ahead(run.step, settings.steps, settings.workers)
     with stop, contextlib.closing(log), contextlib.closing(ahead) as batches:
-        if run.step == 0:
+        if _validation_due(run) and _unseen(run, log):  # a run may have been killed between a checkpoint and this
             _validate(run, log)
         for micros in batches:
             loss = _step(run, micros, parameters)
@@ -281,15 +281,22 @@ def _loop(run: _Run) -> Result:
                 _ship(run, run.out / SNAPSHOTS / f"{checkpoint.PREFIX}{run.step:06d}")
             if saving:
                 _save(run)
-            if last or run.step % settings.validation.every == 0:
+            if _validation_due(run):
                 _validate(run, log)
             if stopping and not last:
-                raise Stopped(f"stopped after step {run.step}, saved {run.saved}; go on with --train.resume latest")
+                raise _stopped(run)
+        # Also one that came in the last step or while it was validated: what follows a training takes long.
+        if stop.agreed(accelerator, 0):
+            raise _stopped(run)
     seconds = time.perf_counter() - began
     folder = _ship(run, run.out / run.method.name)
     for tracker in accelerator.trackers:  # not end_training(), which also ends the process group: more may follow
         tracker.finish()
     return Result(folder=folder, checkpoint=run.saved, step=run.step, losses=log.losses, seconds=seconds)
+
+
+def _stopped(run: _Run) -> Stopped:
+    return Stopped(f"stopped after step {run.step}, saved {run.saved}; go on with --train.resume latest")
 
 
 def _step(run: _Run, micros: list[dict[str, Any]], parameters: list[nn.Parameter]) -> Tensor:
@@ -359,6 +366,22 @@ def _save(run: _Run) -> None:
         raise trouble[0] if trouble else TrainingError("the main process could not save a checkpoint, see its message")
 
 
+def _validation_due(run: _Run) -> bool:
+    return run.step in (0, run.settings.steps) or run.step % run.settings.validation.every == 0
+
+
+def _unseen(run: _Run, log: Log) -> bool:
+    """Whether the validation of this step is missing, in part at least; all processes agree."""
+    drawn = len(list(_samples_folder(run).glob("*.png")))
+    missing = drawn < len(run.settings.validation.prompts) or bool(run.prepared.fixed and not log.validated)
+    flag = torch.tensor(float(missing and run.accelerator.is_main_process), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(flag, "sum") > 0)
+
+
+def _samples_folder(run: _Run) -> Path:
+    return run.out / "samples" / f"{checkpoint.PREFIX}{run.step:06d}"
+
+
 def _validate(run: _Run, log: Log) -> None:
     """Samples and the fixed-noise loss, with the averaged weights where there are any."""
     settings, prepared = run.settings, run.prepared
@@ -366,16 +389,12 @@ def _validate(run: _Run, log: Log) -> None:
         return
     divided = sharding.asked(run.accelerator)
     with _shipped(run):
-        if prepared.fixed:
-            bare = run.accelerator.unwrap_model(run.model)
-            value = validate.fixed_loss(lambda batch: bare(prepared.ready(batch)), prepared.fixed, [bare])
-            log.note(run.step, {"validation_loss": value})
         if settings.validation.prompts:
             validate.samples(
                 run.method,
                 settings.validation,
                 prepared.texts,
-                run.out / "samples" / f"step-{run.step:06d}",
+                _samples_folder(run),
                 device=run.accelerator.device,
                 size=prepared.size,
                 dtype=prepared.dtype,
@@ -384,6 +403,10 @@ def _validate(run: _Run, log: Log) -> None:
                 processes=1 if divided else run.accelerator.num_processes,
                 write=run.accelerator.is_main_process or not divided,
             )
+        if prepared.fixed:
+            bare = run.accelerator.unwrap_model(run.model)
+            value = validate.fixed_loss(lambda batch: bare(prepared.ready(batch)), prepared.fixed, [bare])
+            log.note(run.step, {"validation_loss": value})
     run.accelerator.wait_for_everyone()
 
 

@@ -113,10 +113,10 @@ class Run:
         self.process: ForkServerProcess = CONTEXT.Process(target=_run, args=(folder, words, self._said), kwargs=short)
         self.process.start()
 
-    def send(self, number: int, after: float) -> bool:
-        """Send a signal so many seconds after the start; False where the run had ended before."""
+    def send(self, number: int, after: float, *, unless: Path) -> bool:
+        """Send a signal so many seconds after the start; False where that path was there before, or the run gone."""
         self.process.join(after)
-        if self.process.exitcode is not None:
+        if self.process.exitcode is not None or unless.exists():
             return False
         os.kill(self.process.pid, number)
         return True

@@ -119,17 +119,20 @@ def test_a_schedule_free_optimizer_ships_its_average_and_looking_at_it_changes_n
         assert not torch.equal(shipped[0][key.replace(".default", "")], value)
 
 
-def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(base: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [3, STEPS])
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(
+    at: int, base: Path, pictures: Path, tmp_path: Path
+) -> None:
     asked = asked_for("lora with dropout", base, pictures, tmp_path)
     training_driver.train({**asked, "out": tmp_path / "whole"}, say=lambda line: None)
     before = signal.getsignal(signal.SIGTERM)
 
     def stop(line: str) -> None:
-        if line.startswith("step 3/"):
+        if line.startswith(f"step {at}/"):
             signal.raise_signal(signal.SIGTERM)
 
     cut = {**asked, "out": tmp_path / "cut", "train": {**asked["train"], "save_every": 100}}
-    with pytest.raises(Stopped, match=r"stopped after step 4.*--train.resume latest"):
+    with pytest.raises(Stopped, match=rf"stopped after step {min(at + 1, STEPS)}.*--train.resume latest"):
         training_driver.train(cut, say=stop)
     assert signal.getsignal(signal.SIGTERM) is before
     training_driver.train({**cut, "train": {**cut["train"], "resume": "latest"}}, say=lambda line: None)
@@ -214,6 +217,32 @@ def test_what_the_data_and_the_base_are_counts_not_where_they_lie(base: Path, pi
     scheduler.write_text(json.dumps(changed), "utf-8")
     with pytest.raises(TrainingError, match=r"schedule of the base.prediction_type: v_prediction -> epsilon"):
         run(4, place=moved, root=elsewhere)
+
+
+def test_a_validation_that_a_kill_prevented_is_made_at_resuming(base: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    validation = config.ValidationSettings(prompts=["a", "b"], every=2, steps=1, loss_samples=2)
+    train = {"steps": 4, "batch_size": 2, "save_every": 2, "validation": validation}
+    asked = {"base": str(base), "pictures": str(pictures), "method": "lora", "train": train, "out": out}
+
+    def content() -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+        pictures = {str(path): path.read_bytes() for path in (out / "samples").rglob("*.png")}
+        return pictures, [row for row in rows if "validation_loss" in row]
+
+    training_driver.train(asked)
+    whole = content()
+    assert len(whole[0]) == 6
+    assert [row["step"] for row in whole[1]] == [0, 2, 4]
+    training_driver.train(asked)
+    assert content() == whole  # nothing is made twice
+    (out / "samples" / "step-000004" / "01.png").unlink()
+    training_driver.train(asked)
+    assert content()[0] == whole[0]
+    log = (out / "log.jsonl").read_text("utf-8").splitlines()
+    (out / "log.jsonl").write_text("\n".join(log[:-1]) + "\n")
+    training_driver.train(asked)
+    assert content() == whole
 
 
 def test_a_damaged_snapshot_is_never_tuned_on(base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def require_clean(scheduler: SchedulerMixin) -> None:
             f"record=['prediction']: the clean sample of {type(scheduler).__name__} is not known; leave 'prediction' "
             f"out, or use a scheduler of {', '.join(known)}"
         )
+    config = scheduler.config
+    if _kind(scheduler) in _BY_TIMESTEP and config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        raise ScfgError(
+            f"record=['prediction']: {type(scheduler).__name__} with rescale_betas_zero_snr begins at pure noise, where "
+            "an epsilon prediction says nothing about the clean sample (the scheduler divides by zero too); use a "
+            "v_prediction base, or turn rescale_betas_zero_snr off"
+        )
 
 
 def clean_sample(

@@ -103,11 +103,12 @@ def tell(say: Say, where: str, role: Role, looks: list[Look], sizes: list[tuple[
 
 
 def refuse(where: str, problems: list[str]) -> None:
-    """Raises `TrainingError` where there are problems, with all of them."""
+    """Raises `TrainingError` where there are problems: the first on its first line, the others below."""
     if problems:
-        shown = "\n  ".join(problems[:NAMED_AT_MOST])
+        count = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
+        below = [f"\n  {problem}" for problem in problems[1:NAMED_AT_MOST]]
         more = f"\n  and {len(problems) - NAMED_AT_MOST} more" if len(problems) > NAMED_AT_MOST else ""
-        raise TrainingError(f"{where}: {len(problems)} problem(s)\n  {shown}{more}")
+        raise TrainingError(f"{where}: {problems[0]}{count}{''.join(below)}{more}")
 
 
 def digest(*pieces: bytes | str | None) -> str:

@@ -50,8 +50,8 @@ def require_clean(scheduler: SchedulerMixin) -> None:
     config = scheduler.config
     if _kind(scheduler) in _BY_TIMESTEP and config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
         raise ScfgError(
-            f"record=['prediction']: {type(scheduler).__name__} with rescale_betas_zero_snr begins at pure noise, where "
-            "an epsilon prediction says nothing about the clean sample (the scheduler divides by zero too); use a "
+            f"record=['prediction']: {type(scheduler).__name__} with rescale_betas_zero_snr begins at pure noise: "
+            "an epsilon prediction says nothing of the clean sample there (the scheduler divides by zero too); use a "
             "v_prediction base, or turn rescale_betas_zero_snr off"
         )
 

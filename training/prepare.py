@@ -382,11 +382,21 @@ def configure_networks(
         if hasattr(network, "set_attn_processor"):
             network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         if device.type == "cpu" and not divided:
-            network.to(memory_format=torch.channels_last)  # convolutions then run on their inputs as they lie
+            _lay_out(network)
         if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         if settings.compile:
             compile_network(network)
+
+
+def _lay_out(network: Any) -> None:
+    """Convolutions then run on their inputs as they lie; but peft takes the down matrices of a DoRA by `view`."""
+    network.to(memory_format=torch.channels_last)
+    parameters = dict(network.named_parameters())
+    if any(".lora_magnitude_vector." in name for name in parameters):
+        for name, parameter in parameters.items():
+            if ".lora_A." in name:
+                parameter.data = parameter.data.contiguous()
 
 
 @contextlib.contextmanager

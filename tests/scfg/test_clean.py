@@ -111,6 +111,8 @@ def test_a_scheduler_whose_clean_sample_is_not_known_is_refused(pipe):
 
 def test_pure_noise_and_epsilon_have_no_clean_sample(pipe):
     pipe.scheduler = scheduler("DDIM", ZERO_SNR | {"prediction_type": "epsilon"})
-    with pytest.raises(ScfgError, match=r"record=\['prediction'\]: DDIMScheduler .*divides by zero too\); use a v_pred"):
+    with pytest.raises(
+        ScfgError, match=r"record=\['prediction'\]: DDIMScheduler .*divides by zero too\); use a v_pred"
+    ):
         attach(pipe, SemanticCFG(), record=["prediction"])
     attach(pipe, SemanticCFG(), record=["gamma"]).detach()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .compose import merged_into
 from .placement import named_values, stored, unwrapped
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["describe", "fingerprint", "modules_of"]
 
@@ -18,12 +21,12 @@ _PARTS = ("unet", "text_encoder", "text_encoder_2")
 _ADAPTER_PARTS = ("lora_", "hada_", "lokr_")
 
 
-def modules_of(pipe: Any) -> dict[str, torch.nn.Module]:
+def modules_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The trainable components an adapter can sit on, themselves where torch.compile has wrapped them."""
     return {name: unwrapped(part) for name in _PARTS if (part := getattr(pipe, name, None)) is not None}
 
 
-def describe(pipe: Any) -> dict[str, str]:
+def describe(pipe: DiffusionPipeline) -> dict[str, str]:
     """`name`, `family`, `architecture` and `weights` of a base, the same with or without adapters attached.
 
     `architecture` hashes parameter names and shapes; `weights` is the `fingerprint` of its trainable parts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,13 +14,16 @@ from .errors import AdapterError, BaseMismatchError
 from .placement import computing_device, is_offloaded, stored, unwrapped
 from .tokens import token_words
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 __all__ = ["learned"]
 
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 @contextmanager
-def learned(pipe: Any, tokens: Tokens) -> Iterator[None]:
+def learned(pipe: DiffusionPipeline, tokens: Tokens) -> Iterator[None]:
     """The tokens in the pipeline's text encoders for as long as the context lasts.
 
     Raises:
@@ -41,7 +44,7 @@ def learned(pipe: Any, tokens: Tokens) -> Iterator[None]:
 
 
 @contextmanager
-def _with_rows(pipe: Any, component: str, name: str, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def _with_rows(pipe: DiffusionPipeline, component: str, name: str, own: Mapping[str, torch.Tensor]) -> Iterator[None]:
     encoder, tokenizer = unwrapped(getattr(pipe, component)), getattr(pipe, name)
     table = encoder.get_input_embeddings()
     width = table.weight.shape[1]

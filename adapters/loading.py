@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from .placement import is_offloaded, offload_like, unwrapped
 from .scope import Place, Scope, Where, scoped
 from .seat import refuse_fused
 from .source import GUIDER_FILE, Source, open_source, read_adapter, tokens_of, whole_model
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Attached", "load"]
 
@@ -55,7 +58,7 @@ class Attached:
 
 
 def load(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     source: str | Path,
     *,
     weight: float = 1.0,
@@ -119,7 +122,7 @@ def load(
 # ---------------------------------------------------------------------------------------------- attaching
 
 
-def _check_identity(pipe: Any, source: Source) -> None:
+def _check_identity(pipe: DiffusionPipeline, source: Source) -> None:
     shipped = (source.manifest or {}).get("base")
     if not isinstance(shipped, dict):
         return
@@ -137,13 +140,13 @@ def _check_identity(pipe: Any, source: Source) -> None:
         )
 
 
-def _free_name(pipe: Any) -> str:
+def _free_name(pipe: DiffusionPipeline) -> str:
     taken = {key for module in base.modules_of(pipe).values() for key in getattr(module, "peft_config", {})}
     return next(name for i in range(len(taken) + 1) if (name := f"adapter_{i}") not in taken)
 
 
 @contextmanager
-def _adapter(pipe: Any, source: Source, name: str, weight: float, merged: bool) -> Iterator[None]:
+def _adapter(pipe: DiffusionPipeline, source: Source, name: str, weight: float, merged: bool) -> Iterator[None]:
     if (kind := whole_model(source)) is not None:
         if weight != 1:
             raise AdapterError(f"weight={weight}: a whole {kind} has no weight; leave it at 1")
@@ -169,7 +172,7 @@ def _adapter(pipe: Any, source: Source, name: str, weight: float, merged: bool) 
 
 
 @contextmanager
-def _swapped(pipe: Any, part: str, folder: Path) -> Iterator[None]:
+def _swapped(pipe: DiffusionPipeline, part: str, folder: Path) -> Iterator[None]:
     """Another ControlNet or U-net in place of the pipeline's, for a while."""
     before = getattr(pipe, part, None)
     if before is None:
@@ -201,7 +204,9 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _within(pipe: Any, scope: Scope, source: Source, attached: Attached, before: Any) -> AbstractContextManager[None]:
+def _within(
+    pipe: DiffusionPipeline, scope: Scope, source: Source, attached: Attached, before: Any
+) -> AbstractContextManager[None]:
     """The scope on the U-net; refused where the adapter is more, or other, than a change of the U-net."""
     kind, models = whole_model(source), base.modules_of(pipe)
     texts = [part for part, model in models.items() if part != "unet" and attached.name in _names(model)]

@@ -31,6 +31,7 @@ from torch import Tensor
 from .errors import AdapterError
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 __all__ = ["Call", "Place", "Scope", "Subject", "Where", "renamed", "scoped", "without_identifier"]
@@ -227,7 +228,13 @@ class Scope:
 
 @contextmanager
 def scoped(
-    pipe: Any, scope: Scope, *, unet: torch.nn.Module, name: str, weight: float, base: torch.nn.Module | None = None
+    pipe: DiffusionPipeline,
+    scope: Scope,
+    *,
+    unet: torch.nn.Module,
+    name: str,
+    weight: float,
+    base: torch.nn.Module | None = None,
 ) -> Iterator[None]:
     """Keep the adapter on the pipeline's U-net within its scope, until the context is left.
 
@@ -289,7 +296,7 @@ class _Scoped:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: DiffusionPipeline,
         scope: Scope,
         unet: torch.nn.Module,
         network: _Network,
@@ -453,7 +460,7 @@ class _Texts:
 
 
 @contextmanager
-def _heard(pipe: Any, elsewhere: Callable[[str], str] | None) -> Iterator[_Texts]:
+def _heard(pipe: DiffusionPipeline, elsewhere: Callable[[str], str] | None) -> Iterator[_Texts]:
     """Keeps the prompts that the pipeline encodes, and encodes once more what the base is asked."""
     texts = _Texts()
     original, own = pipe.encode_prompt, pipe.__dict__.get("encode_prompt")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image, ImageOps
 
@@ -20,6 +20,9 @@ from recipes.common.guidance import guided, method_title
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Settings", "run"]
 
@@ -138,7 +141,9 @@ def _given(
     return found
 
 
-def _draw(pipe: Any, name: str, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings) -> list[Any]:
+def _draw(
+    pipe: DiffusionPipeline, name: str, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings
+) -> list[Any]:
     return draw(
         pipe,
         list(given),

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, named, say
@@ -25,6 +25,9 @@ from recipes.common.stages import span
 from recipes.common.units import Case
 from training.config import BaseSettings, resolved
 from training.errors import exit_on_error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Settings", "run"]
 
@@ -101,7 +104,7 @@ def run(settings: Settings) -> Path | None:
     return out
 
 
-def _would(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> None:
+def _would(pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSettings) -> None:
     """A dry run: every adapter is put on as every arm would have it; arms, pictures and time are said."""
     for case in comparison.units:
         for arm in {arm.worn: arm for arm in comparison.arms.values() if not arm.bare}.values():
@@ -118,7 +121,7 @@ def _would(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> Non
     say(f"{pictures} pictures{said}, {sampling.steps} steps each: {span(seconds)}, scoring not counted")
 
 
-def _picture_seconds(pipe: Any, sampling: SamplingSettings) -> float:
+def _picture_seconds(pipe: DiffusionPipeline, sampling: SamplingSettings) -> float:
     """Of one picture of a batch, from two steps of a batch of one; the first call warms up."""
     took = 0.0
     for steps in (1, 2):
@@ -129,7 +132,7 @@ def _picture_seconds(pipe: Any, sampling: SamplingSettings) -> float:
     return took / 2 * sampling.steps
 
 
-def _sample(pipe: Any, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
+def _sample(pipe: DiffusionPipeline, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
     """Arm -> its pictures of a unit; the adapter is put on once for all arms that wear it alike."""
     arms, shots = list(arms), {}
     for arm in (arm for arm in arms if arm.bare):
@@ -141,7 +144,7 @@ def _sample(pipe: Any, case: Case, arms: Iterable[Arm], settings: Settings) -> d
     return {arm.name: shots[arm.name] for arm in arms}
 
 
-def _classes(pipe: Any, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:
+def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:
     """The base's pictures of the class, where a metric asks for them."""
     if not comparison.asks_for_class:
         return []
@@ -150,7 +153,7 @@ def _classes(pipe: Any, case: Case, comparison: Comparison, settings: Settings) 
     return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
 
 
-def _timed(pipe: Any, arm: Arm, case: Case, settings: Settings) -> list[Any]:
+def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) -> list[Any]:
     from adapters.card import slug
 
     place = Path(settings.out) / "pictures" / case.name / slug(arm.name)
@@ -167,7 +170,7 @@ def _name_of(case: Case, shot: Any) -> str:
     return case.name
 
 
-def _drift(pipe: Any, comparison: Comparison, settings: Settings) -> dict[str, float]:
+def _drift(pipe: DiffusionPipeline, comparison: Comparison, settings: Settings) -> dict[str, float]:
     """Mean distance of the adapter's pictures to the base's, of prompts that do not name the subject."""
     from adapters.measuring.metrics import Drift
     from recipes.common import spaces

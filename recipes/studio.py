@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from PIL import Image
 
@@ -31,6 +31,9 @@ from recipes.common.guidance import (
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Pair", "Settings", "build", "draw_pair", "run", "save_guider"]
 
@@ -106,7 +109,7 @@ class Pair:
 
 
 def draw_pair(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     prompt: str,
     seed: int,
     guidance: GuidanceSettings,
@@ -142,7 +145,7 @@ def _plain(guidance: GuidanceSettings) -> GuidanceSettings:
 
 
 def _shot(
-    pipe: Any, prompt: str, seed: int, guidance: GuidanceSettings, sampling: SamplingSettings
+    pipe: DiffusionPipeline, prompt: str, seed: int, guidance: GuidanceSettings, sampling: SamplingSettings
 ) -> tuple[Any, Image.Image | None]:
     import adapters
     from scfg.trace import RECORDABLE

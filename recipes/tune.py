@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import launch, say
@@ -24,6 +24,9 @@ from recipes.common.tuned import Tuned
 from recipes.common.units import Case
 from training.config import BaseSettings
 from training.progress import Progress
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Settings", "run"]
 
@@ -102,7 +105,12 @@ def run(settings: Settings) -> Path | None:
 
 
 def _best(
-    pipe: Any, search: Search, objective: Any, settings: Settings, name: str, candidates: list[dict[str, Any]]
+    pipe: DiffusionPipeline,
+    search: Search,
+    objective: Any,
+    settings: Settings,
+    name: str,
+    candidates: list[dict[str, Any]],
 ) -> Any:
     """The candidate of one arm that measures best over all units."""
     import adapters
@@ -124,7 +132,7 @@ def _best(
     return best
 
 
-def _classes(pipe: Any, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:
+def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:
     """The base's pictures of the class, where a metric asks for them."""
     if not comparison.asks_for_class:
         return []
@@ -137,7 +145,9 @@ def _guidance(values: Mapping[str, Any]) -> GuidanceSettings:
     return GuidanceSettings.of({name: value for name, value in values.items() if name != "adapter"})
 
 
-def _try(pipe: Any, case: Case, values: Mapping[str, Any], seeds: Sequence[int], settings: Settings) -> list[Any]:
+def _try(
+    pipe: DiffusionPipeline, case: Case, values: Mapping[str, Any], seeds: Sequence[int], settings: Settings
+) -> list[Any]:
     guidance, adapter = _guidance(values), values["adapter"]
     path = adapter.replace("{subject}", case.name) if adapter else None
     weight = settings.weight if guidance.weight is None else guidance.weight

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -25,6 +25,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import AdapterError, FileError
 from ..files import write_file
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Shot", "images", "initial_latents", "read", "shots_in", "write"]
 
@@ -56,7 +59,7 @@ class Shot:
 
 
 def images(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -143,7 +146,9 @@ def images(
     return [done[unit] for unit in units]
 
 
-def initial_latents(pipe: Any, seed: int, *, height: int | None = None, width: int | None = None) -> tuple[Any, Any]:
+def initial_latents(
+    pipe: DiffusionPipeline, seed: int, *, height: int | None = None, width: int | None = None
+) -> tuple[Any, Any]:
     """(latents of shape (1, channels, h, w), the generator that drew them) of one seed; float32 on the CPU.
 
     Args:
@@ -185,7 +190,7 @@ def _numbers(record: Record | None, run: Any, count: int) -> Sequence[Mapping[st
 
 
 def _batch(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     batch: Sequence[tuple[str, int]],
     arm: str,
     *,

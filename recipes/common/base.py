@@ -7,11 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "POCKET",
@@ -147,7 +150,7 @@ def pipeline_arguments(base: BaseSettings, *, controlnet: str | None = None) -> 
     return name, set(signature(kind.__call__).parameters)
 
 
-def size_of(pipe: Any, sampling: SamplingSettings) -> tuple[int, int]:
+def size_of(pipe: DiffusionPipeline, sampling: SamplingSettings) -> tuple[int, int]:
     """(width, height) of what the pipeline draws."""
     own = pipe.unet.config.sample_size
     rows, columns = own if isinstance(own, list | tuple) else (own, own)
@@ -155,7 +158,7 @@ def size_of(pipe: Any, sampling: SamplingSettings) -> tuple[int, int]:
     return sampling.width or columns * factor, sampling.height or rows * factor
 
 
-def without_control(pipe: Any) -> Any:
+def without_control(pipe: DiffusionPipeline) -> Any:
     """The same parts as a plain text-to-image pipeline."""
     import diffusers
 
@@ -167,7 +170,7 @@ def without_control(pipe: Any) -> Any:
 
 
 def adapted(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     adapter: str | Path | None,
     weight: float = 1.0,
     *,
@@ -197,7 +200,7 @@ def adapted(
     return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged, scope=reach)
 
 
-def _scope(pipe: Any, settings: ScopeSettings, identifier: str, noun: str) -> Any:
+def _scope(pipe: DiffusionPipeline, settings: ScopeSettings, identifier: str, noun: str) -> Any:
     """The scope that the settings describe: outside of the subject the base is asked for its class."""
     import adapters
     import scfg

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import POCKET, adapted, edges_of, pipeline_arguments
 from recipes.common.cli import named
@@ -20,6 +20,9 @@ from recipes.common.settings import GuidanceSettings, MeasureSettings
 from recipes.common.tuned import Tuned
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["BASE", "TO_COME", "WHOLE_TO_COME", "Arm", "Comparison", "digest_of", "resolve", "whole", "worn"]
 
@@ -333,7 +336,7 @@ def _check_there(adapter: str | None, arms: Mapping[str, Arm]) -> None:
         )
 
 
-def worn(pipe: Any, case: Case, arm: Arm) -> AbstractContextManager[Any]:
+def worn(pipe: DiffusionPipeline, case: Case, arm: Arm) -> AbstractContextManager[Any]:
     """The unit's adapter on the pipeline, as the arm has it.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
@@ -13,11 +13,14 @@ from recipes.common.guidance import arguments_of, effective_scales, guided
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.progress import Progress
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 __all__ = ["draw", "keep", "sheet"]
 
 
 def draw(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     guidance: GuidanceSettings,
@@ -80,7 +83,7 @@ def draw(
 
 
 def _made_with(
-    pipe: Any, guidance: GuidanceSettings, sampling: SamplingSettings, weights: str | None
+    pipe: DiffusionPipeline, guidance: GuidanceSettings, sampling: SamplingSettings, weights: str | None
 ) -> dict[str, Any]:
     """What a kept picture must have been made with to be taken for another of the same prompt and seed."""
     import adapters

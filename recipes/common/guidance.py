@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.settings import GuidanceSettings
 from training.config import require
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["EFFECTIVE", "arguments_of", "effective_scales", "guidance_of", "guided", "guider_of", "method_title"]
 
@@ -21,7 +24,7 @@ def method_title(method: str) -> str:
     return {"cfg": "CFG", "semantic": "S-CFG"}.get(method, method)
 
 
-def arguments_of(pipe: Any, guidance: GuidanceSettings) -> dict[str, Any]:
+def arguments_of(pipe: DiffusionPipeline, guidance: GuidanceSettings) -> dict[str, Any]:
     """What every call of the pipeline is given besides its scale; raises for a rescale that it does not take."""
     taken = signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {}
@@ -72,7 +75,7 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
 
 
 def guided(
-    pipe: Any, settings: GuidanceSettings, *, record: Sequence[str] = ()
+    pipe: DiffusionPipeline, settings: GuidanceSettings, *, record: Sequence[str] = ()
 ) -> Callable[[], AbstractContextManager[Any]]:
     """Enters the guidance on the pipeline; plain CFG is the pipeline as it is.
 

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.comparison import Comparison, worn
 from recipes.common.draw import sheet
@@ -15,11 +15,14 @@ from recipes.common.guidance import EFFECTIVE, arguments_of, guided
 from recipes.common.settings import SamplingSettings
 from training.config import write
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 __all__ = ["arms_table", "at_equal_scale", "unseen", "write_results"]
 
 
 def write_results(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     comparison: Comparison,
     sampling: SamplingSettings,
     rows: list[Any],
@@ -140,7 +143,7 @@ def _pictures_of(comparison: Comparison) -> list[Any]:
     return [picture for several in found for picture in several[: 4 // len(found)]]
 
 
-def _facts(pipe: Any, base: str, sampling: SamplingSettings) -> dict[str, Any]:
+def _facts(pipe: DiffusionPipeline, base: str, sampling: SamplingSettings) -> dict[str, Any]:
     import torch
 
     import adapters
@@ -202,7 +205,9 @@ def _preferences(equal: Any, comparison: Comparison) -> dict[str, str]:
     return {said[0].format(name=name): said[1].format(one=own[name]) for name in comparison.preferences}
 
 
-def _overlay(pipe: Any, comparison: Comparison, sampling: SamplingSettings) -> Callable[[Any], dict[str, Any]]:
+def _overlay(
+    pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSettings
+) -> Callable[[Any], dict[str, Any]]:
     """Regions and gamma over the steps of the report's first pairs, drawn by sampling them once more."""
     import adapters
     from scfg.trace import RECORDABLE

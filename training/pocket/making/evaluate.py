@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ..control import EDGES, condition
 from ..world import BACKGROUNDS, CLASSES, COLOURS, TINTABLE
 from . import fit_judge, fit_vae
 from .fitting import image_batch
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "controlled",
@@ -33,7 +37,9 @@ STEPS, GUIDANCE_SCALE = 25, 4.0
 LEVEL_TIMESTEPS = (200, 500, 700, 900)
 
 
-def generate(pipe, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8, **inputs) -> list[Image.Image]:
+def generate(
+    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], batch: int = 8, **inputs
+) -> list[Image.Image]:
     """One picture per (prompt, seed), each from its own generator; lists in ``inputs`` go along with the prompts.
 
     Args:
@@ -84,7 +90,7 @@ def _background(rng: np.random.Generator) -> str:
     return next(iter(BACKGROUNDS[str(rng.choice(list(BACKGROUNDS)))]))
 
 
-def prompt_scores(pipe, prompts: Sequence[str], seed: int) -> dict[str, float]:
+def prompt_scores(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int) -> dict[str, float]:
     """Shares of objects, colours and backgrounds the judge sees, and of prompts with every object there.
 
     Args:
@@ -105,7 +111,7 @@ def prompt_scores(pipe, prompts: Sequence[str], seed: int) -> dict[str, float]:
     }
 
 
-def reconstruction(pipe) -> dict[str, object]:
+def reconstruction(pipe: DiffusionPipeline) -> dict[str, object]:
     """VAE round trip (dB), and the judge on held-out scenes before and after it."""
 
     @torch.no_grad()
@@ -188,7 +194,7 @@ def levels(pipe: StableDiffusionPipeline, count: int = 64) -> dict[str, list[flo
     return values
 
 
-def latency(pipe, rounds: int = 5) -> float:
+def latency(pipe: DiffusionPipeline, rounds: int = 5) -> float:
     """Median seconds of a 25-step CFG sample of four pictures."""
     prompts = single_prompts(0)[:4]
     generate(pipe, prompts, [0, 1, 2, 3])

@@ -205,7 +205,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _within(
-    pipe: DiffusionPipeline, scope: Scope, source: Source, attached: Attached, before: Any
+    pipe: DiffusionPipeline, scope: Scope, source: Source, attached: Attached, before: torch.nn.Module | None
 ) -> AbstractContextManager[None]:
     """The scope on the U-net; refused where the adapter is more, or other, than a change of the U-net."""
     kind, models = whole_model(source), base.modules_of(pipe)

@@ -401,13 +401,13 @@ class _Beside:
             self.kept.clear()
 
     def keep(self, layer: BaseTunerLayer) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self.share is not None:
                 self.kept[layer] = output
 
         return hook
 
-    def mix(self, layer: BaseTunerLayer, args: Any, output: Tensor) -> Tensor | None:
+    def mix(self, layer: BaseTunerLayer, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if self.share is None:
             return None
         base, rows = self.kept.pop(layer), slice(0, self.rows)

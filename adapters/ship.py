@@ -150,7 +150,7 @@ def _weights(
     return kinds, notes
 
 
-def _model(stage: Path, folder: Path, config: Any) -> tuple[list[str], list[str]]:
+def _model(stage: Path, folder: Path, config: dict[str, Any]) -> tuple[list[str], list[str]]:
     kind = MODELS.get(str(config.get("_class_name"))) if isinstance(config, dict) else None
     weights = folder / MODEL_FILE
     if kind is None or not weights.is_file():

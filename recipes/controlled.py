@@ -24,6 +24,8 @@ from training.errors import TrainingError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from training.data.folders import Folder
+
 __all__ = ["Settings", "run"]
 
 LEAST = 0.05  # of F1, above that with the edges of another picture
@@ -125,7 +127,7 @@ def _pictures(settings: Settings) -> Any:
 
 
 def _given(
-    source: Any, size: tuple[int, int], make: Callable[[Image.Image], Image.Image], *, nearest: bool
+    source: Folder, size: tuple[int, int], make: Callable[[Image.Image], Image.Image], *, nearest: bool
 ) -> dict[str, Given]:
     """By caption; a caption that comes twice is said and left out, as pictures are told apart by their prompts."""
     cut = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS

@@ -29,6 +29,8 @@ from training.errors import exit_on_error
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from adapters.measuring.sample import Shot
+
 __all__ = ["Settings", "run"]
 
 
@@ -166,7 +168,7 @@ def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) ->
     return shots
 
 
-def _name_of(case: Case, shot: Any) -> str:
+def _name_of(case: Case, shot: Shot) -> str:
     return case.name
 
 

@@ -33,6 +33,8 @@ from training.config import BaseSettings, require
 from training.errors import TrainingError
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from diffusers import DiffusionPipeline
 
 __all__ = ["Pair", "Settings", "build", "draw_pair", "run", "save_guider"]
@@ -221,7 +223,7 @@ def _into_release(folder: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def build(gr: Any, settings: Settings) -> Any:
+def build(gr: ModuleType, settings: Settings) -> Any:
     """The page. The base is loaded first, so that a wrong one is said on the command line."""
 
     @lru_cache(maxsize=1)
@@ -271,7 +273,7 @@ def build(gr: Any, settings: Settings) -> Any:
     return page
 
 
-def _request(gr: Any, settings: Settings) -> dict[str, Any]:
+def _request(gr: ModuleType, settings: Settings) -> dict[str, Any]:
     """Inputs of what is drawn, whatever the guidance."""
     base, sampling, scale = settings.base.path, settings.sampling, settings.guidance.scale
     names = {"label": "Base", "info": "pocket, or a folder or hub id", "min_width": 130}
@@ -291,7 +293,7 @@ def _request(gr: Any, settings: Settings) -> dict[str, Any]:
     return parts
 
 
-def _guider(gr: Any, settings: GuidanceSettings) -> dict[str, Any]:
+def _guider(gr: ModuleType, settings: GuidanceSettings) -> dict[str, Any]:
     """An input for every main field of the guider, with the field's own help line."""
     import docstring_parser
 
@@ -322,7 +324,7 @@ def _guider(gr: Any, settings: GuidanceSettings) -> dict[str, Any]:
     return parts
 
 
-def _picture(gr: Any, name: str, label: str, **options: Any) -> Any:
+def _picture(gr: ModuleType, name: str, label: str, **options: Any) -> Any:
     # PNG: gradio's own choice loses a little, and pictures are compared here.
     shown = {"format": "png", "interactive": False, "min_width": 140, "buttons": ["download", "fullscreen"]}
     return gr.Image(label=label, elem_id=name, **shown, **options)
@@ -338,7 +340,7 @@ def _asked(settings: Settings, said: Mapping[str, Any]) -> tuple[GuidanceSetting
 
 
 @contextmanager
-def _told(gr: Any) -> Iterator[None]:
+def _told(gr: ModuleType) -> Iterator[None]:
     """Explained errors are said on the page; any other is a bug of ours and keeps its traceback."""
     mendable: tuple[type[Exception], ...] = (TrainingError, OSError, *explained())
     try:

@@ -28,6 +28,9 @@ from training.progress import Progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from adapters.measuring.metrics.metric import Metric
+    from adapters.measuring.tune import Joint
+
 __all__ = ["Settings", "run"]
 
 
@@ -107,7 +110,7 @@ def run(settings: Settings) -> Path | None:
 def _best(
     pipe: DiffusionPipeline,
     search: Search,
-    objective: Any,
+    objective: Metric | Joint,
     settings: Settings,
     name: str,
     candidates: list[dict[str, Any]],

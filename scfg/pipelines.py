@@ -202,18 +202,18 @@ class PipelineView:
     def tap(self, on_start: Callable[[int], None]) -> None:
         """Begin to listen; `on_start(number of U-net steps)` is called when a denoising loop begins."""
 
-        def loop_begins(arguments: dict[str, Any], result: Any) -> None:
+        def loop_begins(arguments: dict[str, Any], result: object) -> None:
             iterable = arguments.get("iterable")
             planned = arguments.get("total") if iterable is None else len(iterable)
             # Schedulers of second order call the U-net twice per step: pipelines keep the real number here.
             on_start(getattr(self.pipe, "_num_timesteps", None) or planned or 1)
 
-        def prompt_encoded(arguments: dict[str, Any], result: Any) -> None:
+        def prompt_encoded(arguments: dict[str, Any], result: object) -> None:
             prompt = arguments.get("prompt")
             self.prompts = [prompt] if isinstance(prompt, str) else prompt
             self._encoded_with_guidance = arguments.get("do_classifier_free_guidance")
 
-        def call_begins(arguments: dict[str, Any], result: Any) -> None:
+        def call_begins(arguments: dict[str, Any], result: object) -> None:
             """Nothing to note: listening is enough to find out about a second thread before it changes anything."""
 
         def mask_prepared(arguments: dict[str, Any], result: Any) -> None:

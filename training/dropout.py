@@ -18,7 +18,7 @@ class _Drop:
     ranks: float
     modules: float
 
-    def __call__(self, down: nn.Module, inputs: Any, low: Tensor) -> Tensor:
+    def __call__(self, down: nn.Module, inputs: tuple[Any, ...], low: Tensor) -> Tensor:
         """low: (B, …, r) of a linear layer, (B, r, h, w) of a convolution."""
         if not down.training:
             return low

@@ -186,7 +186,7 @@ def _kind(name: str) -> Any:
         raise TrainingError(f"train.optimizer {name}: {module} has no {attribute}") from error
 
 
-def averages(optimizer: Any) -> bool:
+def averages(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is schedule-free: gradients are taken beside the average, which is the result."""
     return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 

@@ -460,7 +460,7 @@ def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], d
 
 
 def announce(
-    method: Method, model: Any, settings: TrainSettings, prepared: Prepared, say: Callable[[str], None]
+    method: Method, model: torch.nn.Module, settings: TrainSettings, prepared: Prepared, say: Callable[[str], None]
 ) -> Estimate:
     """Says what trains, and what memory and time it will take; returns the estimate.
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 __all__ = ["Signals"]
 
@@ -27,7 +30,7 @@ class Signals:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, self._before[number])
 

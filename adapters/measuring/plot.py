@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 __all__ = ["Point", "picture", "plot"]
 
 Point = tuple[float, float, float, float, str]
+Place = Callable[[float, float], tuple[float, float]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 28, 48  # HEIGHT without the legend
 _ENTRY, _ENTRIES = (166, 16), 3  # pixels of a legend's entry, entries a row
 # Okabe-Ito colours, legible to colour-blind readers on light and dark.
@@ -71,7 +72,7 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _axes(x0, x1, y0, y1, place, x_label, y_label) -> str:  # type: ignore[no-untyped-def]
+def _axes(x0: float, x1: float, y0: float, y1: float, place: Place, x_label: str, y_label: str) -> str:
     left, bottom = place(x0, y0)
     right, top = place(x1, y1)
     parts = [f'<path d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}" fill="none" stroke="currentColor"/>']
@@ -94,7 +95,7 @@ def _tick(value: float, span: float) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, place) -> str:  # type: ignore[no-untyped-def]
+def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, place: Place) -> str:
     spots = [place(p[0], p[1]) for p in line]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
     parts = [f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>']

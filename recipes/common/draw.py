@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def draw(
     weights: str | None,
     *,
     arm: str = "",
-    inputs: Any = None,
+    inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
     common: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """All shots, each process having sampled its share; what is in `folder` with equal settings is not sampled again.

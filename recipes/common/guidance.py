@@ -13,6 +13,8 @@ from training.config import require
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from scfg.run import Run
+
 __all__ = ["EFFECTIVE", "arguments_of", "effective_scales", "guidance_of", "guided", "guider_of", "method_title"]
 
 EFFECTIVE = "effective scale"
@@ -95,7 +97,7 @@ def guided(
     return lambda: scfg.attach(pipe, guidance, guidance_scale=settings.scale, record=record)
 
 
-def effective_scales(run: Any) -> list[dict[str, float]]:
+def effective_scales(run: Run) -> list[dict[str, float]]:
     """Per image of the latest batch, the mean of s * sum ||gamma delta|| / sum ||delta|| over the steps."""
     import torch
 

@@ -18,6 +18,11 @@ from training.config import write
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from adapters.measuring.design import Design
+    from adapters.measuring.gains import Gains
+    from adapters.measuring.sample import Shot
+    from adapters.measuring.table import Row
+
 __all__ = ["arms_table", "at_equal_scale", "unseen", "write_results"]
 
 
@@ -25,8 +30,8 @@ def write_results(
     pipe: DiffusionPipeline,
     comparison: Comparison,
     sampling: SamplingSettings,
-    rows: list[Any],
-    shots: Mapping[str, Sequence[Any]],
+    rows: list[Row],
+    shots: Mapping[str, Sequence[Shot]],
     drift: Mapping[str, float],
     out: Path,
     *,
@@ -83,7 +88,7 @@ def write_results(
     print(f"Open {out / 'measured' / 'report.html'}; pictures side by side: {out / 'measured' / 'sheet.png'}")
 
 
-def headlines(gains: Any) -> list[str]:
+def headlines(gains: Gains) -> list[str]:
     """What the adapter does to its base, what the guidance adds, and what lies above the front of plain guidance."""
     from adapters.measuring import plane
 
@@ -91,7 +96,7 @@ def headlines(gains: Any) -> list[str]:
     return [*first, f"Guidance: {gains.verdict.sentence}", *plane.sentences(gains.plane)]
 
 
-def unseen(gains: Any, calls: Sequence[str]) -> str | None:
+def unseen(gains: Gains, calls: Sequence[str]) -> str | None:
     """A warning where the adapter's pictures are no more like the subject than the base's: its words may be others.
 
     Args:
@@ -177,7 +182,7 @@ def _frechet(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict
     }
 
 
-def at_equal_scale(rows: Sequence[Any], design: Any) -> Any:
+def at_equal_scale(rows: Sequence[Row], design: Design) -> Gains | str:
     """The design's comparison against plain CFG interpolated to the arm's own effective scale; or why there is none."""
     import adapters
 
@@ -196,7 +201,7 @@ def at_equal_scale(rows: Sequence[Any], design: Any) -> Any:
     )
 
 
-def _preferences(equal: Any, comparison: Comparison) -> dict[str, str]:
+def _preferences(equal: Gains | str, comparison: Comparison) -> dict[str, str]:
     """What people would prefer, by the models for it, with the strength of guidance taken out."""
     if isinstance(equal, str):
         return dict.fromkeys(comparison.preferences, equal)
@@ -215,7 +220,7 @@ def _overlay(
 
     arm, left = comparison.arm, [comparison.plan.overlays]
 
-    def overlay(shot: Any) -> dict[str, Any]:
+    def overlay(shot: Shot) -> dict[str, Any]:
         case = next(case for case in comparison.units if shot.prompt in case.prompts)
         if left[0] <= 0 or arm.guidance.method != "semantic":
             return {}
@@ -239,7 +244,7 @@ def _overlay(
     return overlay
 
 
-def arms_table(gains: Any) -> str:
+def arms_table(gains: Gains) -> str:
     """Every arm's mean, and its paired difference to the baseline with the interval."""
     design = gains.design
     lines = []

@@ -6,11 +6,12 @@ import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.progress import duration
 
 if TYPE_CHECKING:
+    from recipes.common.training import Training
     from training.estimate import Estimate
 
 __all__ = ["Stage", "span", "stages", "stages_table"]
@@ -31,7 +32,7 @@ class Stage:
     """Peak of the process, bytes."""
 
 
-def stages(settings: Any, found: Estimate, *, free: int | None = None) -> list[Stage]:
+def stages(settings: Training, found: Estimate, *, free: int | None = None) -> list[Stage]:
     """The stages that a training recipe's settings ask for.
 
     Args:
@@ -54,7 +55,7 @@ def stages(settings: Any, found: Estimate, *, free: int | None = None) -> list[S
     return rows
 
 
-def _until_trained(settings: Any, found: Estimate) -> list[tuple[str, str, float]]:
+def _until_trained(settings: Training, found: Estimate) -> list[tuple[str, str, float]]:
     """Name, what and seconds of class pictures, caching and training."""
     rows = []
     chosen = getattr(settings, "dreambooth", None)
@@ -70,7 +71,7 @@ def _until_trained(settings: Any, found: Estimate) -> list[tuple[str, str, float
     return [*rows, ("training", what, train.steps * found.step_seconds)]
 
 
-def _drawn(settings: Any) -> list[tuple[str, str, int]]:
+def _drawn(settings: Training) -> list[tuple[str, str, int]]:
     """Name, what and pictures of tuning and measuring."""
     from adapters.measuring.tune import budget
     from recipes.common.comparison import TO_COME, resolve

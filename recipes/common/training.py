@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import POCKET
 from recipes.common.cli import named, say
@@ -25,6 +25,15 @@ from training.config import (
     require,
     resolved,
 )
+
+if TYPE_CHECKING:
+    from adapters.edges import Canny
+    from training.data.crops import Views
+    from training.dreambooth import Concept, Prior
+    from training.estimate import Estimate
+    from training.loop import Result
+    from training.method import Method
+    from training.models import Parts
 
 __all__ = ["SubjectTraining", "Training", "check_stages", "data", "record", "subjects", "train"]
 
@@ -119,7 +128,7 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
         kept.cache_clear()  # networks of metrics would keep their memory while training
 
 
-def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
+def train(settings: Training, method: Method, pictures: Views, **more: Any) -> Result | None:
     """The loop with the recipe's settings; `more` is what `training.loop.train` takes besides (prior, region)."""
     from training import loop
 
@@ -136,7 +145,7 @@ def train(settings: Training, method: Any, pictures: Any, **more: Any) -> Any:
     )
 
 
-def _say_stages(settings: Training, found: Any) -> None:
+def _say_stages(settings: Training, found: Estimate) -> None:
     from recipes.common.stages import stages, stages_table
 
     for line in stages_table(stages(settings, found)):
@@ -144,8 +153,8 @@ def _say_stages(settings: Training, found: Any) -> None:
 
 
 def subjects(
-    parts: Any, settings: SubjectTraining, words: Mapping[str, str] | None = None
-) -> tuple[Any, Any, list[Any]]:
+    parts: Parts, settings: SubjectTraining, words: Mapping[str, str] | None = None
+) -> tuple[Views, Prior | None, list[Concept]]:
     """The pictures of the first subject, its samples of the class, and the further subjects with theirs.
 
     All pictures are looked at before the first class image is drawn.
@@ -197,7 +206,9 @@ def _with(settings: SubjectTraining, name: str) -> SubjectTraining:
         )
 
 
-def _class_prior(parts: Any, settings: SubjectTraining, pictures: Any, words: Mapping[str, str] | None) -> Any:
+def _class_prior(
+    parts: Parts, settings: SubjectTraining, pictures: Views, words: Mapping[str, str] | None
+) -> Prior | None:
     """The samples of the class that the settings of a subject ask for; missing class images are generated."""
     from recipes.common.region_mask import region_of
     from training import company, dreambooth
@@ -222,7 +233,7 @@ def _class_prior(parts: Any, settings: SubjectTraining, pictures: Any, words: Ma
     )
 
 
-def data(settings: DataSettings, *, parts: Any, edges: Any = None) -> Any:
+def data(settings: DataSettings, *, parts: Parts, edges: Canny | None = None) -> Views:
     """Training views of the pictures; `pocket` and `pocket-fluent` are drawn scenes of the embedded world.
 
     Args:

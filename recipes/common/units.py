@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
@@ -20,6 +20,9 @@ from recipes.common.settings import MeasureSettings
 from training.config import DataSettings, require
 from training.errors import TrainingError
 from training.text import read_text
+
+if TYPE_CHECKING:
+    from training.data.samples import Sample
 
 __all__ = ["Case", "cases", "subject_folders"]
 
@@ -141,23 +144,28 @@ def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int,
         source = images.load(DataSettings(source=str(place), conditioning=given))
     wanted = range(len(source))[first:][: settings.limit]
     require(bool(wanted), f"measure.skip {first} leaves none of {len(source)} targets")
-    samples = [_cut(source[i], size, settings.control, edges) for i in wanted]
-    kept = {sample.caption: sample for sample in samples}
-    if len(kept) < len(samples):
-        say(f"{len(samples) - len(kept)} targets are left out: their captions repeat others, and a prompt is a unit")
+    kept = {
+        sample.caption: _cut(sample, size, settings.control, edges) for sample in (source[index] for index in wanted)
+    }
+    if len(kept) < len(wanted):
+        say(f"{len(wanted) - len(kept)} targets are left out: their captions repeat others, and a prompt is a unit")
     return Case(
         prompts=list(kept),
         adapter=adapter,
         edges=edges,
-        conditions={caption: sample.conditioning for caption, sample in kept.items()},
-        targets={caption: sample.image for caption, sample in kept.items()},
+        conditions={caption: condition for caption, (_, condition) in kept.items()},
+        targets={caption: target for caption, (target, _) in kept.items()},
     )
 
 
-def _cut(sample: Any, size: tuple[int, int] | None, control: str | None, edges: Canny) -> Any:
+def _cut(
+    sample: Sample, size: tuple[int, int] | None, control: str | None, edges: Canny
+) -> tuple[Image.Image, Image.Image]:
     """The middle of a target at the size that is drawn, and its condition: edges are found at that size."""
     image, condition = sample.image, sample.conditioning
     if size is not None and image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-        condition = None if control == "canny" else ImageOps.fit(condition, size, Image.Resampling.NEAREST)
-    return replace(sample, image=image, conditioning=condition or edges.condition(image))
+        if condition is not None and control != "canny":
+            return image, ImageOps.fit(condition, size, Image.Resampling.NEAREST)
+        condition = None
+    return image, condition or edges.condition(image)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -18,17 +18,20 @@ from ...errors import GainsError
 from ..sample import Shot
 from .features import Features
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["Kid", "frechet", "kernel_distance", "kid_contributions"]
 
 
-def _rows(features: Any) -> np.ndarray:
+def _rows(features: Tensor | np.ndarray) -> np.ndarray:
     rows = np.asarray(features.detach().cpu().float() if hasattr(features, "detach") else features, dtype=np.float64)
     if rows.ndim != 2 or len(rows) < 2:
         raise GainsError(f"features of shape {rows.shape}; expected (n, d) with n >= 2")
     return rows
 
 
-def frechet(x: Any, y: Any) -> float:
+def frechet(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
     """Squared Fréchet distance of the Gaussians fitted to two feature sets (n, d), (m, d).
 
     tr((Sx Sy)^1/2) is the sum of the singular values of Ax^T Ay with S = A A^T, which stays real and needs no matrix
@@ -56,12 +59,12 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return kernel
 
 
-def kernel_distance(x: Any, y: Any) -> float:
+def kernel_distance(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> float:
     """Unbiased squared MMD with KID's cubic kernel; can be slightly negative."""
     return float(kid_contributions(x, y).mean())
 
 
-def kid_contributions(x: Any, y: Any) -> np.ndarray:
+def kid_contributions(x: Tensor | np.ndarray, y: Tensor | np.ndarray) -> np.ndarray:
     """(n,) numbers, one per row of x, whose mean is the unbiased squared MMD to y."""
     x, y = _rows(x), _rows(y)
     n, m = len(x), len(y)

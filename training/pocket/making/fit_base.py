@@ -13,6 +13,7 @@ shapes are decided: after 64,000 samples with it, textures and colours were righ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -162,7 +163,7 @@ def _load(base: Base, emas: dict[str, Ema]) -> Base:
     return base
 
 
-def _rows(shards, indices: range) -> tuple[Tensor, Tensor]:
+def _rows(shards: Callable[[int], dict[str, Tensor]], indices: range) -> tuple[Tensor, Tensor]:
     """The rows ``indices`` of the endless table of scenes; a batch may straddle two shards."""
     rows = [(shards(i // SHARD % SHARDS), i % SHARD) for i in indices]
     latents = torch.stack([shard["latents"][row] for shard, row in rows]).float()

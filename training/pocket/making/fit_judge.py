@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,7 +186,9 @@ def _spoil(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, change=None) -> dict[str, float]:
+def accuracy(
+    judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, change: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float]:
     """On ``count`` held-out scenes: objects found, pictures with nothing missed or invented (``exact``), colours,
     backgrounds and pixels right; pictures with near misses in which one was taken for an object (``fooled``).
 

@@ -5,7 +5,6 @@ accelerate launch recipes/ship.py --base.path pocket --adapter runs/dog/lora --m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +99,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
     arm = gains.design.arm if gains.verdict.word == "gain" else gains.design.baseline
     best = GuidanceSettings.of(gains.design.notes["guidance"][arm])
-    facts = json.loads((folder / "gains.json").read_text("utf-8"))["facts"]
+    facts = adapters.files.read_json(folder / "gains.json")["facts"]
     names = [arm["name"] for arm in gains.arms]
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts
 
@@ -134,9 +133,7 @@ def _card(settings: Settings, plan: MeasureSettings, weight: float) -> Any:
         limits.append("Made for a 64-pixel base model of drawn scenes: to learn and to test with, not for pictures.")
     facts = {"base hash": base_hash()} if pocket else {}
     if case and case.folder:
-        facts["subject"] = json.loads((case.folder / "subject.json").read_text("utf-8")).get(
-            "origin", "the maker's pictures"
-        )
+        facts["subject"] = adapters.files.read_json(case.folder / "subject.json").get("origin", "the maker's pictures")
     return adapters.Card(
         title=ship.title or f"{calls or Path(settings.adapter).name} on {Path(name).name}",
         base_model=name,

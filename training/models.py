@@ -7,7 +7,6 @@ with a U-net of the VAE's latent channels is SD (1.x, 2.x and the pocket base di
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+
+from adapters.files import read_json
 
 from .errors import TrainingError
 
@@ -161,7 +162,7 @@ def _folder(base: str | Path, revision: str | None) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path} is missing; the base must be a diffusers pipeline folder")
-    table: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    table: dict[str, Any] = read_json(path)
     return table
 
 

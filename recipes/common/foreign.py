@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -151,11 +150,13 @@ def _subject(folder: Path, photos: Path, noun: str, identifier: str, *, pocket: 
 
 def _prompts(file: Path, noun: str, identifier: str, *, pocket: bool) -> list[str]:
     """Those of an earlier run about the same subject, or the default ones."""
+    from adapters.files import read_json
+
     try:
-        facts = json.loads(file.read_text("utf-8"))
+        facts = read_json(file)
         if (facts["class"], facts["identifier"]) == (noun, identifier):
             return list(facts["prompts"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         pass
     return held_out(noun, identifier, pocket=pocket)
 

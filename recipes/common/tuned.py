@@ -58,9 +58,11 @@ class Tuned:
         Raises:
             TrainingError: the file is not there, or is not what recipes/tune.py wrote.
         """
+        from adapters.files import read_json
+
         file = Path(folder) / FILE
         try:
-            found = json.loads(file.read_text("utf-8"))
+            found = read_json(file)
             return cls(
                 best={name: GuidanceSettings.of(values) for name, values in found["best"].items()},
                 adapter=found["adapter"],
@@ -72,7 +74,7 @@ class Tuned:
                 rounds=found["rounds"],
                 pictures=found["pictures"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(f"tuned: {file} is not what recipes/tune.py wrote ({error!r})") from error
 
     def checkpoints(self) -> list[tuple[float, float, float, float, str]]:

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from adapters.files import write_folder
+
 from . import backgrounds
 from .captions import article
 from .errors import PocketError
@@ -96,9 +98,23 @@ def write(root: Path, name: str) -> Path:
         raise PocketError(f"there is no subject {name!r}; there are {', '.join(SUBJECTS)}")
     noun = TOYS[name].name if name in TOYS else name
     called = article(f"{IDENTIFIER} {noun}")
-    folder = root / name
     rng = np.random.Generator(np.random.Philox(key=[5, SUBJECTS.index(name)]))
     taken: set[tuple[int, int, int]] = set()
+    with write_folder(root / name) as folder:
+        _draw(folder, name, called, rng, taken)
+        facts = {
+            "class": noun,
+            "identifier": IDENTIFIER,
+            "origin": ORIGINS["rendered" if name in TOYS else "drawn"],
+            "prompts": [_prompt(prompt, noun).format(called) for prompt in HELD_OUT],
+        }
+        (folder / "subject.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    return root / name
+
+
+def _draw(folder: Path, name: str, called: str, rng: np.random.Generator, taken: set[tuple[int, int, int]]) -> None:
+    """The pictures with their captions and masks."""
+    (folder / "masks").mkdir()
     for index, other in enumerate(BESIDE):
         background = SHOWN[index % len(SHOWN)]
         side = round(SIDE[1 if other is None else 2] * SIZE)
@@ -108,18 +124,9 @@ def write(root: Path, name: str) -> Path:
             layers, corners = [sprite(other, None, side), *layers], [beside, *corners]
         image, masks = compose(backgrounds.draw(background, SIZE, rng), layers, corners)
         caption = called if other is None else f"{called} and {article(other)}"
-        (folder / "masks").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{index}.png", optimize=True)
         Image.fromarray(masks[-1].astype(np.uint8) * 255).save(folder / "masks" / f"{index}.png", optimize=True)
         (folder / f"{index}.txt").write_text(f"{caption} {BACKGROUNDS[background][0]}\n", "utf-8")
-    facts = {
-        "class": noun,
-        "identifier": IDENTIFIER,
-        "origin": ORIGINS["rendered" if name in TOYS else "drawn"],
-        "prompts": [_prompt(prompt, noun).format(called) for prompt in HELD_OUT],
-    }
-    (folder / "subject.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-    return folder
 
 
 def _places(

@@ -31,6 +31,8 @@ class Card:
     title: str
     base_model: str
     """Hub id or name of the base."""
+    base_import: tuple[str, str] = ("", "")
+    """Where the base is no hub id: a Python line that imports, and the expression that then gives its folder."""
     licence: str = "other"
     """An identifier of the Hub's list, such as apache-2.0."""
     description: str = ""
@@ -189,7 +191,8 @@ def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
 
 
 def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str], tokens: Tokens) -> str:
-    triggers = ", ".join(f"`{escape(word)}`" for word in card.trigger_words)
+    # Markdown shows entities in code as they are written, so words that need any stand outside.
+    triggers = ", ".join(f"`{word}`" if escape(word) == word else escape(word) for word in card.trigger_words)
     lines = [
         "## How to use",
         f"Trigger words: {triggers}" if triggers else "",
@@ -197,18 +200,20 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str], tokens: T
         "from diffusers import DiffusionPipeline",
         "",
     ]
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_quoted(card.base_model)})")
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_place(card)})")
     if "pytorch_lora_weights.safetensors" in has:
         lines += _lora(card)
     elif "controlnet" in kinds:
         lines[3] = "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline"
-        load = f"StableDiffusionControlNetPipeline.from_pretrained({_quoted(card.base_model)}, controlnet=control)"
+        load = f"StableDiffusionControlNetPipeline.from_pretrained({_place(card)}, controlnet=control)"
         lines[5:] = ['control = ControlNetModel.from_pretrained(".")  # this folder', f"pipe = {load}"]
     elif "unet" in kinds:
         lines.append('pipe.unet = type(pipe.unet).from_pretrained(".")  # this folder')
     else:
         lines.append("import adapters  # plain diffusers does not read this kind")
         lines.append(f'adapters.load(pipe, "."{"" if card.weight == 1 else f", weight={card.weight:g}"})')
+    if card.base_import[0]:
+        lines.insert(4, card.base_import[0])
     if "learned_embeds.safetensors" in has:
         lines += ["from safetensors.torch import load_file", 'tokens = load_file("learned_embeds.safetensors")']
         lines += _tokens(tokens)
@@ -257,8 +262,14 @@ def _fresh(card: Card, kinds: Sequence[str]) -> list[str]:
     """A pipeline without the adapter of the block above, which would be put on twice; a whole model is swapped."""
     if "controlnet" in kinds or "unet" in kinds:
         return []
-    load = f"pipe = DiffusionPipeline.from_pretrained({_quoted(card.base_model)})"
-    return ["from diffusers import DiffusionPipeline", "", load]
+    load = f"pipe = DiffusionPipeline.from_pretrained({_place(card)})"
+    more = [card.base_import[0]] if card.base_import[0] else []
+    return ["from diffusers import DiffusionPipeline", *more, "", load]
+
+
+def _place(card: Card) -> str:
+    """The base, as Python."""
+    return card.base_import[1] or _quoted(card.base_model)
 
 
 def _more(kinds: Sequence[str]) -> str:

@@ -46,33 +46,12 @@ from scfg.attention import AttentionRecorder, find_blocks, select_blocks
 from scfg.regions import RegionAverage, complete
 from scfg.run import Run
 from scfg.scale import rewrite
+from training.architectures import FAMILIES
 
 GUIDANCE_SCALE = 7.5
 TOKENS = 77
-_DOWN = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-_UP = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-_SD = {"block_out_channels": (320, 640, 1280, 1280), "down_block_types": _DOWN, "up_block_types": _UP}
-_XL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 # U-net settings and native image size of the published models.
-ARCHITECTURES: dict[str, tuple[dict[str, Any], int]] = {
-    "sd15": (_SD | {"cross_attention_dim": 768, "attention_head_dim": 8}, 512),
-    "sd21": (
-        _SD | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-        768,
-    ),
-    "sdxl": (_XL, 1024),
-}
+ARCHITECTURES = {name: (found.unet, found.resolution) for name, found in FAMILIES.items()}
 TINY = {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 8}
 TINY_XL = {"block_out_channels": (32, 32, 64), "norm_num_groups": 8, "attention_head_dim": (2, 2, 4)}
 

@@ -34,8 +34,6 @@ class Settings(Training):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
-    from training import controlnet
-
     require(
         settings.tune is None, "recipes/tune.py tunes for a subject or prompts, not for a ControlNet; leave tune out"
     )
@@ -44,12 +42,20 @@ def run(settings: Settings) -> Path | None:
         "measure of a ControlNet needs measure.targets and measure.control",
     )
     check_stages(settings, controlnet=True)
+    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    return finish(settings, folder, controlnet=True) if folder else None
+
+
+def _trained(settings: Settings) -> Path | None:
+    """The folder of what was trained."""
+    from training import controlnet
+
     parts = load_parts(settings.base)
     edges = _edges(settings)
     pictures = data(settings.data, parts=parts, edges=edges)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, edges=edges, seed=settings.train.seed)
     result = train(settings, method, pictures)
-    return finish(settings, result.folder, controlnet=True) if result else None
+    return result.folder if result else None
 
 
 def _edges(settings: Settings) -> Any:

@@ -24,21 +24,27 @@ class Settings(SubjectTraining):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
-    from recipes.common.region_mask import region_of
-    from training import dreambooth
-
     require(
         not (settings.dreambooth.text_encoder and settings.measure),
         "a release holds the U-net alone: with dreambooth.text_encoder the pipeline in `dreambooth` is the result; "
         "leave measure out",
     )
     check_stages(settings, whole=True)
+    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    return finish(settings, folder / "unet") if folder else None
+
+
+def _trained(settings: Settings) -> Path | None:
+    """The folder of what was trained."""
+    from recipes.common.region_mask import region_of
+    from training import dreambooth
+
     parts = load_parts(settings.base)
     pictures, prior, others = subjects(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)
     result = train(settings, method, pictures, prior=prior, further=others, region=region)
-    return finish(settings, result.folder / "unet") if result else None
+    return result.folder if result else None
 
 
 if __name__ == "__main__":

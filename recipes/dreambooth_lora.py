@@ -27,16 +27,22 @@ class Settings(SubjectTraining):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
+    check_stages(settings)
+    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    return finish(settings, folder) if folder else None
+
+
+def _trained(settings: Settings) -> Path | None:
+    """The folder of what was trained."""
     from recipes.common.region_mask import region_of
     from training import lora
 
-    check_stages(settings)
     parts = load_parts(settings.base)
     pictures, prior, others = subjects(parts, settings, settings.lora.tokens)
     region = region_of(settings.region) if settings.region else None
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
     result = train(settings, method, pictures, prior=prior, further=others, region=region)
-    return finish(settings, result.folder) if result else None
+    return result.folder if result else None
 
 
 if __name__ == "__main__":

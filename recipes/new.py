@@ -1,6 +1,6 @@
 """Your own photos: checked, captioned, with a config that runs to the end, and the command that starts it.
 
-scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--identifier sks]
+scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--memory 12]
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--base", default=POCKET, help="folder or hub id of the base model, or pocket")
     parser.add_argument("--identifier", default=IDENTIFIER, help="a rare word that will stand for the subject")
     parser.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME")
+    parser.add_argument(
+        "--memory", type=int, metavar="GB", help="memory of the GPU, such as 8, 12, 16 or 24: fit into it"
+    )
     parser.add_argument("--clip", default=NETWORKS["clip"], help="folder or hub id of the CLIP that measures")
     parser.add_argument("--dino", default=NETWORKS["dino"], help="folder or hub id of the DINO that measures")
     parser.add_argument("--no-trial", action="store_true", help="leave out the trial of the run and its estimate")
@@ -56,14 +59,20 @@ def main() -> None:
     quiet()
     out = options.out or Path("runs") / options.folder.resolve().name
     networks = {"clip": options.clip, "dino": options.dino}
-    config = prepare(options.folder, options.noun, options.identifier, options.base, out, networks)
+    config = prepare(options.folder, options.noun, options.identifier, options.base, out, networks, options.memory)
     if not options.no_trial:
         try_run(config)
     print(f"\nconfig: {config}\nrun it:\n  {_command(config)}")
 
 
 def prepare(
-    folder: Path, noun: str, identifier: str, base: str, out: Path, networks: dict[str, str] | None = None
+    folder: Path,
+    noun: str,
+    identifier: str,
+    base: str,
+    out: Path,
+    networks: dict[str, str] | None = None,
+    memory: int | None = None,
 ) -> Path:
     """Check the photos, write `subject.json` beside them and the config into `out`; returns the config's path.
 
@@ -74,10 +83,11 @@ def prepare(
         base: folder or hub id of the base, or "pocket".
         out: receives the config.
         networks: feature space -> folder or hub id of its network; what cannot be reached is left out.
+        memory: of the GPU that the run must fit into, GiB; null: it is not looked at.
 
     Raises:
-        TrainingError: photos that nothing can be learnt from, a class that the base does not know, a subject.json or a
-            config that is there and says something else; nothing is written then.
+        TrainingError: photos that nothing can be learnt from, a class that the base does not know, a GPU that is too
+            small, a subject.json or a config that is there and says something else; nothing is written then.
     """
     import yaml
 
@@ -90,6 +100,7 @@ def prepare(
     facts = _subject(file, noun, identifier, pocket=base == POCKET)
     if base == POCKET:
         check_pocket(noun, identifier, facts["prompts"], str(file))
+    fitting = _fitting(base, memory, preset) if memory is not None else {}
     for line in [*photos.lines(), f"held-out prompts: {len(facts['prompts'])}, in {file}; edit them as you like"]:
         print(line)
     values = {
@@ -98,6 +109,8 @@ def prepare(
         "ship": {},
         "out": str(out),
     }
+    for table, chosen in fitting.items():
+        values[table] = values.get(table, {}) | chosen
     if "measure" in values:
         values["tune"] = {"prompts": tuning(noun, pocket=base == POCKET), "seeds": [101, 102]}
     text = f"# {_command(config)}\n{yaml.safe_dump(values, sort_keys=False)}"
@@ -119,9 +132,17 @@ def try_run(config: Path) -> None:
 
 
 def _family(base: str) -> str:
-    """By name, as nothing is downloaded here; the trial step reads the base itself."""
-    name = base.lower()
-    return POCKET if base == POCKET else "sdxl" if "xl" in name else "sd21" if "2-1" in name else "sd"
+    """Of a folder by its U-net's config; of a hub id by name, as nothing is downloaded here."""
+    config = Path(base).expanduser() / "unet" / "config.json"
+    if base == POCKET:
+        return POCKET
+    if not config.is_file():
+        name = base.lower()
+        return "sdxl" if "xl" in name else "sd21" if "2-1" in name else "sd"
+    unet = json.loads(read_text(config))
+    if unet.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd21" if unet.get("cross_attention_dim") == 1024 else "sd"
 
 
 def _command(config: Path) -> str:
@@ -178,6 +199,16 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
         values["train"] |= {"precision": "bf16", "gradient_checkpointing": True}
         values["sampling"] = {"precision": "bf16"}
     return values
+
+
+def _fitting(base: str, memory: int, preset: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tables of the config that make the run fit into the GPU."""
+    from recipes.common.memory_plan import plan_for
+
+    plan = plan_for(base, memory, preset["resolution"], preset["lora"]["targets"])
+    for line in plan.lines():
+        print(line)
+    return plan.settings()
 
 
 def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from training.config import BaseSettings, require
 __all__ = ["Settings", "run"]
 
 
+EMBEDDED = ("from training.pocket import base_path  # scfg-toolkit embeds this base", "base_path()")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Writes a release folder from a trained adapter and its measured results."""
@@ -137,6 +140,7 @@ def _card(settings: Settings, plan: MeasureSettings, weight: float) -> Any:
     return adapters.Card(
         title=ship.title or f"{calls or Path(settings.adapter).name} on {Path(name).name}",
         base_model=name,
+        base_import=EMBEDDED if pocket else ("", ""),
         licence=ship.licence,
         description=ship.description,
         trigger_words=ship.trigger_words or ([calls] if calls else []),

@@ -29,14 +29,20 @@ class Settings(Training):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
+    check_stages(settings)
+    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    return finish(settings, folder) if folder else None
+
+
+def _trained(settings: Settings) -> Path | None:
+    """The folder of what was trained."""
     from training import lora
 
-    check_stages(settings)
     parts = load_parts(settings.base)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
     result = train(settings, method, pictures)
-    return finish(settings, result.folder) if result else None
+    return result.folder if result else None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import json
 import os
 import re
 import sys
@@ -516,7 +517,8 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
 
     class Parser(ArgumentParser):
         def parse_path(self, path: Any, *args: Any, **more: Any) -> Any:  # its own reads texts as YAML does
-            exact = yaml.safe_dump(typed.config(kind, path), default_style='"', sort_keys=False)
+            values = _prompts_as_lists(typed.config(kind, path))
+            exact = yaml.safe_dump(values, default_style='"', sort_keys=False)
             return self.parse_string(exact, *args, **more)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -524,7 +526,7 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
     parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False, parser_mode="typed")
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
     parser.add_class_arguments(kind, as_group=False)
-    arguments = _configs_first(list(sys.argv[1:] if args is None else args))
+    arguments = _one_prompt(_configs_first(list(sys.argv[1:] if args is None else args)))
     if {"-h", "--help"} & set(arguments):
         print(parser.format_help() if "all" in arguments else _short_help(parser, kind))
         raise SystemExit(0)
@@ -575,6 +577,45 @@ def _short_help(parser: Any, kind: type) -> str:
         said = str(helps[name] or "").split(" (required")[0].split(" (default")[0].split(" (type")[0]
         lines.append(f"--{name:{width}}  {' '.join(said.split())}")
     return "\n".join([*lines, "", f"--help all shows all {len(list(naming.names(kind)))} settings."])
+
+
+PROMPTS = ("prompts", "drift_prompts")  # lists, of which one entry may be given alone
+
+
+def _one_prompt(arguments: Sequence[str]) -> list[str]:
+    """A command line in which a single prompt is a list of one."""
+    words = list(arguments)
+    for place, word in enumerate(words):
+        flag, joined, value = word.partition("=")
+        if not flag.startswith("--"):
+            continue
+        after = place + 1 < len(words) and not joined
+        given = words[place + 1] if after else value
+        if flag.rsplit(".", 1)[-1].removeprefix("--") in PROMPTS and given and not given.startswith("["):
+            given = given if given == "null" else json.dumps([given])
+        elif given.startswith("{"):
+            given = _with_lists(given)
+        words[place + after] = given if after else f"{flag}{joined}{given}"
+    return words
+
+
+def _with_lists(text: str) -> str:
+    """A table of settings in which a single prompt is a list of one; what needs no change is left as it is."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    changed = _prompts_as_lists(values)
+    return text if changed == values else json.dumps(changed)
+
+
+def _prompts_as_lists(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: [value] if key in PROMPTS and isinstance(value, str) else _prompts_as_lists(value)
+        for key, value in values.items()
+    }
 
 
 def _at_home(value: Any, name: str = "") -> Any:

@@ -46,7 +46,7 @@ class Estimate:
         minutes = (self.caching_seconds + settings.steps * self.step_seconds) / 60
         caching = f" ({self.caching_seconds / 60:.1f} of it caching)" if self.caching_seconds else ""
         return [
-            f"memory: about {_size(self.memory)} per process ({parts})",
+            f"tensors of a training step: {parts}",
             f"time: about {minutes:.1f} min{caching}, {self.step_seconds:.3g} s per step",
         ]
 

@@ -33,7 +33,7 @@ from .objective import build_objective
 from .preserve import adapter_off
 from .tokens import add_tokens, trained_tokens
 
-__all__ = ["PRESETS", "WEIGHTS_NAME", "prepare"]
+__all__ = ["PRESETS", "WEIGHTS_NAME", "inject", "prepare"]
 
 WEIGHTS_NAME = LORA_FILE
 ADAPTER = "default"
@@ -111,6 +111,13 @@ def prepare(
         factors={PLUS: settings.plus_ratio} if settings.plus_ratio != 1 else {},
         chosen=tuple(chosen),
     )
+
+
+def inject(unet: Any, settings: LoraSettings) -> None:
+    """The adapter alone, with one rank, on a U-net of any device."""
+    targets = PRESETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
+    layers = _matching(unet, targets, preset=isinstance(settings.targets, str))
+    _inject(unet, _config(settings, dict.fromkeys(layers, Size(rank=settings.rank, alpha=settings.rank))))
 
 
 def _taken(models: Mapping[str, Any], settings: LoraSettings) -> dict[str, Tensor]:

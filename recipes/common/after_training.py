@@ -19,6 +19,7 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
         trained: LoRA, U-net or ControlNet folder.
         controlnet: `trained` is a ControlNet, which is wired in rather than put on the U-net.
     """
+    _free()
     folder, adapter, tuned = trained, str(trained), None
     if settings.tune is not None and settings.measure is not None:
         found = tune.run(
@@ -62,3 +63,14 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
         )
         folder = shipped or folder
     return folder
+
+
+def _free() -> None:
+    """What training held and nobody refers to is given back: its modules refer to one another."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -139,7 +139,8 @@ class MeasureSettings:
     """A paired comparison: its prompts, arms and metrics, and the metric that decides. Declared before the run."""
 
     subjects: list[str] = field(default_factory=list)
-    """Subject folders (pictures, `masks/`, `subject.json`). Patterns such as data/dreambooth/* are allowed."""
+    """Subject folders (pictures, `masks/`, `subject.json`). Patterns such as data/dreambooth/* are allowed. In a
+    training, default: `data.source`, if it has a subject.json."""
     prompts: list[str] = field(default_factory=list)
     """Held-out prompts. {} is replaced by "identifier class". Default: the prompts in each subject.json."""
     prompt_file: str | None = None

@@ -42,7 +42,7 @@ def stages(settings: Training, found: Estimate, *, free: int | None = None) -> l
     """
     now = _peak() if free is None else free
     training = now + found.optimizer + found.average  # the trial had the rest
-    drawing = training + found.weights  # a second copy of the base, as a pipeline
+    drawing = training  # what training loaded is freed before the base is loaded as a pipeline
     steps = settings.sampling.steps
     rows = [
         Stage(name=name, what=what, seconds=s, memory=training) for name, what, s in _until_trained(settings, found)

@@ -55,7 +55,8 @@ class Training:
     tune: TuneSettings | None = None
     """Search for the best guidance and checkpoint before measuring. null: no search."""
     measure: MeasureSettings | None = None
-    """The comparison. null: nothing is measured."""
+    """The comparison. null: nothing is measured. Where `data.source` has a subject.json, it is the default of
+    `measure.subjects`."""
     ship: ShipSettings | None = None
     """The release folder. null: nothing is shipped."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -65,6 +66,10 @@ class Training:
 
     def __post_init__(self) -> None:
         require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")
+        plan, source = self.measure, self.data.source
+        taught = (Path(source).expanduser() / "subject.json").is_file()
+        if taught and plan is not None and not plan.subjects and plan.targets is None:
+            object.__setattr__(self, "measure", replace(plan, subjects=[source]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -340,3 +340,21 @@ def test_others_may_read_the_weights(tmp_path: Path) -> None:
     plain.write_text("")
     files.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     assert (tmp_path / "x.safetensors").stat().st_mode == plain.stat().st_mode
+
+
+def test_the_card_loads_a_base_that_is_no_hub_id_by_what_is_imported():
+    load = ("from training.pocket import base_path", "base_path()")
+    card = replace(CARD, base_import=load, trigger_words=["sks dog"])
+    has = ["pytorch_lora_weights.safetensors", "guider_config.json"]
+    text = render(card, kinds=["lora"], gains=None, has=has, notes=[])
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert block.index(load[0]) < block.index("DiffusionPipeline.from_pretrained(base_path())")
+    assert "Trigger words: `sks dog`" in text
+    for kinds in (["controlnet"], ["unet"], ["loha"]):
+        first = re.findall(r"```python\n(.*?)```", render(card, kinds=kinds, gains=None, has=[], notes=[]), re.DOTALL)[
+            0
+        ]
+        compile(first, "card", "exec")
+        assert first.index(load[0]) < first.index("from_pretrained(base_path()")

@@ -470,7 +470,7 @@ def test_photos_become_a_subject_and_a_config_that_runs(mine: Path, tmp_path: Pa
         assert " to " in rows[name], rows[name]
         assert rows[name].endswith(" GiB")
     assert "a photographed subject will not appear in other scenes" in said
-    assert "memory: about" in said
+    assert "tensors of a training step: " in said
     facts = json.loads((mine / "subject.json").read_text())
     assert facts["class"] == "dog"
     assert all("sks dog" in prompt for prompt in facts["prompts"])

@@ -104,3 +104,19 @@ def test_settings_and_the_package_load_neither_torch_nor_diffusers() -> None:
     program = "import sys, training, training.config, training.pocket; print({'torch', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_one_prompt_may_be_given_alone(tmp_path: Path) -> None:
+    from recipes import measure, sample
+
+    text = "a red dog: and a [blue] cat"
+    for words in (["--prompts", text], [f"--prompts={text}"]):
+        assert config.parse(sample.Settings, ["--base.path=pocket", "--out=x", *words]).prompts == [text]
+    listed = config.parse(sample.Settings, ["--base.path=pocket", "--out=x", "--prompts=[a dog, a cat]"])
+    assert listed.prompts == ["a dog", "a cat"]
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: {path: pocket}\nout: x\nmeasure: {prompts: a dog, drift_prompts: a car}\n")
+    plan = config.parse(measure.Settings, [f"--config={file}"]).measure
+    assert (plan.prompts, plan.drift_prompts) == (["a dog"], ["a car"])
+    nested = config.parse(measure.Settings, ["--base.path=pocket", "--out=x", '--measure={"prompts": "a dog"}'])
+    assert nested.measure.prompts == ["a dog"]

@@ -340,7 +340,7 @@ def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path
     text = "\n".join(said)
     trained = sum(parameter.numel() for parameter in method.trainable().values())
     assert f"{trained:,} of" in text
-    assert "memory: about" in text
+    assert "tensors of a training step: " in text
     assert "of it caching" in text
     assert [line.split(":")[0] for line in said if "longer than" in line] == [
         f"1 of 4 captions are longer than the {parts.tokenizers[0].model_max_length} tokens that the text encoder reads"

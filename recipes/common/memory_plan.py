@@ -1,0 +1,214 @@
+"""Settings that fit into a GPU's memory, chosen from a base's configs alone, and the table "which GPU for what".
+
+`python -m recipes.common.memory_plan` prints the table of docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recipes.common.base import POCKET
+from training.config import require
+from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from training.memory import Needs
+
+__all__ = ["MEMORIES", "Choice", "Plan", "choose", "gpu_table", "plan_for"]
+
+GIB = 2**30
+MEMORIES = (8, 12, 16, 24)
+"""Memory of common GPUs, GiB."""
+# None of them is counted by `training.memory`; all are assumptions, on the safe side, until someone measures them.
+CONTEXT = 0.8 * GIB  # CUDA's context and the libraries' workspaces
+WASTE = 1.1  # of the allocator, which hands out whole blocks
+ROOM = 0.95  # of a GPU's memory: a desktop takes some
+METRICS = 4 * 173_000_000  # CLIP ViT-B/32 and DINO ViT-S/16 in float32, which measure what is drawn
+STATE = {"adamw": 8, "adamw8bit": 2}  # bytes of optimizer state for each number that trains
+SAMPLES = 2  # a step: on average one of the subject and one of its class, as in DreamBooth's prior preservation
+RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What memory depends on. `batch` pictures at once, as often as a step needs."""
+
+    batch: int = SAMPLES
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    rank: int = RANK
+
+
+# In the order in which things are given up: first what costs only time, then what costs quality.
+LADDER = (
+    Choice(),
+    Choice(batch=1),
+    Choice(checkpointing=True),
+    Choice(batch=1, checkpointing=True),
+    Choice(batch=1, checkpointing=True, optimizer="adamw8bit"),
+    Choice(batch=1, checkpointing=True, optimizer="adamw8bit", rank=8),
+    Choice(batch=1, checkpointing=True, optimizer="adamw8bit", rank=4),
+)
+BATCHES = (4, 2, 1)  # of sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A choice that fits, and the peak of each stage, bytes."""
+
+    choice: Choice
+    drawn: int
+    """Pictures that are sampled at once."""
+    stages: Mapping[str, float]
+    needs: Needs
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the largest stage."""
+        return max(self.stages.values())
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """As tables of a training config."""
+        chosen = self.choice
+        train = {
+            "precision": "bf16",
+            "gradient_checkpointing": chosen.checkpointing,
+            "batch_size": chosen.batch,
+            "accumulation": SAMPLES // chosen.batch,
+            "optimizer": chosen.optimizer,
+        }
+        return {
+            "lora": {"rank": chosen.rank},
+            "train": train,
+            "sampling": {"precision": "bf16", "batch_size": self.drawn},
+        }
+
+    def lines(self) -> list[str]:
+        """What was chosen, and what each choice saves and costs."""
+        chosen, found = self.choice, self.needs
+        stages = ", ".join(f"{name} {_gib(size)}" for name, size in self.stages.items())
+        lines = [
+            f"memory at most, computed from the configs and not tried on a GPU: {stages}",
+            f"  precision bf16: saves {_gib(found.unet)} of frozen weights; what trains stays in float32; a GPU older "
+            "than Ampere needs fp16, which takes as much",
+        ]
+        saved = chosen.batch * (found.kept - found.recomputed)
+        if chosen.checkpointing:
+            lines.append(f"  gradient checkpointing: saves {_gib(saved)}; a step runs the forward pass twice")
+        else:
+            lines.append(f"  no gradient checkpointing: takes {_gib(saved)} more, and a step is faster")
+        if chosen.batch < SAMPLES:
+            lines.append(f"  batch {chosen.batch}, accumulated {SAMPLES} times: the same step, one picture at a time")
+        else:
+            lines.append(f"  batch {chosen.batch}: on average one picture of the subject and one of its class")
+        if chosen.optimizer == "adamw8bit":
+            lines.append("  optimizer adamw8bit: rounds its state to 8 bits; needs pip install bitsandbytes")
+        else:
+            lines.append("  optimizer adamw: nothing is given up")
+        less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
+        lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")
+        lines.append(f"  sampling: {self.drawn} picture(s) at once")
+        return lines
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _peaks(found: Needs, chosen: Choice, drawn: int) -> dict[str, float]:
+    """Peak of each stage, as this toolkit runs them: the encoders are freed before training, the rest after it."""
+    numbers = found.trained * chosen.rank
+    adapter = 4 * numbers
+    activations = found.recomputed if chosen.checkpointing else found.kept
+    caching = found.unet + adapter + found.vae + max(found.encoding, found.encoders)
+    training = found.unet + (4 + 4 + STATE[chosen.optimizer]) * numbers + chosen.batch * activations
+    parts = found.unet + adapter + (found.encoders + found.vae) / 2
+    drawing = parts + METRICS + drawn * max(found.predicting, found.decoding)
+    return {
+        name: WASTE * size + CONTEXT
+        for name, size in (("caching", caching), ("training", training), ("measuring", drawing))
+    }
+
+
+def choose(found: Needs, memory: float) -> Plan | None:
+    """The first choice of the ladder that fits into a GPU of `memory` bytes; None: none does."""
+    plans = (
+        Plan(choice=chosen, drawn=drawn, stages=_peaks(found, chosen, drawn), needs=found)
+        for chosen in LADDER
+        for drawn in BATCHES
+    )
+    return next((plan for plan in plans if plan.peak <= ROOM * memory), None)
+
+
+def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
+    """The plan for a base of Stable Diffusion, from its configs.
+
+    Args:
+        memory: of the GPU, GiB.
+        resolution: pixels of a side of the training pictures.
+        targets: preset of `lora.targets`.
+
+    Raises:
+        TrainingError: what cannot fit, with the stage that is too large and the nearest that fits.
+    """
+    from training.memory import architecture_of, needs
+
+    require(memory >= 1, f"--memory must be the GPU's memory in GB, such as 12, got {memory}")
+    require(base != POCKET, f"--memory {memory}: the pocket base trains on a CPU; leave --memory out, or name a --base")
+    found = needs(architecture_of(base), resolution, targets)
+    plan = choose(found, memory * GIB)
+    if plan is not None:
+        return plan
+    least = _peaks(found, LADDER[-1], BATCHES[-1])
+    stage, size = max(least.items(), key=lambda item: item[1])
+    larger = next((size for size in MEMORIES if size > memory and choose(found, size * GIB)), None)
+    other = _smaller(base, memory)
+    nearest = ([f"--memory {larger}"] if larger else []) + ([f"--base {other}"] if other else [])
+    raise TrainingError(
+        f"--memory {memory}: {base} at {resolution} pixels needs {_gib(size)} for {stage} at least; the nearest that "
+        f"fits: {' or '.join(nearest) or 'a GPU with more memory'}"
+    )
+
+
+def _smaller(base: str, memory: int) -> str | None:
+    """The largest published base that fits."""
+    from training.architectures import FAMILIES
+    from training.memory import needs
+
+    for known in reversed(FAMILIES.values()):
+        if known.base != base and choose(needs(known, known.resolution, "attention+ff"), memory * GIB):
+            return known.base
+    return None
+
+
+def gpu_table() -> str:
+    """Markdown: the choice for every published base and every memory."""
+    from training.architectures import FAMILIES
+    from training.memory import needs
+
+    rows = [
+        "| base | pixels | " + " | ".join(f"{size} GB" for size in MEMORIES) + " |",
+        "|---|---|" + "---|" * len(MEMORIES),
+    ]
+    for known in FAMILIES.values():
+        found = needs(known, known.resolution, "attention+ff")
+        cells = [_cell(choose(found, size * GIB)) for size in MEMORIES]
+        rows.append(f"| {known.title} | {known.resolution} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _cell(plan: Plan | None) -> str:
+    if plan is None:
+        return "does not fit"
+    chosen = plan.choice
+    words = [f"batch {chosen.batch}" + (f" x {SAMPLES // chosen.batch}" if chosen.batch < SAMPLES else "")]
+    words += ["checkpointing"] if chosen.checkpointing else []
+    words += ["adamw8bit"] if chosen.optimizer != "adamw" else []
+    words += [f"rank {chosen.rank}"] if chosen.rank < RANK else []
+    return f"{', '.join(words)}: {_gib(plan.peak)}"
+
+
+if __name__ == "__main__":
+    print(gpu_table())

@@ -1,0 +1,157 @@
+"""Settings that fit into a GPU: counted on fake tensors, held against real ones on a tiny base."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.common import memory_plan
+from recipes.common.memory_plan import GIB, LADDER, MEMORIES, SAMPLES, choose, plan_for
+from training import memory
+from training.errors import TrainingError
+from training.memory import Needs, architecture_of, needs
+
+ROOT = Path(__file__).resolve().parents[2]
+# As `needs` counts SDXL at 1024 pixels; the slow test of the table counts it again.
+XL = Needs(
+    unet=int(4.78 * GIB),
+    encoders=int(3.04 * GIB),
+    vae=int(0.31 * GIB),
+    trained=2_616_320,
+    kept=int(9.14 * GIB),
+    recomputed=int(0.5 * GIB),
+    encoding=int(2.51 * GIB),
+    predicting=int(0.31 * GIB),
+    decoding=int(1.5 * GIB),
+)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_weights_are_counted_as_they_are_and_recomputing_takes_less(models: Path, family: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(models / family, subfolder="unet")
+    found = needs(architecture_of(str(models / family)), 32, "attention")
+    assert found.unet == 2 * sum(parameter.numel() for parameter in unet.parameters())
+    assert 0 < found.recomputed < found.kept
+    assert min(found.encoding, found.predicting, found.decoding, found.vae, found.encoders, found.trained) > 0
+
+
+def test_the_peak_of_fake_tensors_is_that_of_what_lives() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(10, 10, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layer(x)
+            x = self.layer(x)
+            return self.layer(x)
+
+    # Without gradients, the caller's input and a layer's input and output live at once; with them all, and gradients.
+    count = memory._peak(Net().requires_grad_(False), torch.float32, lambda net: net(torch.empty(5, 10)))
+    assert count == 3 * 5 * 10 * 4
+    real = Net()
+    kept = memory._peak(real, torch.float32, lambda net: net(torch.empty(5, 10)), backward=True)
+    assert kept >= 4 * 5 * 10 * 4 + 10 * 10 * 4
+    assert real.layer.weight.device.type == "cpu", "the network is as it was"
+    real(torch.ones(5, 10)).sum().backward()
+
+
+def test_more_memory_never_gives_a_lower_rung_and_no_memory_gives_none() -> None:
+    rungs = [LADDER.index(plan.choice) for size in (10, *MEMORIES, 48) if (plan := choose(XL, size * GIB))]
+    assert rungs == sorted(rungs, reverse=True)
+    assert rungs[-1] == 0
+    assert choose(XL, 4 * GIB) is None
+
+
+def test_a_plan_fits_says_what_each_choice_costs_and_is_a_config() -> None:
+    plan = choose(XL, 12 * GIB)
+    assert plan is not None
+    assert plan.peak <= 12 * GIB
+    said = "\n".join(plan.lines())
+    for word in ("precision", "gradient checkpointing", "batch", "optimizer", "rank", "not tried on a GPU"):
+        assert word in said
+    train = plan.settings()["train"]
+    assert train["batch_size"] * train["accumulation"] == SAMPLES
+
+
+def test_what_cannot_fit_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Needs(**{**vars(XL), "unet": GIB, "encoders": GIB // 2, "kept": GIB})
+    monkeypatch.setattr(memory, "needs", lambda base, *_: XL if base.title == "SDXL" else small)
+    with pytest.raises(TrainingError) as refused:
+        plan_for("stabilityai/stable-diffusion-xl-base-1.0", 8, 1024, "attention+ff")
+    said = str(refused.value)
+    assert said.startswith("--memory 8: stabilityai/stable-diffusion-xl-base-1.0 at 1024 pixels needs ")
+    assert said.endswith("the nearest that fits: --memory 12 or --base stabilityai/stable-diffusion-2-1")
+
+
+def test_bases_that_no_plan_is_for_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"--memory 8: the pocket base trains on a CPU"):
+        plan_for("pocket", 8, 64, "conv")
+    with pytest.raises(TrainingError, match=r"--memory must be the GPU's memory in GB, such as 12, got 0"):
+        plan_for("a/b", 0, 64, "conv")
+    with pytest.raises(TrainingError, match=r"model_index.json.*the base must be a diffusers pipeline folder"):
+        plan_for(str(tmp_path), 8, 512, "attention")
+
+
+def test_new_writes_what_fits_into_the_config(models: Path, photos: Path, tmp_path: Path) -> None:
+    import yaml
+
+    from recipes.new import prepare
+
+    networks = {"clip": str(models / "clip"), "dino": str(models / "dino")}
+    folder = tmp_path / "rex"
+    folder.mkdir()
+    for file in (photos / "dreambooth" / "rex").glob("*.png"):
+        from PIL import Image
+
+        with Image.open(file) as image:
+            image.resize((300, 260)).save(folder / file.name)
+    config = prepare(folder, "dog", "sks", str(models / "sdxl"), tmp_path / "run", networks, 8)
+    values = yaml.safe_load(config.read_text())
+    assert values["data"]["resolution"] == 1024, "the family is read from the U-net's config"
+    assert values["train"]["batch_size"] == SAMPLES
+    assert values["train"]["precision"] == "bf16"
+    assert values["train"]["gradient_checkpointing"] is False
+    assert values["lora"] == {"rank": 16, "targets": "attention+ff"}
+    assert values["sampling"]["batch_size"] == 4
+
+
+def test_what_training_loaded_is_gone_before_the_later_stages(
+    photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes import text_to_image_lora
+    from recipes.common import after_training
+    from training.config import parse
+
+    loaded: list[weakref.ref] = []
+    load = text_to_image_lora.load_parts
+
+    def watched(base: object) -> object:
+        parts = load(base)
+        loaded.append(weakref.ref(parts.unet))
+        return parts
+
+    monkeypatch.setattr(text_to_image_lora, "load_parts", watched)
+    alive: list[object] = []
+    free = after_training._free
+
+    def freed() -> None:
+        free()
+        alive.append(loaded[0]())
+
+    monkeypatch.setattr(after_training, "_free", freed)
+    words = [f"--base.path={models / 'sd15'}", f"--data.source={photos / 'coco'}", "--data.resolution=32"]
+    few = ["--train.steps=1", "--train.trackers=[]", f"--out={tmp_path}"]
+    text_to_image_lora.run(parse(text_to_image_lora.Settings, [*words, *few]))
+    assert alive == [None]
+
+
+@pytest.mark.slow
+def test_the_table_in_the_documents_is_what_the_code_computes() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text("utf-8")
+    assert memory_plan.gpu_table() in page

@@ -1,0 +1,222 @@
+"""What a LoRA training needs on a GPU, counted from the base's configs alone: no weights are read, nothing is computed.
+
+The networks are built on torch's meta device and run on fake tensors, which have shapes and no contents. Every storage
+that the run makes is counted from its birth to its end, so the peak is what an allocator without waste would hold.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from adapters.errors import FileError
+from adapters.files import read_json
+
+from .architectures import FAMILIES, Architecture
+from .config import LoraSettings
+from .errors import TrainingError
+from .models import refuse_file
+
+__all__ = ["Needs", "architecture_of", "needs"]
+
+HALF = torch.bfloat16
+TOKENS = 77  # of a caption
+RANK = 16  # that activations are counted at; they hardly depend on it
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that are made while it is active, and their highest sum.
+
+    Args:
+        known: tensors that are there already; their views count for nothing.
+    """
+
+    def __init__(self, known: Sequence[Tensor] = ()):
+        super().__init__()
+        self.live = self.most = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.live += size
+        self.most = max(self.most, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Bytes, for one picture at a time in bfloat16. Activations grow with the pictures of a batch."""
+
+    unet: int
+    """The U-net's frozen weights, in bfloat16."""
+    encoders: int
+    """The text encoders' weights, in float32."""
+    vae: int
+    """The VAE's weights, in float32."""
+    trained: int
+    """Numbers that train at rank 1; they grow with the rank."""
+    kept: int
+    """Peak of forward and backward pass."""
+    recomputed: int
+    """The same with gradient checkpointing."""
+    encoding: int
+    """Peak of the VAE on a training picture, in float32."""
+    predicting: int
+    """Peak of the U-net on a guided step of sampling."""
+    decoding: int
+    """Peak of the VAE's decoder, in bfloat16."""
+
+
+def architecture_of(base: str) -> Architecture:
+    """The configs of a base: of a published model as they are known here, else from its folder or the hub.
+
+    Raises:
+        TrainingError: configs that are not there or describe no U-net of this kind.
+    """
+    known = next((found for found in FAMILIES.values() if found.base == base), None)
+    if known is not None:
+        return known
+    refuse_file(base)
+    try:
+        index = _config(base, "model_index.json")
+        encoders = [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None])[0]]
+        unet, vae = _config(base, "unet/config.json"), _config(base, "vae/config.json")
+        return Architecture(
+            title=base,
+            base=base,
+            resolution=int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1),
+            unet=unet,
+            text_encoders=tuple(_config(base, f"{name}/config.json") for name in encoders),
+            vae=vae,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"base {base}: its configs are not those of a pipeline with a U-net ({error!r})") from error
+
+
+def _config(base: str, name: str) -> dict[str, Any]:
+    """One of a base's configs."""
+    folder = Path(base).expanduser()
+    path = folder / name
+    if not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(base, name))
+        except Exception as error:  # the hub client raises many unrelated kinds
+            raise TrainingError(f"base {base} is neither a folder nor a reachable hub id: {error}") from error
+    try:
+        return dict(read_json(path))
+    except FileError as error:
+        raise TrainingError(f"{error}; the base must be a diffusers pipeline folder") from error
+
+
+def needs(base: Architecture, resolution: int, targets: str) -> Needs:
+    """Runs the base's networks on fake tensors.
+
+    Args:
+        resolution: pixels of a side of the training pictures; sampling draws at the base's own.
+        targets: preset of `lora.targets`.
+    """
+    from .lora import inject
+
+    with torch.device("meta"):
+        unet, vae, encoders = _networks(base)
+    channels, factor = unet.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    drawn, taught = base.resolution // factor, resolution // factor
+    encoding = _peak(vae.encoder, torch.float32, lambda net: net(torch.empty(1, 3, resolution, resolution)))
+    decoding = _peak(vae.decoder, HALF, lambda net: net(torch.empty(1, channels, drawn, drawn, dtype=HALF)))
+    predicting = _peak(unet, HALF, lambda net: _predict(net, batch=2, side=drawn))
+    frozen = _count(unet)
+    inject(unet, LoraSettings(rank=RANK, targets=targets))  # type: ignore[arg-type]
+    trained = _count(unet) - frozen
+    peaks = []
+    for recomputed in (False, True):
+        if recomputed:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        peaks.append(_peak(unet, HALF, lambda net: _predict(net, batch=1, side=taught), backward=True))
+    return Needs(
+        unet=2 * frozen,
+        encoders=4 * sum(map(_count, encoders)),
+        vae=4 * _count(vae),
+        trained=trained // RANK,
+        kept=peaks[0] - 4 * trained,
+        recomputed=peaks[1] - 4 * trained,
+        encoding=encoding,
+        predicting=predicting,
+        decoding=decoding,
+    )
+
+
+def _networks(base: Architecture) -> tuple[Any, Any, list[Any]]:
+    """U-net, VAE and text encoders."""
+    import transformers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    own = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, **base.unet}
+    texts = [transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)) for text in base.text_encoders]
+    unet: Any = UNet2DConditionModel.from_config(own)
+    return unet.requires_grad_(False), AutoencoderKL.from_config(base.vae), texts
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _predict(unet: Any, *, batch: int, side: int) -> Tensor:
+    """The U-net on latents of `side` rows and columns."""
+    config = unet.config
+    added = None
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": torch.empty(batch, pooled, dtype=HALF), "time_ids": torch.empty(batch, 6)}
+    latents = torch.empty(batch, config.in_channels, side, side, dtype=HALF)
+    words = torch.empty(batch, TOKENS, config.cross_attention_dim, dtype=HALF)
+    times = torch.zeros(batch, dtype=torch.long)
+    found: Tensor = unet(latents, times, words, added_cond_kwargs=added, return_dict=False)[0]
+    return found
+
+
+def _peak(network: nn.Module, dtype: torch.dtype, run: Callable[[Any], Tensor], *, backward: bool = False) -> int:
+    """Peak bytes of a run beside the network's weights, gradients among them; frozen weights have the dtype."""
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in network.modules()]
+    with FakeTensorMode():
+        for module in network.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    held = torch.empty(value.shape, dtype=value.dtype if value.requires_grad and backward else dtype)
+                    module._parameters[name] = nn.Parameter(held, requires_grad=value.requires_grad and backward)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        with Peak(list(network.parameters())) as seen, torch.set_grad_enabled(backward):
+            made = run(network)
+            if backward:
+                made.float().square().mean().backward()
+    for module, parameters, buffers in before:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+    return seen.most

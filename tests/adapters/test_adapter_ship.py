@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -353,8 +354,7 @@ def test_the_card_loads_a_base_that_is_no_hub_id_by_what_is_imported():
         assert block.index(load[0]) < block.index("DiffusionPipeline.from_pretrained(base_path())")
     assert "Trigger words: `sks dog`" in text
     for kinds in (["controlnet"], ["unet"], ["loha"]):
-        first = re.findall(r"```python\n(.*?)```", render(card, kinds=kinds, gains=None, has=[], notes=[]), re.DOTALL)[
-            0
-        ]
+        text = render(card, kinds=kinds, gains=None, has=[], notes=[])
+        first = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
         compile(first, "card", "exec")
         assert first.index(load[0]) < first.index("from_pretrained(base_path()")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import json
+import math
 import os
 import re
 import sys

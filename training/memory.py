@@ -42,7 +42,8 @@ class Peak(TorchDispatchMode):
 
     def __init__(self, known: Sequence[Tensor] = ()):
         super().__init__()
-        self.live = self.most = 0
+        self.live: int = 0
+        self.most: int = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,6 +138,7 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
     """Runs the base's networks on fake tensors.
 
     Args:
+        base: its configs.
         resolution: pixels of a side of the training pictures; sampling draws at the base's own.
         targets: preset of `lora.targets`.
     """
@@ -183,7 +185,7 @@ def _networks(base: Architecture) -> tuple[Any, Any, list[Any]]:
 
 
 def _count(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(int(parameter.numel()) for parameter in network.parameters())
 
 
 def _predict(unet: Any, *, batch: int, side: int) -> Tensor:

@@ -146,6 +146,7 @@ def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
     """The plan for a base of Stable Diffusion, from its configs.
 
     Args:
+        base: folder or hub id.
         memory: of the GPU, GiB.
         resolution: pixels of a side of the training pictures.
         targets: preset of `lora.targets`.

@@ -214,7 +214,8 @@ def _peak(network: nn.Module, dtype: torch.dtype, run: Callable[[Any], Tensor], 
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        with Peak(list(network.parameters())) as seen, torch.set_grad_enabled(backward):
+        seen = Peak(list(network.parameters()))
+        with seen, torch.set_grad_enabled(backward):
             made = run(network)
             if backward:
                 made.float().square().mean().backward()

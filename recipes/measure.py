@@ -181,9 +181,7 @@ def _drift(pipe: DiffusionPipeline, comparison: Comparison, settings: Settings) 
     other = replace(case, prompts=list(plan.drift_prompts), conditions={}, targets={}, name=f"{case.name}-unrelated")
     arms = (comparison.baseline, comparison.arm)
     shots = _sample(pipe, other, (comparison.bare, *arms), settings)
-    known = [name for name in ("dinov3", "dinov2", "dino", "clip") if name in plan.spaces]
-    where = next(iter(known), "judge" if comparison.pocket else "colour")
-    features = spaces.space_of(where, plan)
+    where, features = spaces.looks(plan, pocket=comparison.pocket)
     metric = Drift(name=f"drift ({where})", features=features, base=shots[BASE])
     return {f"drift ({where}) of {arm.name}": float(metric(shots[arm.name]).mean()) for arm in arms}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +85,7 @@ def run(settings: Settings) -> Path | None:
     adapter = found["checkpoint"].best["adapter"] if found else settings.adapter
     for name, candidates in search.candidates.items():
         found[name] = best_of(name, [{**one, "adapter": adapter} for one in candidates])
+    signs = _signs(pipe, search, comparison, settings) if "checkpoint" in found else {}
     out = Path(settings.out) / "tuned"
     if state().is_main_process:
         tuned = Tuned(
@@ -97,12 +98,15 @@ def run(settings: Settings) -> Path | None:
             seeds=settings.tune.seeds,
             rounds={name: item.rounds for name, item in found.items()},
             pictures={name: item.images for name, item in found.items()},
+            signs=signs,
         )
         with adapters.files.write_folder(out) as stage:
             tuned.write(stage)
             case = search.units[0]
             guider = guider_of(tuned.best[settings.measure.arm], case.identifier, case.noun)
             (stage / "guider_config.json").write_text(json.dumps(guider, indent=1), "utf-8")
+        if said := tuned.overfitting():
+            say(said)
     state().wait_for_everyone()
     return out
 
@@ -142,6 +146,27 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
     prompts, folder = case.of_class.prompts, Path(settings.out) / "tuning" / "class" / case.name
     guidance, seeds = comparison.bare.guidance, settings.tune.seeds
     return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
+
+
+def _signs(pipe: Any, search: Search, comparison: Comparison, settings: Settings) -> dict[str, Any]:
+    """Signs of overfitting in every checkpoint's pictures of the first round, beside the base's of the same prompts."""
+    from adapters.measuring.overfitting import Signs, signs
+    from recipes.common import spaces
+
+    where, features = spaces.looks(settings.measure, pocket=comparison.pocket)
+    seeds, first = settings.tune.seeds[:1], search.checkpoints[0]
+    units = [case for case in search.units if len(case.prompts) > 1]
+    if not units:
+        return {}
+    real = [[] if case.folder is None else spaces.pictures(case.folder)[0] for case in units]
+    bare = [_try(pipe, case, {**first, "adapter": None}, seeds, settings) for case in units]
+
+    def of(one: Mapping[str, Any]) -> dict[str, Any]:
+        made = [_try(pipe, case, one, seeds, settings) for case in units]  # they are kept: none is drawn again
+        return asdict(Signs.mean([signs(features, *three) for three in zip(made, bare, real, strict=True)]))
+
+    found = {"space": where, "base": of({**first, "adapter": None})}
+    return {**found, "checkpoints": [of(one) for one in search.checkpoints]}
 
 
 def _guidance(values: Mapping[str, Any]) -> GuidanceSettings:

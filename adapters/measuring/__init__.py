@@ -5,13 +5,29 @@
 
 from __future__ import annotations
 
-from . import archive, effect, gains, metrics, plane, plot, report, sample, stats, table, tune, verify, words
+from . import (
+    archive,
+    effect,
+    gains,
+    metrics,
+    overfitting,
+    plane,
+    plot,
+    report,
+    sample,
+    stats,
+    table,
+    tune,
+    verify,
+    words,
+)
 
 __all__ = [
     "archive",
     "effect",
     "gains",
     "metrics",
+    "overfitting",
     "plane",
     "plot",
     "report",

@@ -37,7 +37,8 @@ def render(
     pairs: int = 12,
     facts: Mapping[str, Any] | None = None,
     references: Sequence[Image.Image] = (),
-    checkpoints: Sequence[Point] = (),
+    checkpoints: Mapping[str, Sequence[Point]] | None = None,
+    overfitting: str = "",
     terms: Mapping[str, str] | None = None,
 ) -> str:
     """The page as text, below `page.LIMIT` bytes: larger pictures are made smaller until it is.
@@ -51,7 +52,9 @@ def render(
         pairs: how many pairs are shown, spread evenly; the worst five follow below.
         facts: further lines of the last table.
         references: the subject's own pictures; the first four are shown.
-        checkpoints: (place, mean, low, high, label) of the checkpoints that one was chosen from, in order.
+        checkpoints: what was measured -> (place, mean, low, high, label) of the checkpoints that one was chosen from,
+            in order.
+        overfitting: what `overfitting.sentence` says of them.
         terms: words of the title, each with what it means.
     """
     joined = _joined(gains, shots)
@@ -76,7 +79,7 @@ def render(
             body.append(f"<h2>Where {escape(gains.design.arm)} {name} most</h2>")
             body += [_ends_table(gains, name), _gallery(name, joined, kept, draw, {})]
         body += [
-            _curves(gains, checkpoints),
+            _curves(gains, checkpoints or {}, overfitting),
             "<h2>Statistics</h2>",
             _statistics(gains),
             "<h2>How it was made</h2>",
@@ -287,21 +290,19 @@ def _facts(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(gains: Gains, checkpoints: Sequence[Point]) -> str:
+def _curves(gains: Gains, checkpoints: Mapping[str, Sequence[Point]], overfitting: str) -> str:
     if not gains.curves and not checkpoints:
         return ""
     design = gains.design
-    drawn = (
-        [plot({"checkpoints": checkpoints}, "checkpoint, in order", "what was maximised")]
-        if len(checkpoints) > 1
-        else []
-    )
+    series = {name: points for name, points in checkpoints.items() if len(points) > 1}
+    drawn = [plot({"checkpoints": points}, "checkpoint, in order", name) for name, points in series.items()]
     if gains.curves:
         drawn += [plot(_series(gains, None, m), "guidance scale", m) for m in design.higher_is_better]
         others = [m for m in design.higher_is_better if m != design.primary]
         drawn += [plot(_series(gains, m, design.primary), m, design.primary) for m in others]
     said = "Bars are intervals of the mean; points are labelled with the guidance scale, or with the checkpoint."
-    return f"<h2>Curves</h2><p>{said}</p><div class=curves>{''.join(drawn)}</div>"
+    warning = f"<p class=verdict>{escape(overfitting)}</p>" if overfitting else ""
+    return f"<h2>Curves</h2>{warning}<p>{said}</p><div class=curves>{''.join(drawn)}</div>"
 
 
 def _series(gains: Gains, x: str | None, y: str) -> dict[str, list[tuple[float, float, float, float, str]]]:

@@ -69,7 +69,8 @@ def write_results(
         facts=facts,
         overlay=_overlay(pipe, comparison, sampling),
         references=_pictures_of(comparison),
-        checkpoints=comparison.tuned.checkpoints() if comparison.tuned else (),
+        checkpoints=comparison.tuned.checkpoints() if comparison.tuned else None,
+        overfitting=comparison.tuned.overfitting() if comparison.tuned else "",
         command=f"python recipes/measure.py --config {out / 'measured' / 'settings.yaml'}",
     )
     with adapters.files.write_folder(out / "measured") as stage:

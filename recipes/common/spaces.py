@@ -29,6 +29,7 @@ __all__ = [
     "check_spaces",
     "device_of",
     "frechet",
+    "looks",
     "pictures",
     "reference",
     "space",
@@ -72,6 +73,18 @@ def space(name: str, path: str | None = None, device: str | None = None, batch_s
     )
     with named(f"measure.spaces.{name}"):
         return NETWORKS[name](name=path, device=device_of(device), batch_size=batch_size)
+
+
+def looks(settings: MeasureSettings, *, pocket: bool) -> tuple[str, Any]:
+    """The space that sees best how alike two pictures look, of those that are there: its name, and itself.
+
+    Args:
+        settings: which networks are given.
+        pocket: the base is the embedded one, whose judge is there.
+    """
+    known = [name for name in ("dinov3", "dinov2", "dino", "clip") if name in settings.spaces]
+    name = next(iter(known), "judge" if pocket else "colour")
+    return name, space_of(name, settings)
 
 
 def space_of(name: str, settings: MeasureSettings) -> Any:

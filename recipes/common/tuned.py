@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from training.errors import TrainingError
 __all__ = ["Tuned"]
 
 FILE = "tuned.json"
+Point = tuple[float, float, float, float, str]
+SIGNS = {
+    "nearest": "likeness to the nearest training picture",
+    "copies": "share of copies of training pictures",
+    "drift": "drift from the base",
+    "diversity": "diversity",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,9 @@ class Tuned:
     """Arm, or `checkpoint` -> the rounds of its search, with every picture's number."""
     pictures: Mapping[str, int]
     """The same -> pictures that were drawn for it."""
+    signs: Mapping[str, Any] = field(default_factory=dict)
+    """Signs of overfitting in the first round's pictures: the feature `space`, those of the `base`, and of every
+    checkpoint. Empty where there were no checkpoints."""
 
     def write(self, folder: Path) -> None:
         """Write `tuned.json` into a folder."""
@@ -48,6 +59,7 @@ class Tuned:
             "seeds": list(self.seeds),
             "rounds": dict(self.rounds),
             "pictures": dict(self.pictures),
+            "signs": dict(self.signs),
         }
         (folder / FILE).write_text(json.dumps(record, indent=1), "utf-8")
 
@@ -73,18 +85,44 @@ class Tuned:
                 seeds=found["seeds"],
                 rounds=found["rounds"],
                 pictures=found["pictures"],
+                signs=found.get("signs", {}),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(f"tuned: {file} is not what recipes/tune.py wrote ({error!r})") from error
 
-    def checkpoints(self) -> list[tuple[float, float, float, float, str]]:
-        """The first round over the checkpoints, as points of a curve; the chosen one says so. Empty where none were."""
-        points = []
-        for place, one in enumerate(self.rounds.get("checkpoint", [{"results": []}])[0]["results"], start=1):
-            path, mean = one["settings"]["adapter"], one["mean"]
-            label = f"{Path(path).name}, chosen" if path == self.adapter else Path(path).name
-            points.append((float(place), mean, mean, mean, label))
-        return points
+    def checkpoints(self) -> dict[str, list[Point]]:
+        """What was measured -> the checkpoints as points of a curve, by the first round; the chosen one says so.
+
+        Empty where there were none.
+        """
+        results = self.rounds.get("checkpoint", [{"results": []}])[0]["results"]
+        if not results:
+            return {}
+        curves = {"what was maximised": [one["mean"] for one in results]}
+        signs = self.signs.get("checkpoints", [])
+        for sign, said in SIGNS.items() if signs else ():
+            values = [one[sign] for one in signs]
+            if None not in values:
+                curves[f"{said} ({self.signs['space']})"] = values
+        labels = [self._label(one["settings"]["adapter"]) for one in results]
+
+        def points(values: Sequence[float]) -> list[Point]:
+            return [(float(place), y, y, y, label) for place, y, label in zip(count(1), values, labels, strict=False)]
+
+        return {name: points(values) for name, values in curves.items()}
+
+    def overfitting(self) -> str:
+        """What the signs say of the checkpoints, in plain sentences; empty where they show no overfitting."""
+        from adapters.measuring.overfitting import Signs, sentence
+
+        if not self.signs:
+            return ""
+        names = [Path(one["settings"]["adapter"]).name for one in self.rounds["checkpoint"][0]["results"]]
+        found = [Signs(**one) for one in self.signs["checkpoints"]]
+        return sentence(dict(zip(names, found, strict=True)), Signs(**self.signs["base"]))
+
+    def _label(self, path: str) -> str:
+        return f"{Path(path).name}, chosen" if path == self.adapter else Path(path).name
 
     def facts(self) -> dict[str, str]:
         """What the search tried and found, in words: the curve behind the guider."""
@@ -94,6 +132,7 @@ class Tuned:
             if name == "checkpoint":
                 tried = [f"{Path(settings['adapter']).name}: {mean:.3f}" for settings, mean in results]
                 facts["checkpoint tried"] = "; ".join(tried)
+                facts |= {"overfitting": said} if (said := self.overfitting()) else {}
                 continue
             tried = [f"scale {settings['scale']:g}{_more(settings)}: {mean:.3f}" for settings, mean in results]
             facts[f"tuning {name}, {self.pictures[name]} pictures"] = "; ".join(tried)

@@ -99,9 +99,25 @@ def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: 
     results = [
         {"settings": {"adapter": f"runs/{name}"}, "mean": mean} for name, mean in (("step-10", 0.5), ("lora", 0.4))
     ]
-    place = tuned(tmp_path / "tuned", adapter="runs/step-10", rounds={"checkpoint": [{"seeds": 1, "results": results}]})
-    assert Tuned.read(place).checkpoints() == [(1, 0.5, 0.5, 0.5, "step-10, chosen"), (2, 0.4, 0.4, 0.4, "lora")]
-    assert Tuned.read(tuned(tmp_path / "none")).checkpoints() == []
+    chosen = {"adapter": "runs/step-10", "rounds": {"checkpoint": [{"seeds": 1, "results": results}]}}
+    curve = [(1, 0.5, 0.5, 0.5, "step-10, chosen"), (2, 0.4, 0.4, 0.4, "lora")]
+    old = Tuned.read(tuned(tmp_path / "old", **chosen))
+    assert (old.checkpoints(), old.overfitting()) == ({"what was maximised": curve}, "")
+    none = Tuned.read(tuned(tmp_path / "none"))
+    assert (none.checkpoints(), none.overfitting()) == ({}, "")
+    plain = {"nearest": 0.5, "copies": 0.0, "drift": 0.1, "diversity": 0.4}
+    signs = {"space": "judge", "base": plain, "checkpoints": [plain, {**plain, "copies": 0.5, "diversity": 0.1}]}
+    found = Tuned.read(tuned(tmp_path / "tuned", **chosen, signs=signs))
+    assert found.checkpoints()["diversity (judge)"] == [
+        (1, 0.4, 0.4, 0.4, "step-10, chosen"),
+        (2, 0.1, 0.1, 0.1, "lora"),
+    ]
+    assert found.overfitting() == (
+        "lora may be overfitted: 50% of the pictures of lora are nearer to a training picture than other training "
+        "pictures are (of the base's 0%). lora may be overfitted: lora draws pictures that are alike, with 25% of the "
+        "diversity of the base's."
+    )
+    assert found.facts()["overfitting"] == found.overfitting()
 
 
 def test_a_subject_is_tuned_for_both_its_metrics_with_equally_many_tries() -> None:

@@ -97,6 +97,10 @@ def test_tuning_tries_every_snapshot_and_names_one(run: Path, lora: Path, measur
         assert {item["settings"]["adapter"] for item in tuned["rounds"][name][0]["results"]} == {tuned["adapter"]}
     assert tuned["metric"] == "harmonic mean of identity and prompt accuracy"
     assert tuned["pictures"] == {"checkpoint": 6, "CFG": 2, "S-CFG": 2}
+    signs = tuned["signs"]
+    assert (signs["space"], len(signs["checkpoints"])) == ("judge", len(results))
+    assert signs["base"]["drift"] == pytest.approx(0)
+    assert all(one["drift"] > 1e-6 and -1 < one["nearest"] < 1 for one in signs["checkpoints"])
 
 
 def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: Path) -> None:

@@ -1,0 +1,107 @@
+"""Signs of overfitting: does a checkpoint repeat its training pictures, or draw the same picture again and again?
+
+A picture is a copy if it is nearer to a training picture than that one is to any other training picture (the test of
+authenticity in Alaa et al. 2022, arXiv:2102.08921). The rule that turns signs into a sentence is declared, not
+calibrated: look at the pictures it points to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from PIL import Image
+
+from .metrics.features import Drift, Features, unit_features
+from .sample import Shot
+
+__all__ = ["COPIES", "VARIETY", "Signs", "sentence", "signs"]
+
+COPIES = 0.25
+"""A checkpoint copies if its share of copies is above the base's by this."""
+VARIETY = 0.5
+"""It has lost its variety if less than this share of the base's diversity is left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signs:
+    """Means over the pictures of one checkpoint."""
+
+    nearest: float | None
+    """Cosine to the nearest training picture; None: the training pictures are not known."""
+    copies: float | None
+    """Share of copies; None where there are fewer than two training pictures."""
+    drift: float
+    """Cosine distance to the base's own picture of the same prompt and seed."""
+    diversity: float
+    """Cosine distance between two pictures of different prompts or seeds."""
+
+    @classmethod
+    def mean(cls, several: Sequence[Signs]) -> Signs:
+        """Of several subjects, each counting once."""
+
+        def of(name: str) -> float | None:
+            known = [value for one in several if (value := getattr(one, name)) is not None]
+            return fmean(known) if known else None
+
+        return cls(**{name: of(name) for name in cls.__dataclass_fields__})  # type: ignore[arg-type]
+
+
+def signs(
+    features: Features, shots: Sequence[Shot], base: Sequence[Shot], training: Sequence[Image.Image] = ()
+) -> Signs:
+    """The signs in some pictures of one checkpoint.
+
+    Args:
+        features: the feature space.
+        shots: the checkpoint's pictures, two at least.
+        base: the base's own pictures of the same prompts and seeds.
+        training: the pictures it was trained on, as far as they are known.
+    """
+    rows = unit_features(features, [shot.image for shot in shots])
+    between = 1 - (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+    nearest = copies = None
+    if training:
+        real = unit_features(features, training)
+        cosines = rows @ real.T
+        nearest = float(cosines.max(axis=1).mean())
+        if len(real) > 1:
+            own = real @ real.T - 2 * np.eye(len(real))  # a picture is not its own neighbor
+            copies = float((cosines.max(axis=1) > own.max(axis=1)[cosines.argmax(axis=1)]).mean())
+    drift = Drift(name="drift", features=features, base=base)(shots)
+    return Signs(nearest=nearest, copies=copies, drift=float(drift.mean()), diversity=float(between.mean()))
+
+
+def sentence(found: Mapping[str, Signs], base: Signs) -> str:
+    """What the signs of the checkpoints say, in a plain sentence each; empty where they show no overfitting.
+
+    Args:
+        found: checkpoint -> its signs, in the order of training.
+        base: the signs of the base's own pictures.
+    """
+    said = []
+    copying = [name for name, own in found.items() if _above(own.copies, base.copies)]
+    if copying:
+        last, usual = found[copying[-1]].copies, base.copies
+        said.append(
+            f"{_listed(copying)} may be overfitted: {last:.0%} of the pictures of {copying[-1]} are nearer to a "
+            f"training picture than other training pictures are (of the base's {usual:.0%})."
+        )
+    alike = [name for name, own in found.items() if own.diversity < VARIETY * base.diversity]
+    if alike:
+        left = found[alike[-1]].diversity / base.diversity
+        said.append(
+            f"{_listed(alike)} may be overfitted: {alike[-1]} draws pictures that are alike, with {left:.0%} of the "
+            "diversity of the base's."
+        )
+    return " ".join(said)
+
+
+def _above(own: float | None, base: float | None) -> bool:
+    return own is not None and base is not None and own > base + COPIES
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

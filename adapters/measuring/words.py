@@ -34,12 +34,13 @@ _GUIDANCE = {
 TERMS = (
     ("adapter", "what was trained: a small change to the base model, which teaches it a subject or a task"),
     ("guidance", "what pushes a picture towards its prompt while it is drawn; the scale says how strongly"),
+    ("prompt", "the text that a picture is drawn from"),
 )
 """What the two sentences take for known."""
 _METRICS = {
-    r"identity": "share of pictures that show this very subject and not just something of its class",
-    r"identity margin": "how much nearer to the subject's photos than to its class a picture is; above 0 is nearer",
-    r"identity \((.+)\)": "the same, by what the network {} sees in whole pictures",
+    r"identity": "share of pictures that show this very subject, and not just another thing of its kind",
+    r"identity margin": "how much nearer to the subject's photos a picture is than to others of its kind, above 0",
+    r"identity \((.+)\)": "share of pictures that the network {} finds nearer to this very subject than to its kind",
     r"prompt accuracy": "share of the objects, colours, places and backgrounds a prompt names that are in the picture",
     r"(object|colour|relation|background) accuracy": "the part of prompt accuracy that is about the {}",
     r"(?:subject|masked) similarity.*": "how alike the subject looks to its photos, 1 being equal, without background",
@@ -62,6 +63,11 @@ _METHODS = {
     "placebo": "control: S-CFG's strengths, handed to the wrong regions",
     "pointwise": "control: strength levelled at every point, without regions",
     "interval": "plain guidance in a part of the steps only",
+}
+_PLACES = {
+    "subject": "the adapter acts only where the subject is",
+    "uniform": "control: the adapter acts everywhere, but less, by the subject's share of the picture",
+    "elsewhere": "control: the adapter acts in a wrong place of the subject's shape",
 }
 
 
@@ -102,7 +108,20 @@ def _arm(guidance: Mapping[str, Any]) -> str:
     said = [_METHODS.get(guidance["method"], guidance["method"]), f"scale {guidance['scale']:g}"]
     said += [f"adapter weight {guidance['weight']:g}"] if guidance.get("weight") not in (None, 1.0) else []
     said += [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
-    return ", ".join(said)
+    return ", ".join([*said, *_scope(guidance.get("scope") or {})])
+
+
+def _scope(scope: Mapping[str, Any]) -> list[str]:
+    """Where, when and how strongly the adapter acts, as far as that is not everywhere, always and fully."""
+    said = []
+    if (where := scope.get("where")) is not None:
+        until = f" in the first {scope['where_stop']:.0%} of the steps" if scope["where_stop"] < 1 else ""
+        said.append(f"{_PLACES[where]}{until}")
+    if (scope.get("start", 0), scope.get("stop", 1)) != (0, 1):
+        said.append(f"the adapter acts from {scope['start']:.0%} to {scope['stop']:.0%} of the steps")
+    if scope.get("uncond_weight") is not None:
+        said.append(f"adapter weight {scope['uncond_weight']:g} in what guidance pushes away from")
+    return said
 
 
 def decide(gains: Gains) -> list[str]:

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from adapters.measuring import gains, report
+from adapters.measuring import gains, report, words
 from adapters.measuring.gains import Design
 from adapters.measuring.plot import plot
 from adapters.measuring.sample import Shot
@@ -136,7 +137,7 @@ def test_in_a_browser(page, tmp_path):
     assert sizes[2][1] > 2 * sizes[0][1]
 
 
-def noisy(size: int, subjects: int) -> str:
+def noisy(size: int, subjects: int, **more: Any) -> str:
     """A study of so many subjects whose pictures are noise, which nothing compresses."""
     generator = np.random.default_rng(0)
     rows, shots = [], {"base": [], "CFG": [], "S-CFG": []}
@@ -152,7 +153,7 @@ def noisy(size: int, subjects: int) -> str:
     )
     references = [Image.fromarray(generator.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(4)]
     return report.render(
-        gains.compare(rows, design), shots, title="16 subjects", references=references, terms={"sks bird": "it"}
+        gains.compare(rows, design), shots, title="16 subjects", references=references, terms={"sks bird": "it"}, **more
     )
 
 
@@ -164,9 +165,43 @@ def test_a_page_of_sixteen_subjects_stays_below_three_megabytes(size):
     assert ('class="sharp"' in page) == (size == 64)
 
 
+TRADE = {"class", "arm", "baseline", "scope", "cluster", "unconditional", "cfg", "latents", "embedding"}
+
+
+@pytest.mark.parametrize(
+    "name", ["identity", "identity margin", "identity (dino)", "prompt accuracy", "subject similarity", "canny F1"]
+)
+def test_no_explanation_needs_another_one(name):
+    assert not set(re.findall(r"\w+", words.metric(name).lower())) & TRADE
+
+
+def test_every_way_to_sample_is_explained_with_what_makes_it_differ():
+    plain = {"method": "cfg", "scale": 2.0, "options": {}, "weight": 1.0, "scope": None}
+    placed = {"uncond_weight": None, "start": 0.0, "stop": 1.0, "where": "subject", "where_stop": 0.3}
+    early = {"uncond_weight": 0.0, "start": 0.0, "stop": 0.5, "where": None, "where_stop": 1.0}
+    assert words._arm(plain) == "plain guidance (classifier-free guidance), equally strong everywhere, scale 2"
+    assert words._arm({**plain, "scope": placed}) == (
+        f"{words._arm(plain)}, the adapter acts only where the subject is in the first 30% of the steps"
+    )
+    assert words._arm({**plain, "scope": early}) == (
+        f"{words._arm(plain)}, the adapter acts from 0% to 50% of the steps, adapter weight 0 in what guidance pushes "
+        "away from"
+    )
+
+
+def test_checkpoints_are_curves_and_overfitting_is_a_sentence_above_them():
+    points = [(1, 0.5, 0.5, 0.5, "step-10, chosen"), (2, 0.4, 0.4, 0.4, "lora")]
+    said = noisy(
+        16, 2, checkpoints={"what was maximised": points, "diversity (judge)": points}, overfitting="lora <is>"
+    )
+    assert said.count("step-10, chosen</text>") == 2
+    assert said.index("<h2>Curves") < said.index("lora &lt;is&gt;") < said.index("diversity (judge) against checkpoint")
+    assert "against checkpoint" not in noisy(16, 2)
+
+
 def test_the_first_screen_explains_its_words(page):
     first = noisy(16, 2)
     first = re.sub(r"<style>.*?</style>", "", first[: first.index("<details>")], flags=re.DOTALL)
     assert "the model that the adapter was trained on" in first
-    assert all(f"<dt>{word}</dt>" in first for word in ("sks bird", "adapter", "guidance"))
+    assert all(f"<dt>{word}</dt>" in first for word in ("sks bird", "adapter", "guidance", "prompt"))
     assert first.count('class="verdict"') == 2

@@ -17,12 +17,25 @@ import torch
 
 from .adapter import Adapter, Module
 from .errors import FormatError
+from .family import family_of
 from .names import fits_sdxl, kohya_name
 from .reading import HEADER, KOHYA_HEADER, PARAMETER_NAMES
 
 __all__ = ["is_sdxl", "to_diffusers", "to_kohya", "to_peft"]
 
 _TO_KOHYA = {**{peft: kohya for kohya, peft in PARAMETER_NAMES.items()}, "lora_magnitude_vector": "dora_scale"}
+
+_BASES = {
+    "SD-1.x": {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-v1/lora"},
+    "SD-2.x": {"ss_v2": "True"},
+    "SDXL": {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+    },
+}
+"""Family of bases -> the fields by which other programs know it."""
 
 
 def to_kohya(
@@ -58,16 +71,7 @@ def is_sdxl(adapter: Adapter) -> bool:
     if not all(fits_sdxl(path) for path in paths):
         return False
     deep = any(path.startswith("add_embedding.") or re.search(r"transformer_blocks\.[1-9]", path) for path in paths)
-    return "text_encoder_2" in adapter.components or deep or 2048 in _cross_widths(adapter)
-
-
-def _cross_widths(adapter: Adapter) -> set[int]:
-    """Widths of the text that the adapted cross-attentions read: 768 in SD-1.x, 1024 in SD-2.x, 2048 in SDXL."""
-    return {
-        module.tensors["lora_A.weight"].shape[1]
-        for path, module in adapter.part("unet").items()
-        if path.endswith(("attn2.to_k", "attn2.to_v")) and module.kind == "lora"
-    }
+    return "text_encoder_2" in adapter.components or deep or family_of(adapter) == "SDXL"
 
 
 def _kohya_parameters(module: Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,11 +95,8 @@ def _kohya_header(adapter: Adapter, tensors: Mapping[str, torch.Tensor], sdxl: b
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
         "ss_network_alpha": f"{next(iter(alphas.most_common(1)), (1,))[0]:g}",
     }
-    if sdxl:
-        architecture = "stable-diffusion-xl-v1-base/lora"
-        named = {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False", "modelspec.architecture": architecture}
-        return header | named | {"modelspec.sai_model_spec": "1.0.0"}
-    return header | ({"ss_v2": "True"} if 1024 in _cross_widths(adapter) else {})
+    family = "SDXL" if sdxl else family_of(adapter)
+    return header | _BASES.get(family or "", {})
 
 
 def _unify(adapter: Adapter) -> Adapter:

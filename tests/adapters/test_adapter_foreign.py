@@ -419,6 +419,35 @@ def test_sdxl_has_the_original_names_and_its_fields():
     assert_same(adapter, keys.from_any(tensors, header))
 
 
+KEY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+READS = {  # kind -> a module whose layer has so many inputs
+    "lora": lambda width: {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(5, 2)},
+    "loha": lambda width: {
+        **{f"hada_w{side}_a": torch.ones(5, 2) for side in (1, 2)},
+        **{f"hada_w{side}_b": torch.ones(2, width) for side in (1, 2)},
+    },
+    "lokr": lambda width: {"lokr_w1": torch.ones(1, 4), "lokr_w2": torch.ones(5, width // 4)},
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+@pytest.mark.parametrize(
+    ("width", "fields"),
+    [
+        (768, {"modelspec.architecture": "stable-diffusion-v1/lora"}),
+        (1024, {"ss_v2": "True"}),
+        (2048, {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"}),
+        (128, {}),
+    ],
+)
+def test_the_header_tells_the_base_for_every_kind(kind, width, fields):
+    """A1111 takes SD-2 from `ss_v2`, Forge SD-1 from `modelspec.architecture`; both hide what is of another base."""
+    module = keys.Module(kind=kind, tensors=READS[kind](width), rank=2, alpha=2.0)
+    _, header = keys.to_kohya(keys.Adapter(modules={KEY: module}))
+    assert header.items() >= fields.items()
+    assert fields or not {"ss_v2", "modelspec.architecture", "ss_base_model_version"} & header.keys()
+
+
 def test_sd1_keeps_its_names_and_says_nothing_of_sdxl():
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"  # a layer that both have
     assert not names.fits_sdxl("down_blocks.0.attentions.0.proj_in")

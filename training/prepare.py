@@ -150,6 +150,9 @@ def prepare_run(
     tokens = height * width // parts.factor**2
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
+    if kept is None:  # they are asked in every step
+        for module in (parts.vae, *parts.text_encoders):
+            module.to(device)
     samples = _samples(method, concepts, region, kept, device, say)
     feed = _feed(method, [stream for some in samples for stream in some], settings, accelerator, region=region)
     tags = next((concept.views.tags for concept in concepts if concept.views.tags.varies), data.tags)
@@ -168,10 +171,7 @@ def prepare_run(
     return Prepared(
         feed=feed,
         views=sum(len(own.entries) for own, *_ in samples),
-        names={
-            "data": _content([own for own, *_ in samples]),
-            **({"class images": others} if (others := _content([one for _, *kept in samples for one in kept])) else {}),
-        },
+        names=_contents(samples),
         texts=texts,
         fixed=fixed,
         size=data.sizes[0],
@@ -307,8 +307,15 @@ def _feed(
     )
 
 
-def _content(streams: list[Stream]) -> list[str]:
-    return [name for stream in streams for name in stream.entries.names + _captions(stream)]
+def _contents(samples: list[list[Stream]]) -> dict[str, list[str]]:
+    """What the subjects' pictures hold, and apart from it what is drawn beside them, if anything."""
+    taught = [own for own, *_ in samples]
+    beside = [stream for _, *others in samples for stream in others]
+    parts = {"data": taught, "class images": beside} if beside else {"data": taught}
+    return {
+        part: [name for stream in streams for name in stream.entries.names + _captions(stream)]
+        for part, streams in parts.items()
+    }
 
 
 def _captions(stream: Stream) -> list[str]:

@@ -77,6 +77,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train.ema": 0.99,
     },
     "company": {},  # the demo's config
+    # The demo's config with another optimizer, at ten times its default rate as AdamW's 1e-3 is.
+    "adafactor": {"train.optimizer": "adafactor", "train.learning_rate": 1e-3},
+    "lion": {"train.optimizer": "lion", "train.learning_rate": 3e-4},
+    "came": {"train.optimizer": "came", "train.learning_rate": 1e-3},
+    "prodigy": {"train.optimizer": "prodigy", "train.learning_rate": None},
+    "schedulefree": {"train.optimizer": "schedulefree", "train.learning_rate": 3e-3, "train.ema": None},
+    "LoRA+": {"lora.plus_ratio": 16, "train.learning_rate": 2.5e-4},
+    "ranks": {"lora.ranks": '{"mid_block": 32, "down_blocks": 8}'},
+    "linear layers": {"lora.targets": "attention+ff"},
+    "linear layers, PiSSA": {"lora.targets": "attention+ff", "lora.start": "pissa"},
     "own pictures": {
         "dreambooth.company": 0,
         "dreambooth.class_prompt": None,

@@ -95,6 +95,13 @@ def latents(shards: str, device: str) -> None:
 
 
 def base(steps: dict[str, int], stop_at: int | None, device: str) -> None:
+    """The U-net and text encoder, in one process or several started by torchrun.
+
+    Args:
+        steps: `steps` of the fit, or nothing for its default.
+        stop_at: step to stop at; None: the last one.
+        device: such as "cpu" or "cuda".
+    """
     import torch.distributed as dist
 
     from training.pocket.making import fit_base

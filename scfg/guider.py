@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
@@ -27,6 +27,9 @@ from .precision import widened
 from .session import RegionSession, Texts
 from .trace import Step
 from .words import Word
+
+if TYPE_CHECKING:
+    from diffusers.modular_pipelines import BlockState
 
 __all__ = ["SemanticGuider"]
 
@@ -154,18 +157,18 @@ class SemanticGuider(BaseGuidance):
     def _fraction(self) -> float:
         return float(self._step / self._num_inference_steps)
 
-    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
         if step == 0:
             self._session.begin()
         self._session.begin_step(step, self._fraction)
 
-    def prepare_inputs(self, data: Any) -> list[Any]:
+    def prepare_inputs(self, data: dict[str, tuple[Tensor, Tensor]]) -> list[Any]:
         self._choose_half(next((data[name] for name in _TEXT_FIELDS if name in data), None))
         identifiers = self._input_predictions[: self.num_conditions]
         return [self._prepare_batch(data, index, name) for index, name in enumerate(identifiers)]
 
-    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+    def prepare_inputs_from_block_state(self, data: BlockState, input_fields: dict[str, Any]) -> list[Any]:
         field = next((input_fields[name] for name in _TEXT_FIELDS if name in input_fields), None)
         self._choose_half(tuple(getattr(data, name) for name in field) if isinstance(field, tuple) else None)
         identifiers = self._input_predictions[: self.num_conditions]
@@ -234,7 +237,7 @@ class SemanticGuider(BaseGuidance):
             cond=rows if self.is_conditional else None,
         )
 
-    def _after(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, unet: UNet2DConditionModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         if self._thread != threading.get_ident():
             return
         if output is None:  # the U-net raised: nobody will clean up

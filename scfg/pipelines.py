@@ -216,7 +216,7 @@ class PipelineView:
         def call_begins(arguments: dict[str, Any], result: object) -> None:
             """Nothing to note: listening is enough to find out about a second thread before it changes anything."""
 
-        def mask_prepared(arguments: dict[str, Any], result: Any) -> None:
+        def mask_prepared(arguments: dict[str, Any], result: tuple[Tensor, ...]) -> None:
             self._repaint_mask = result[0]
 
         self._listen("check_inputs", call_begins)

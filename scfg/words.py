@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Word", "competitors", "prompt_phrases", "prompt_words"]
 
@@ -25,7 +28,7 @@ class Word:
     positions: tuple[int, ...]
 
 
-def prompt_words(tokenizer: Any, prompt: str, length: int) -> list[Word]:
+def prompt_words(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> list[Word]:
     """Words of a prompt as a CLIP or T5 tokenizer cuts it; BOS, EOS and padding belong to none.
 
     CLIP ends a word with `</w>`, sentence-piece (T5) begins one with `▁`. What exceeds `length` tokens is left out.

@@ -172,7 +172,7 @@ def _start(
     trainable = method.trainable()
     if not trainable:
         raise TrainingError(f"nothing trains in method {method.name}")
-    for line in optim.table(trainable, settings, method.factors):
+    for line in optim.rates_table(trainable, settings, method.factors):
         say(line)
     for name in optim.frozen(trainable, settings):  # still saved: it is a part of the result
         trainable[name].requires_grad_(False)

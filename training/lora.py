@@ -168,8 +168,8 @@ def _sizes(settings: LoraSettings, layers: list[str]) -> tuple[dict[str, Size], 
         return f"layers, {'; '.join(found) or 'not adapted'}"
 
     return sizes, [
-        *patterns.table("lora.ranks", ranks, layers, said),
-        *patterns.table("lora.alphas", alphas, kept, said),
+        *patterns.caught_table("lora.ranks", ranks, layers, said),
+        *patterns.caught_table("lora.alphas", alphas, kept, said),
     ]
 
 

@@ -18,7 +18,19 @@ from .config import TrainSettings
 from .errors import TrainingError
 from .sharding import like, local
 
-__all__ = ["KNOWN", "Ema", "Known", "averages", "build", "check", "evaluated", "frozen", "rate", "state_bytes", "table"]
+__all__ = [
+    "KNOWN",
+    "Ema",
+    "Known",
+    "averages",
+    "build",
+    "check",
+    "evaluated",
+    "frozen",
+    "rate",
+    "rates_table",
+    "state_bytes",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +154,7 @@ def frozen(trainable: Mapping[str, nn.Parameter], settings: TrainSettings) -> li
     return [name for name, factor in patterns.by_name(settings.rates, found).items() if factor == 0]
 
 
-def table(
+def rates_table(
     trainable: Mapping[str, nn.Parameter], settings: TrainSettings, factors: Mapping[str, float] | None = None
 ) -> list[str]:
     """What each pattern of `train.rates` caught, and at which rates it trains.
@@ -163,7 +175,9 @@ def table(
         rate = "not trained" if rates == [0] else f"rate {' and '.join(f'{rate:g}' for rate in rates)}"
         return f"tensors, {count:,} numbers, {rate}"
 
-    return patterns.table("train.rates", patterns.caught("train.rates", settings.rates, trainable), trainable, said)
+    return patterns.caught_table(
+        "train.rates", patterns.caught("train.rates", settings.rates, trainable), trainable, said
+    )
 
 
 def state_bytes(settings: TrainSettings) -> int:

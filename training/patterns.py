@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from .errors import TrainingError
 
-__all__ = ["by_name", "caught", "table"]
+__all__ = ["by_name", "caught", "caught_table"]
 
 Value = TypeVar("Value")
 
@@ -48,7 +48,7 @@ def by_name(patterns: Mapping[str, Value], found: Mapping[str, list[str]]) -> di
     return {name: patterns[pattern] for pattern, names in found.items() for name in names}
 
 
-def table(
+def caught_table(
     setting: str, found: Mapping[str, list[str]], names: Iterable[str], said: Callable[[list[str]], str]
 ) -> list[str]:
     """A line per pattern, and one for the names that none catches.

@@ -19,7 +19,7 @@ from .metrics import SUBJECT, subject_similarity
 from .spaces import pictures, space_of
 from .units import Case
 
-__all__ = ["facts", "matrix", "table"]
+__all__ = ["bleed_table", "facts", "matrix"]
 
 
 def matrix(units: Sequence[Case], shots: Sequence[Any], likeness: Mapping[tuple[str, str], Metric]) -> np.ndarray:
@@ -53,7 +53,7 @@ def facts(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict[st
         if arm not in shots:
             continue
         found = matrix(units, shots[arm], metrics)
-        print("\n".join(table(arm, [case.name for case in units], found)))
+        print("\n".join(bleed_table(arm, [case.name for case in units], found)))
         for row, case in enumerate(units):
             for column, other in enumerate(units):
                 named[f"{arm}: pictures of {case.name}, similarity to {other.name}"] = float(found[row, column])
@@ -61,8 +61,14 @@ def facts(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict[st
     return named
 
 
-def table(arm: str, names: Sequence[str], values: np.ndarray) -> list[str]:
-    """The matrix in words; rows are what was asked for."""
+def bleed_table(arm: str, names: Sequence[str], values: np.ndarray) -> list[str]:
+    """The matrix in words; rows are what was asked for.
+
+    Args:
+        arm: its name.
+        names: of the subjects, in their order.
+        values: (n, n) similarity of the pictures of row i to subject j.
+    """
     width = max(8, *(len(name) + 1 for name in names))
     head = f"\nsimilarity of {arm}'s pictures of … to …"
     rows = [

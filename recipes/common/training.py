@@ -134,7 +134,17 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
 
 
 def train(settings: Training, method: Method, pictures: Views, **more: Any) -> Result | None:
-    """The loop with the recipe's settings; `more` is what `training.loop.train` takes besides (prior, region)."""
+    """The loop with the recipe's settings.
+
+    Args:
+        settings: of the recipe.
+        method: what trains.
+        pictures: training views, of `data` or `subjects`.
+        **more: what `training.loop.train` takes besides, such as `prior` and `region`.
+
+    Returns:
+        What `training.loop.train` returns: None after a dry run.
+    """
     from training import loop
 
     return loop.train(

@@ -27,7 +27,7 @@ def test_rows_are_what_was_asked_for_and_columns_whom_it_is_like() -> None:
     metrics = {(one, other): like(1 if one == other else 0.5) for one in ("dog", "owl") for other in ("dog", "owl")}
     found = bleed.matrix(units, shots, metrics)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, [[2, 1], [5, 10]])
-    lines = bleed.table("CFG", ["dog", "owl"], found)
+    lines = bleed.bleed_table("CFG", ["dog", "owl"], found)
     assert [line.split() for line in lines[1:]] == [
         ["dog", "owl"],
         ["dog", "2.000", "1.000"],

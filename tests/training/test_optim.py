@@ -119,7 +119,7 @@ def test_factors_by_pattern_come_on_top_of_the_rates_and_0_is_left_out() -> None
     peaks = {len(item): group["peak"] for group in optimizer.param_groups for item in group["params"]}
     assert peaks == pytest.approx({1: 0.3, 2: 0.2, 4: 0.1, 5: 0.02})
     assert optim.frozen(trainable, settings) == ["unet.up.a"]
-    assert [" ".join(line.split()) for line in optim.table(trainable, settings, {r"b$": 2})] == [
+    assert [" ".join(line.split()) for line in optim.rates_table(trainable, settings, {r"b$": 2})] == [
         "train.rates",
         r"up\.a 1 tensors, 3 numbers, not trained",
         "up 1 tensors, 4 numbers, rate 0.1",

@@ -25,7 +25,13 @@ def least(caption: str, settings: TagSettings) -> str:
 
 
 def said(caption: str, settings: TagSettings, seed: int) -> str:
-    """The caption as the seed has it."""
+    """The caption as the seed has it.
+
+    Args:
+        caption: tags, joined by `settings.separator`.
+        settings: how many tags stay in front, and how the others are drawn.
+        seed: of the draw.
+    """
     if not settings.varies:
         return full(caption, settings)
     draw = random.Random(seed).random  # the same in every version of Python, as `shuffle` need not be

@@ -33,6 +33,14 @@ def canny_f1(edges: np.ndarray, wanted: np.ndarray, reach: int = 1) -> float:
 
     The tolerance is usual for edges (Martin, Fowlkes and Malik 2004): those of equal shapes may lie a pixel apart. 1
     where both maps are empty, 0 where one is.
+
+    Args:
+        edges: of the picture.
+        wanted: of the condition.
+        reach: tolerance in pixels, along each axis.
+
+    Raises:
+        GainsError: maps of different shapes.
     """
     if edges.shape != wanted.shape:
         raise GainsError(f"edge maps of shapes {edges.shape} and {wanted.shape}")

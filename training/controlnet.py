@@ -106,7 +106,7 @@ def _step(models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts:
     return objective.losses(predict, dict(batch))
 
 
-def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, network: Any) -> None:
+def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, network: ControlNetModel) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     network.save_config(folder)
     state = {key.removeprefix("controlnet."): value for key, value in weights.items()}

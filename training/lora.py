@@ -138,7 +138,7 @@ def _doubled(sizes: Mapping[str, Size], settings: LoraSettings) -> dict[str, Siz
     return {name: Size(rank=2 * size.rank, alpha=factor * size.alpha) for name, size in sizes.items()}
 
 
-def _ending(network: Any, targets: list[str]) -> list[str]:
+def _ending(network: torch.nn.Module, targets: list[str]) -> list[str]:
     """Layers whose names are, or end in, one of the targets."""
     return [
         name
@@ -179,7 +179,7 @@ def _of(sizes: Mapping[str, Size], component: str) -> dict[str, Size]:
     return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
 
 
-def _matching(unet: Any, targets: list[str], *, preset: bool) -> list[str]:
+def _matching(unet: torch.nn.Module, targets: list[str], *, preset: bool) -> list[str]:
     """The layers of this U-net that the targets name; a preset may name some that only other bases have."""
     missing = [target for target in targets if not _ending(unet, [target])]
     if missing and not preset:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -25,6 +26,9 @@ from torch import Tensor
 from adapters.files import read_json
 
 from .errors import TrainingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "Parts",
@@ -209,7 +213,7 @@ def too_long(parts: Parts, captions: list[str]) -> str | None:
     )
 
 
-def _all_ids(tokenizer: Any, captions: list[str]) -> list[list[int]]:
+def _all_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[list[int]]:
     return tokenizer(captions, truncation=False, verbose=False).input_ids if captions else []
 
 
@@ -230,7 +234,7 @@ def encode_text(encoders: list[Any], ids: list[Tensor], *, family: str) -> dict[
     return {"embeds": embeds, "pooled": outputs[-1].text_embeds}
 
 
-def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the scaled latents, each (B, C, h, w), for pixels (B, 3, H, W) in [-1, 1].
 
     Scaling *and shift* are those of the VAE's config, so that mean + std * noise is what the U-net is trained on.
@@ -256,7 +260,7 @@ def weights_digest(*modules: Any) -> str:
     return digest.hexdigest()
 
 
-def pipeline(parts: Parts, *, controlnet: Any = None) -> Any:
+def pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
     """An ordinary diffusers pipeline around the live parts: nothing is copied, no file but configs is read."""
     import diffusers
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
 from .pictures import Look, Role, inspect
 from .samples import Sample, Say, captions_of, compare, digest, made, refuse, tell
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["Rows", "dataset"]
 
@@ -32,7 +35,7 @@ class Rows:
 
     def __init__(
         self,
-        rows: Any,
+        rows: Dataset,
         columns: dict[str, str],
         prompt: str | None,
         minimum: int,
@@ -170,7 +173,7 @@ def _opened(name: str | Path, split: str) -> Any:
     return datasets.load_dataset(str(name), split=split)
 
 
-def _encoded(rows: Any, columns: dict[str, str], name: str | Path) -> Any:
+def _encoded(rows: Dataset, columns: dict[str, str], name: str | Path) -> Any:
     """The rows with their pictures as bytes or paths."""
     import datasets
 

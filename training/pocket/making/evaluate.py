@@ -115,8 +115,9 @@ def reconstruction(pipe: DiffusionPipeline) -> dict[str, object]:
     """VAE round trip (dB), and the judge on held-out scenes before and after it."""
 
     @torch.no_grad()
-    def round_trip(images):
-        return pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    def round_trip(images: torch.Tensor) -> torch.Tensor:
+        decoded: torch.Tensor = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample
+        return decoded.clamp(-1, 1)
 
     return {
         "psnr": round(fit_vae.psnr(pipe.vae), 2),

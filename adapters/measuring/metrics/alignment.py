@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from PIL import Image
 
 from ..sample import Shot
 from .networks import Clip, TextAlignment
-from .pretrained import batched, checked, normalised, pretrained
+from .pretrained import Pretrained, batched, normalised
 
 __all__ = ["PickScore", "Siglip"]
 
@@ -23,30 +21,15 @@ WORDS = 64  # tokens that SigLIP 2 was trained with
 
 
 @dataclass(kw_only=True)
-class Siglip:
+class Siglip(Pretrained):
     """SigLIP's joint space, with `Clip`'s interface; SigLIP 2 of one resolution is of the same class.
 
     Pictures are squeezed to the model's square, and texts are lower case, as in its training.
     """
 
-    name: str | Path
-    device: str = "cpu"
+    kinds: Sequence[str] = ("siglip",)
+    model_class: ClassVar[str] = "SiglipModel"
     batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        checked(self.name, ["siglip"])
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import SiglipModel
-
-        return pretrained(SiglipModel, self.name, self.device)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.name)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         side = self._model.config.vision_config.image_size

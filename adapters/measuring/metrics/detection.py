@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from PIL import Image
 from ...errors import FileError
 from ..sample import Shot
 from .phrases import COLORS, Saying, Thing, said_in
-from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, checked, normalised, pretrained
+from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalised
 
 __all__ = ["Box", "Detector", "ObjectAccuracy", "lies", "read_objects"]
 
@@ -53,36 +52,23 @@ class Box:
 
 
 @dataclass(kw_only=True)
-class Detector:
+class Detector(Pretrained):
     """Boxes of a thing by its name; one picture at a time."""
 
-    name: str | Path
-    device: str = "cpu"
+    kinds: Sequence[str] = tuple(LEAST)
+    model_class: ClassVar[str] = "AutoModelForZeroShotObjectDetection"
     least: float | None = None
     """Score from which a box counts; null: the detector's of `LEAST`."""
     side: int = 800
     """Shorter side that Grounding DINO sees; OWLv2 has its own."""
 
-    def __post_init__(self) -> None:
-        self.kind = checked(self.name, list(LEAST)).model_type
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import AutoModelForZeroShotObjectDetection
-
-        return pretrained(AutoModelForZeroShotObjectDetection, self.name, self.device)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.name)
-
     def __call__(self, image: Image.Image, noun: str) -> list[Box]:
         """What is found of it, best first, one box a thing."""
         with torch.no_grad():
-            scores, boxes = (self._owl if self.kind == "owlv2" else self._grounded)(image.convert("RGB"), noun)
-        least = LEAST[self.kind] if self.least is None else self.least
+            scores, boxes = (self._owl if self.config.model_type == "owlv2" else self._grounded)(
+                image.convert("RGB"), noun
+            )
+        least = LEAST[self.config.model_type] if self.least is None else self.least
         found = [
             Box(
                 score=float(score),

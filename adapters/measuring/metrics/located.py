@@ -9,37 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ...errors import FileError
 from ..sample import Shot
 from .detection import Box, Detector
-from .pretrained import IMAGENET_MEAN, IMAGENET_STD, checked, normalised, pretrained
+from .pretrained import IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalised
 
 __all__ = ["Depth", "DepthRmse", "Located", "Sam"]
 
 
 @dataclass(kw_only=True)
-class Sam:
+class Sam(Pretrained):
     """What is in a box: the mask of SAM that it holds for best."""
 
-    name: str | Path
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        checked(self.name, ["sam"])
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import SamModel
-
-        return pretrained(SamModel, self.name, self.device)
+    kinds: Sequence[str] = ("sam",)
+    model_class: ClassVar[str] = "SamModel"
 
     def __call__(self, image: Image.Image, box: Box) -> np.ndarray:
         """(H, W) bool."""
@@ -83,29 +71,19 @@ class Located:
 
 
 @dataclass(kw_only=True)
-class Depth:
+class Depth(Pretrained):
     """Pictures -> relative depth, (H, W) in [0, 1]: DPT, Depth Anything, ZoeDepth and others of transformers."""
 
-    name: str | Path
-    device: str = "cpu"
+    model_class: ClassVar[str] = "AutoModelForDepthEstimation"
+    needs: ClassVar[str] = "one that estimates depth"
     side: int = 518
     """Shorter side that the network sees, a multiple of `step` afterwards."""
     step: int = 14
 
     def __post_init__(self) -> None:
-        from transformers import AutoModelForDepthEstimation
-
-        config = checked(self.name)
-        if type(config) not in AutoModelForDepthEstimation._model_mapping:
-            raise FileError(f"{self.name} is a model of type {config.model_type}; this needs one that estimates depth")
-        if config.model_type == "dpt":
-            self.side, self.step = config.image_size or 384, 32
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import AutoModelForDepthEstimation
-
-        return pretrained(AutoModelForDepthEstimation, self.name, self.device)
+        super().__post_init__()
+        if self.config.model_type == "dpt":
+            self.side, self.step = self.config.image_size or 384, 32
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         scale = self.side / min(image.size)

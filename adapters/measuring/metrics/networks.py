@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from PIL import Image
 from ...errors import AdapterError, FileError
 from ...files import sha256
 from ..sample import Shot
-from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, batched, checked, pixels, pretrained
+from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Pretrained, batched, pixels
 
 __all__ = ["Clip", "Lpips", "TextAlignment", "Vit", "efficientnet_lite0"]
 
@@ -26,27 +25,13 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 
 
 @dataclass(kw_only=True)
-class Clip:
+class Clip(Pretrained):
     """CLIP's joint space: call it with images, or `text` with prompts; both give (n, d)."""
 
-    name: str | Path
-    device: str = "cpu"
+    kinds: Sequence[str] = ("clip",)
+    model_class: ClassVar[str] = "CLIPModel"
+    tokenizer_class: ClassVar[str] = "CLIPTokenizer"
     batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        checked(self.name, ["clip"])
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import CLIPModel
-
-        return pretrained(CLIPModel, self.name, self.device)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(self.name)
 
     @property
     def temperature(self) -> float:
@@ -94,26 +79,16 @@ class TextAlignment:
 
 
 @dataclass(kw_only=True)
-class Vit:
+class Vit(Pretrained):
     """The class token of a vision transformer: DINO (`facebook/dino-vits16`), DINOv2, DINOv3 (its ViTs)."""
 
-    name: str | Path
-    device: str = "cpu"
+    model_class: ClassVar[str] = "AutoModel"
     batch_size: int = 16
     size: int = 224
     resize: int = 256
     """DINO's evaluation: shorter side to 256, centre crop of 224."""
     kinds: Sequence[str] = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
     """`model_type`s whose first token is the class token."""
-
-    def __post_init__(self) -> None:
-        checked(self.name, self.kinds)
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import AutoModel
-
-        return pretrained(AutoModel, self.name, self.device)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         def encode(batch: Sequence[Image.Image]) -> torch.Tensor:

@@ -8,8 +8,10 @@ code of a repository is run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +19,17 @@ from PIL import Image
 
 from ...errors import FileError
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "IMAGENET_MEAN", "IMAGENET_STD", "batched", "checked", "pixels", "pretrained"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Pretrained",
+    "batched",
+    "checked",
+    "normalised",
+    "pixels",
+]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,22 +60,50 @@ def checked(name: str | Path, kinds: Sequence[str] = ()) -> Any:
     return config
 
 
-def pretrained(kind: Any, name: str | Path, device: str) -> Any:
-    """The model in evaluation mode, from safetensors.
-
-    Args:
-        kind: a model class of transformers.
-        name: folder or Hub id.
-        device: where the model goes, such as "cuda".
+@dataclass(kw_only=True)
+class Pretrained:
+    """A model of transformers, checked when it is named and loaded when it is first asked.
 
     Raises:
-        FileError: the model cannot be loaded.
+        FileError: it is not there, of another kind, or has no safetensors.
     """
-    folder = Path(name).expanduser()
-    try:
-        return kind.from_pretrained(folder if folder.is_dir() else name, use_safetensors=True).eval().to(device)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{name} cannot be loaded ({' '.join(str(error).split())[:160]})") from error
+
+    name: str | Path
+    """Folder or Hub id."""
+    device: str = "cpu"
+    kinds: Sequence[str] = ()
+    """`model_type`s that will do; empty: those of `model_class`, one of transformers' auto classes."""
+    config: Any = field(init=False, repr=False, compare=False)
+    model_class: ClassVar[str]
+    tokenizer_class: ClassVar[str] = "AutoTokenizer"
+    needs: ClassVar[str] = ""
+    """What a model of another kind is told that this needs; only without `kinds`."""
+
+    def __post_init__(self) -> None:
+        self.config = checked(self.name, self.kinds)
+        if not self.kinds and type(self.config) not in _named(self.model_class)._model_mapping:
+            raise FileError(f"{self.name} is a model of type {self.config.model_type}; this needs {self.needs}")
+
+    @cached_property
+    def _model(self) -> Any:
+        """In evaluation mode, from safetensors."""
+        folder, kind = Path(self.name).expanduser(), _named(self.model_class)
+        place = folder if folder.is_dir() else self.name
+        try:
+            return kind.from_pretrained(place, use_safetensors=True).eval().to(self.device)
+        except (OSError, ValueError) as error:
+            raise FileError(f"{self.name} cannot be loaded ({' '.join(str(error).split())[:160]})") from error
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _named(self.tokenizer_class).from_pretrained(self.name)
+
+
+def _named(name: str) -> Any:
+    """A class of transformers, which takes a second to import."""
+    import transformers
+
+    return getattr(transformers, name)
 
 
 def pixels(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from PIL import Image
 from ...errors import FileError, GainsError
 from ..sample import Shot
 from .phrases import said_in
-from .pretrained import checked, pretrained
+from .pretrained import Pretrained
 
 __all__ = ["Question", "QuestionAccuracy", "Reader", "VqaScore", "questions_of", "read_questions"]
 
@@ -82,28 +82,12 @@ def read_questions(file: Path) -> dict[str, list[Question]]:
 
 
 @dataclass(kw_only=True)
-class Reader:
+class Reader(Pretrained):
     """An image-text-to-text model: probabilities of the first words of its answers."""
 
-    name: str | Path
-    device: str = "cpu"
+    model_class: ClassVar[str] = "AutoModelForImageTextToText"
+    needs: ClassVar[str] = "one that answers in text about pictures (AutoModelForImageTextToText of transformers)"
     batch_size: int = 4
-
-    def __post_init__(self) -> None:
-        from transformers import AutoModelForImageTextToText
-
-        config = checked(self.name)
-        if type(config) not in AutoModelForImageTextToText._model_mapping:
-            raise FileError(
-                f"{self.name} is a model of type {config.model_type}; this needs one that answers in text about "
-                "pictures (AutoModelForImageTextToText of transformers)"
-            )
-
-    @cached_property
-    def _model(self) -> Any:
-        from transformers import AutoModelForImageTextToText
-
-        return pretrained(AutoModelForImageTextToText, self.name, self.device)
 
     @cached_property
     def _processor(self) -> Any:

@@ -33,6 +33,10 @@ class Card:
     """Hub id or name of the base."""
     base_import: tuple[str, str] = ("", "")
     """Where the base is no hub id: a Python line that imports, and the expression that then gives its folder."""
+    single_file: str = ""
+    """Class of the pipeline that reads the base, where that is a single file."""
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    """What the base's scheduler must be told, such as `prediction_type`, where the base does not say it itself."""
     licence: str = "other"
     """An identifier of the Hub's list, such as apache-2.0."""
     description: str = ""
@@ -193,27 +197,16 @@ def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
 def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str], tokens: Tokens) -> str:
     # Markdown shows entities in code as they are written, so words that need any stand outside.
     triggers = ", ".join(f"`{word}`" if escape(word) == word else escape(word) for word in card.trigger_words)
-    lines = [
-        "## How to use",
-        f"Trigger words: {triggers}" if triggers else "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-    ]
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained({_place(card)})")
+    lines = ["## How to use", f"Trigger words: {triggers}" if triggers else "", "```python", *_loaded(card)]
     if "pytorch_lora_weights.safetensors" in has:
         lines += _lora(card)
     elif "controlnet" in kinds:
-        lines[3] = "from diffusers import ControlNetModel, StableDiffusionControlNetPipeline"
-        load = f"StableDiffusionControlNetPipeline.from_pretrained({_place(card)}, controlnet=control)"
-        lines[5:] = ['control = ControlNetModel.from_pretrained(".")  # this folder', f"pipe = {load}"]
+        lines[3:] = _loaded(card, control='ControlNetModel.from_pretrained(".")  # this folder')
     elif "unet" in kinds:
         lines.append('pipe.unet = type(pipe.unet).from_pretrained(".")  # this folder')
     else:
         lines.append("import adapters  # plain diffusers does not read this kind")
         lines.append(f'adapters.load(pipe, "."{"" if card.weight == 1 else f", weight={card.weight:g}"})')
-    if card.base_import[0]:
-        lines.insert(4, card.base_import[0])
     if "learned_embeds.safetensors" in has:
         lines += ["from safetensors.torch import load_file", 'tokens = load_file("learned_embeds.safetensors")']
         lines += _tokens(tokens)
@@ -262,14 +255,23 @@ def _fresh(card: Card, kinds: Sequence[str]) -> list[str]:
     """A pipeline without the adapter of the block above, which would be put on twice; a whole model is swapped."""
     if "controlnet" in kinds or "unet" in kinds:
         return []
-    load = f"pipe = DiffusionPipeline.from_pretrained({_place(card)})"
-    more = [card.base_import[0]] if card.base_import[0] else []
-    return ["from diffusers import DiffusionPipeline", *more, "", load]
+    return _loaded(card)
 
 
-def _place(card: Card) -> str:
-    """The base, as Python."""
-    return card.base_import[1] or _quoted(card.base_model)
+def _loaded(card: Card, control: str = "") -> list[str]:
+    """Python that makes `pipe` of the base, with a ControlNet if one is given."""
+    plain = "StableDiffusionPipeline" if control else "DiffusionPipeline"
+    kind = (card.single_file or plain).replace("Pipeline", "ControlNetPipeline" if control else "Pipeline")
+    how = "from_single_file" if card.single_file else "from_pretrained"
+    lines = [f"from diffusers import {'ControlNetModel, ' if control else ''}{kind}"]
+    lines += [*filter(None, card.base_import[:1]), ""]
+    lines += [f"control = {control}"] if control else []
+    given = (card.base_import[1] or _quoted(card.base_model)) + (", controlnet=control" if control else "")
+    lines.append(f"pipe = {kind}.{how}({given})")
+    if card.schedule:
+        told = ", ".join(f"{name}={value!r}" for name, value in card.schedule.items())
+        lines.append(f"pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, {told})")
+    return lines
 
 
 def _more(kinds: Sequence[str]) -> str:

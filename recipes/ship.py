@@ -54,11 +54,11 @@ def run(settings: Settings) -> Path | None:
         say(f"note: what ships does not help by its own measure, and its card says so. {gains.adapter.sentence}")
     pipe = pipeline(settings.base, SamplingSettings())
     weights = Path(settings.adapter).expanduser()
-    card = _card(settings, plan, 1.0 if best is None or best.weight is None else best.weight)
+    card = _card(settings, plan, 1.0 if best is None or best.weight is None else best.weight, pipe)
     folder = adapters.ship.ship(
         Path(settings.out) / "release",
         weights=weights,
-        base=adapters.describe(pipe) | ({"name": card.base_model} if settings.base.path == POCKET else {}),
+        base=adapters.describe(pipe) | {"name": card.base_model},
         card=card,
         gains=gains,
         rows=rows,
@@ -123,13 +123,15 @@ def _shots(folder: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str
     return {name: shots for name, shots in found.items() if shots}
 
 
-def _card(settings: Settings, plan: MeasureSettings, weight: float) -> Any:
+def _card(settings: Settings, plan: MeasureSettings, weight: float, pipe: Any) -> Any:
     import adapters
+    from training import single_file
     from training.pocket import VERSION, base_hash
 
     ship, pocket = settings.ship, settings.base.path == POCKET
     case = None if plan.targets else cases(plan, None)[0]
-    name = VERSION if pocket else settings.base.path
+    single = single_file.is_file(settings.base.path)
+    name = VERSION if pocket else Path(settings.base.path).name if single else settings.base.path
     calls = case.calls if case else ""
     limits = list(ship.limits)
     if pocket:
@@ -141,6 +143,8 @@ def _card(settings: Settings, plan: MeasureSettings, weight: float) -> Any:
         title=ship.title or f"{calls or Path(settings.adapter).name} on {Path(name).name}",
         base_model=name,
         base_import=EMBEDDED if pocket else ("", ""),
+        single_file=type(pipe).__name__ if single else "",
+        schedule=_schedule(settings.base, pipe, single=single),
         licence=ship.licence,
         description=ship.description,
         trigger_words=ship.trigger_words or ([calls] if calls else []),
@@ -150,6 +154,16 @@ def _card(settings: Settings, plan: MeasureSettings, weight: float) -> Any:
         command=f"python recipes/measure.py --config {settings.measured}/settings.yaml" if settings.measured else "",
         facts=facts,
     )
+
+
+def _schedule(base: BaseSettings, pipe: Any, *, single: bool) -> dict[str, Any]:
+    """What the card's code must tell the scheduler: a file does not carry it, and settings may overrule a folder."""
+    config = pipe.scheduler.config
+    if not single and base.prediction == "auto" and base.zero_snr is None:
+        return {}
+    told = {"prediction_type": config.prediction_type}
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return told | (zero if config.get("rescale_betas_zero_snr") else {})
 
 
 def _config(weights: Path) -> str | None:

@@ -139,17 +139,18 @@ def sd(folder: Path, *, prediction: str = "epsilon", length: int = 12, seed: int
     return folder
 
 
-def sdxl(folder: Path, *, length: int = 12, seed: int = 1) -> Path:
+def sdxl(folder: Path, *, length: int = 12, seed: int = 1, second: int = 16) -> Path:
+    """SDXL, whose second text encoder is of width `second`."""
     torch.manual_seed(seed)
     words = tokenizer(length)
     pipe = StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=CLIPTextModel(text_config(words, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(words, 16, projection=8)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words, second, projection=8)),
         tokenizer=words,
         tokenizer_2=words,
         unet=unet(
-            32,
+            16 + second,
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=8 + 6 * 4,

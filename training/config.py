@@ -65,11 +65,24 @@ class BaseSettings:
     """The pretrained pipeline that training or sampling starts from."""
 
     path: str
-    """Folder or hub id of a diffusers pipeline with a U-net; the family is read from its configs."""
+    """Folder or hub id of a diffusers pipeline with a U-net, or a single-file checkpoint (.safetensors) of SD-1.x,
+    SD-2.x or SDXL; the family is read from its configs or keys."""
     revision: str | None = None
     """Hub revision (commit, tag or branch); ignored for a folder."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
+    config: str | None = None
+    """Folder in diffusers' layout with the configs and tokenizers for a single file. null: those of its family."""
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the U-net predicts, for training and sampling. auto: as its scheduler's config or the file's keys say."""
+    zero_snr: bool | None = None
+    """Whether its noise schedule ends without signal (zero terminal SNR). null: as its config or its keys say."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.config is None or Path(self.path).suffix.lower() == ".safetensors",
+            f"base.config {self.config} is for a single file, and base.path {self.path} is none; leave it out",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from adapters.errors import FileError
 from adapters.files import read_json, write_file, write_json, write_tensors, write_text
 from adapters.scope import renamed
 
-from . import company
+from . import company, single_file
 from .config import DreamBoothSettings, ObjectiveSettings, require
 from .data import images
 from .data.batches import seed_of
@@ -74,8 +74,13 @@ def prepare(
 
 
 def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, parts: Parts, models: dict[str, Any]) -> None:
-    """A whole pipeline: the base's folder with the trained parts put in their places."""
-    shutil.copytree(parts.folder, folder, dirs_exist_ok=True, ignore=_not_shipped(set(models)))
+    """A whole pipeline in diffusers' layout: the base's with the trained parts put in their places."""
+    if parts.file is None:
+        shutil.copytree(parts.folder, folder, dirs_exist_ok=True, ignore=_not_shipped(set(models)))
+        write_json(folder / "model_index.json", parts.index)
+        write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
+    else:
+        single_file.pipeline(parts.file, None).save_pretrained(folder)
     for name, module in models.items():
         place = folder / name
         place.mkdir(exist_ok=True)

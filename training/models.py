@@ -25,6 +25,7 @@ from torch import Tensor
 
 from adapters.files import read_json
 
+from . import single_file
 from .errors import TrainingError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ __all__ = [
     "encode_text",
     "load",
     "pipeline",
-    "refuse_file",
     "tokenize",
     "too_long",
     "weights_digest",
@@ -50,9 +50,12 @@ HUB_FILES = ("model_index.json", *(f"{folder}/*.{end}" for folder in FOLDERS for
 
 @dataclass(kw_only=True)
 class Parts:
-    """What a base folder holds; encoders may be dropped once everything is cached."""
+    """What a base holds; encoders may be dropped once everything is cached."""
 
     folder: Path
+    """Of the base; for a single file the one with its configs."""
+    file: single_file.SingleFile | None
+    """The base, where it is a single file."""
     family: str
     """`sd` or `sdxl`."""
     unet: Any
@@ -80,8 +83,19 @@ class Parts:
         return int(self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
-def load(base: str | Path, *, revision: str | None = None, variant: str | None = None) -> Parts:
-    """Loads a diffusers pipeline folder or hub id, float32, on the CPU, from safetensors only.
+def load(
+    base: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    prediction: str = "auto",
+    zero_snr: bool | None = None,
+) -> Parts:
+    """Loads a diffusers pipeline folder, a hub id or a single-file checkpoint, float32, on the CPU, never a pickle.
+
+    Args:
+        config, prediction, zero_snr: as in `BaseSettings`.
 
     Args:
         base: folder or hub id.
@@ -91,22 +105,20 @@ def load(base: str | Path, *, revision: str | None = None, variant: str | None =
     Raises:
         TrainingError: nothing there, no U-net, a U-net that is no text-to-latent U-net, or weights only as pickles.
     """
-    folder = _folder(base, revision)
-    index = _json(folder / "model_index.json")
-    if "unet" not in index:
-        others = sorted(name for name in index if not name.startswith("_"))
-        raise TrainingError(
-            f"base {base} has no U-net (it holds {', '.join(others)}); use an SD-1.x, SD-2.x or SDXL base"
-        )
-    try:
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, variant=variant)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, variant=variant)
-        encoders = [
-            _transformers_part(folder, index, name, use_safetensors=True, variant=variant) for name in _encoders(index)
-        ]
-        tokenizers = [_transformers_part(folder, index, name) for name in _tokenizers(index)]
-    except (OSError, ValueError) as problem:
-        raise TrainingError(f"base {base}: {problem}") from problem
+    file = None
+    if single_file.is_file(base):
+        file = single_file.look(base, config=config, prediction=prediction, zero_snr=zero_snr)
+        folder, index, scheduler = file.configs, file.index, file.scheduler
+        pipe = single_file.pipeline(file, torch.float32)
+        unet, vae = pipe.unet, pipe.vae
+        encoders = [getattr(pipe, name) for name in _encoders(index)]
+        tokenizers = [getattr(pipe, name) for name in _tokenizers(index)]
+    else:
+        folder = _folder(base, revision)
+        index = _json(folder / "model_index.json")
+        unet, vae, encoders, tokenizers = _networks(base, folder, index, variant)
+        scheduler = single_file.scheduled(_json(folder / "scheduler" / "scheduler_config.json"), prediction, zero_snr)
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     if unet.config.in_channels != vae.config.latent_channels:
         raise TrainingError(
             f"base {base}: its U-net takes {unet.config.in_channels} channels and its VAE gives "
@@ -115,11 +127,10 @@ def load(base: str | Path, *, revision: str | None = None, variant: str | None =
     for module in (unet, vae, *encoders):
         module.requires_grad_(False).eval()
         module.float()
-    family = "sdxl" if unet.config.addition_embed_type == "text_time" else "sd"
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     return Parts(
         folder=folder,
-        family=family,
+        file=file,
+        family="sdxl" if unet.config.addition_embed_type == "text_time" else "sd",
         unet=unet,
         vae=vae,
         text_encoders=encoders,
@@ -131,26 +142,33 @@ def load(base: str | Path, *, revision: str | None = None, variant: str | None =
     )
 
 
-def refuse_file(base: str | Path) -> None:
-    """Raises `TrainingError` where a base is a single file of weights, there or not: no hub id ends like one."""
-    suffix = Path(base).suffix.lower()
-    if suffix in (".ckpt", ".pt", ".pth", ".bin"):
+def _networks(
+    base: str | Path, folder: Path, index: dict[str, Any], variant: str | None
+) -> tuple[Any, Any, list[Any], list[Any]]:
+    """U-net, VAE, text encoders and tokenizers of a pipeline folder."""
+    if "unet" not in index:
+        others = sorted(name for name in index if not name.startswith("_"))
         raise TrainingError(
-            f"base {base} is a single pickled file, which is never loaded here; take a diffusers folder"
+            f"base {base} has no U-net (it holds {', '.join(others)}); use an SD-1.x, SD-2.x or SDXL base"
         )
-    if suffix in (".safetensors", ".gguf") or Path(base).expanduser().is_file():
-        raise TrainingError(
-            f"base {base} is a single file; a base is a folder in diffusers' layout, which "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) makes of it (XL: "
-            "StableDiffusionXLPipeline)"
+    try:
+        return (
+            UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, variant=variant),
+            AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, variant=variant),
+            [
+                _transformers_part(folder, index, name, use_safetensors=True, variant=variant)
+                for name in _encoders(index)
+            ],
+            [_transformers_part(folder, index, name) for name in _tokenizers(index)],
         )
+    except (OSError, ValueError) as problem:
+        raise TrainingError(f"base {base}: {problem}") from problem
 
 
 def _folder(base: str | Path, revision: str | None) -> Path:
     folder = Path(base).expanduser()
     if folder.is_dir():
         return folder
-    refuse_file(base)
     if folder.is_absolute() or str(base).startswith(".") or str(base).count("/") != 1:
         raise TrainingError(
             f"base {base} is not a folder; give a diffusers pipeline folder or a hub id like owner/name"

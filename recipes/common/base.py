@@ -42,21 +42,33 @@ SCHEDULERS = {
 
 
 def base_folder(base: BaseSettings) -> str | Path:
-    """Folder or hub id of a base; `pocket` is the embedded one, checked against its manifest."""
-    from training.models import refuse_file
+    """Folder, file or hub id of a base; `pocket` is the embedded one, checked against its manifest."""
     from training.pocket import base_path
 
-    if base.path == POCKET:
-        return base_path()
-    refuse_file(base.path)
-    return base.path
+    return base_path() if base.path == POCKET else base.path
 
 
 def load_parts(base: BaseSettings) -> Any:
     """The base's parts for training."""
     from training import models
 
-    return models.load(base_folder(base), revision=base.revision, variant=base.variant)
+    return models.load(
+        base_folder(base),
+        revision=base.revision,
+        variant=base.variant,
+        config=base.config,
+        prediction=base.prediction,
+        zero_snr=base.zero_snr,
+    )
+
+
+def _single_file(base: BaseSettings) -> Any:
+    """What is known of a base that is a single file; None where it is a folder or a hub id."""
+    from training import single_file
+
+    if not single_file.is_file(base.path):
+        return None
+    return single_file.look(base.path, config=base.config, prediction=base.prediction, zero_snr=base.zero_snr)
 
 
 def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str | None = None) -> Any:
@@ -73,13 +85,9 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
     from training.ranks import state
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[sampling.precision]
-    folder = base_folder(base)
-    options: dict[str, Any] = {"revision": base.revision, "variant": base.variant, "use_safetensors": True}
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
-        index = diffusers.DiffusionPipeline.load_config(folder, revision=base.revision)
-        absent = {name: None for name in ("safety_checker", "watermarker") if name in index}
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **half, **absent)
+        pipe = _opened(base, dtype)
         if controlnet:
             place = controlnet_folder(controlnet)
             found = diffusers.ControlNetModel.load_config(place).get("_class_name")
@@ -93,6 +101,10 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
         raise TrainingError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if sampling.scheduler != "base":
         kind = getattr(diffusers, SCHEDULERS[sampling.scheduler])
+        require(
+            sampling.scheduler != "pndm" or not pipe.scheduler.config.get("rescale_betas_zero_snr"),
+            "sampling.scheduler pndm knows no noise schedule without signal at its end, as this base has; take another",
+        )
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if state().device.type == "cpu":  # convolutions then read their inputs as they lie: a sixth less time
@@ -133,12 +145,39 @@ def edges_of(controlnet: str) -> Any:
     return Canny.of(config)
 
 
+def _opened(base: BaseSettings, dtype: Any) -> Any:
+    """The base's own pipeline, on the CPU, with the noise schedule that the settings say it has."""
+    import diffusers
+    import torch
+
+    from training import single_file
+
+    if file := _single_file(base):
+        return single_file.pipeline(file, dtype)
+    folder = base_folder(base)
+    options: dict[str, Any] = {"revision": base.revision, "variant": base.variant, "use_safetensors": True}
+    half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    index = diffusers.DiffusionPipeline.load_config(folder, revision=base.revision)
+    absent = {name: None for name in ("safety_checker", "watermarker") if name in index}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **half, **absent)
+    own = {"_class_name": type(pipe.scheduler).__name__} | dict(pipe.scheduler.config)
+    said = single_file.scheduled(own, base.prediction, base.zero_snr)
+    if said != own:
+        pipe.scheduler = getattr(diffusers, said["_class_name"]).from_config(said)
+    return pipe
+
+
 def pipeline_arguments(base: BaseSettings, *, controlnet: str | None = None) -> tuple[str, set[str]]:
     """The class of a base's pipeline and what it takes when it is called; no weights are read."""
     import diffusers
 
     try:
-        index = diffusers.DiffusionPipeline.load_config(base_folder(base), revision=base.revision)
+        file = _single_file(base)
+        index = (
+            file.index if file else diffusers.DiffusionPipeline.load_config(base_folder(base), revision=base.revision)
+        )
+    except TrainingError:
+        raise
     except (OSError, ValueError) as error:
         raise TrainingError(f"base {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     name = str(index.get("_class_name"))

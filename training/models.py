@@ -95,12 +95,12 @@ def load(
     """Loads a diffusers pipeline folder, a hub id or a single-file checkpoint, float32, on the CPU, never a pickle.
 
     Args:
-        config, prediction, zero_snr: as in `BaseSettings`.
-
-    Args:
-        base: folder or hub id.
+        base: folder, file or hub id.
         revision: branch, tag or commit on the hub.
         variant: of the files' names, such as "fp16".
+        config: folder of the configs for a single file; None: those of its family.
+        prediction: what the U-net predicts; auto: as the base says.
+        zero_snr: whether the noise schedule ends without signal; None: as the base says.
 
     Raises:
         TrainingError: nothing there, no U-net, a U-net that is no text-to-latent U-net, or weights only as pickles.

@@ -79,8 +79,10 @@ def look(
     """Reads a checkpoint's keys.
 
     Args:
+        base: the file.
         config: folder whose configs and tokenizers are used; null: those of the file's family.
-        prediction, zero_snr: as in `BaseSettings`.
+        prediction: as in `BaseSettings`.
+        zero_snr: as in `BaseSettings`.
 
     Raises:
         TrainingError: no such file, a damaged or pickled one, or one that is no checkpoint of a known family.
@@ -118,6 +120,7 @@ def pipeline(file: SingleFile, dtype: torch.dtype | None) -> Any:
     """The diffusers pipeline of a checkpoint, on the CPU.
 
     Args:
+        file: what `look` found.
         dtype: of its weights; None: as they are in the file.
 
     Raises:

@@ -246,4 +246,5 @@ def _clip(pad: str) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8"))
+    values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return values

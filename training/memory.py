@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_iter
 from adapters.errors import FileError
 from adapters.files import read_json
 
+from . import single_file
 from .architectures import FAMILIES, Architecture
 from .config import LoraSettings
 from .errors import TrainingError
-from .models import refuse_file
 
 __all__ = ["Needs", "architecture_of", "needs"]
 
@@ -100,17 +100,19 @@ def architecture_of(base: str) -> Architecture:
     known = next((found for found in FAMILIES.values() if found.base == base), None)
     if known is not None:
         return known
-    refuse_file(base)
+    file = single_file.look(base) if single_file.is_file(base) else None
+    place = str(file.configs) if file else base
     try:
-        index = _config(base, "model_index.json")
+        index = _config(place, "model_index.json")
         encoders = [name for name in ("text_encoder", "text_encoder_2") if index.get(name, [None])[0]]
-        unet, vae = _config(base, "unet/config.json"), _config(base, "vae/config.json")
+        unet, vae = _config(place, "unet/config.json"), _config(place, "vae/config.json")
+        unet |= file.unet if file else {}
         return Architecture(
             title=base,
             base=base,
             resolution=int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1),
             unet=unet,
-            text_encoders=tuple(_config(base, f"{name}/config.json") for name in encoders),
+            text_encoders=tuple(_config(place, f"{name}/config.json") for name in encoders),
             vae=vae,
         )
     except (KeyError, TypeError, ValueError) as error:

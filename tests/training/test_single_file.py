@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import adapters
 from recipes.common.settings import MeasureSettings, SamplingSettings
-from training import config, dreambooth, loop, models, single_file
+from training import config, dreambooth, loop, memory, models, single_file
 from training.data import crops, images
 from training.errors import TrainingError
 
@@ -294,3 +294,15 @@ def test_zero_snr_takes_a_scheduler_that_knows_it() -> None:
     changed = single_file.scheduled(published, "v_prediction", True)
     assert changed["_class_name"] == "DDIMScheduler"
     assert DDIMScheduler.from_config(changed).config.rescale_betas_zero_snr
+
+
+def test_the_estimate_of_memory_reads_a_file(tmp_path: Path) -> None:
+    tensors = {
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, 2048),
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3),
+        "conditioner.embedders.0.x": torch.zeros(1),
+        "first_stage_model.x": torch.zeros(1),
+    }
+    save_file(tensors, tmp_path / "xl.safetensors")
+    found = memory.architecture_of(str(tmp_path / "xl.safetensors"))
+    assert (found.resolution, len(found.text_encoders)) == (1024, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -262,6 +263,28 @@ def test_lycoris_own_files_change_the_weights_as_lycoris_does(layouts, tmp_path,
     ours = compose.deltas(keys.Adapter(modules=fit(model, adapter, "unet")), {"unet": model})
     for path, theirs in wanted.items():
         assert off_by(effect_of(ours[f"unet.{path}"], model.get_submodule(path)), theirs) < 1e-5, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["sd-1", "sdxl"])
+def test_kinds_mixed_in_one_file_change_the_weights_as_lycoris_does(layouts, tmp_path, layout):
+    """Another kind on every layer, both as LyCORIS wrote it and as we write it again."""
+    model, flats = layouts[layout]
+    generator, tensors, wanted = torch.Generator().manual_seed(2), {}, {}
+    for kind, (flat, path) in zip(itertools.cycle(ALGORITHMS), flats.items()):
+        layer = model.get_submodule(path)
+        module = made_by_lycoris(kind, flat, layer, generator)
+        tensors |= {f"{flat}.{name}": value.detach() for name, value in module.state_dict().items()}
+        wanted[path] = effect(module, layer)
+    files.write_tensors(tmp_path / "theirs.safetensors", tensors)
+    theirs = source.read_adapter(source.open_source(tmp_path / "theirs.safetensors"))
+    write_kohya(tmp_path / "ours.safetensors", theirs, sdxl=layout == "sdxl")
+    again = source.read_adapter(source.open_source(tmp_path / "ours.safetensors"))
+    for adapter in (theirs, again):
+        assert adapter.part("unet").keys() == wanted.keys()
+        ours = compose.deltas(keys.Adapter(modules=fit(model, adapter, "unet")), {"unet": model})
+        for path, change in wanted.items():
+            assert off_by(effect_of(ours[f"unet.{path}"], model.get_submodule(path)), change) < 1e-5, path
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def _trained(settings: Settings) -> Path | None:
     from training import lora
 
     parts = load_parts(settings.base)
+    lora.plan(parts, settings.lora)  # what is wrong with it is said before class images are drawn
     pictures, prior, others = subjects(parts, settings, settings.lora.tokens)
     region = region_of(settings.region) if settings.region else None
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)

@@ -33,7 +33,7 @@ from .objective import build_objective
 from .preserve import adapter_off
 from .tokens import add_tokens, trained_tokens
 
-__all__ = ["PRESETS", "WEIGHTS_NAME", "inject", "prepare"]
+__all__ = ["PRESETS", "WEIGHTS_NAME", "inject", "plan", "prepare"]
 
 WEIGHTS_NAME = LORA_FILE
 ADAPTER = "default"
@@ -72,26 +72,17 @@ def prepare(
         TrainingError: a target or pattern that names no layer, or a new token that cannot be added.
     """
     settings = settings or LoraSettings()
-    for module in (parts.unet, *parts.text_encoders):
-        if ADAPTER in getattr(module, "peft_config", {}):
-            raise TrainingError(f"{type(module).__name__} already has an adapter; load the base anew with models.load")
-    models: dict[str, Any] = {"unet": parts.unet}
-    targets = PRESETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
-    layers = {"unet": _matching(parts.unet, targets, preset=isinstance(settings.targets, str))}
-    encoders = dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
-    if settings.text_encoder:
-        models |= encoders
-        layers |= {name: _ending(encoder, TEXT_TARGETS) for name, encoder in encoders.items()}
-    sizes, chosen = _sizes(settings, [f"{name}.{layer}" for name, found in layers.items() for layer in found])
-    if settings.start not in ("default", "gaussian"):
-        for name in layers:
-            starts.check(settings.start, models[name], {layer: size.rank for layer, size in _of(sizes, name).items()})
+    sizes, chosen = plan(parts, settings)
+    encoders = _encoders(parts)
+    models: dict[str, Any] = {
+        name: network for name, network in {"unet": parts.unet, **encoders}.items() if _of(sizes, name)
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "lora"))
-        for name in layers:
-            _inject(models[name], _config(settings, _of(sizes, name)))
+        for name, network in models.items():
+            _inject(network, _config(settings, _of(sizes, name)))
             if settings.kind == "lora" and (settings.rank_dropout or settings.module_dropout):
-                drop(models[name], ADAPTER, ranks=settings.rank_dropout, modules=settings.module_dropout)
+                drop(network, ADAPTER, ranks=settings.rank_dropout, modules=settings.module_dropout)
     if settings.tokens:
         add_tokens(parts, settings.tokens)
         models |= encoders
@@ -105,12 +96,40 @@ def prepare(
         step=partial(denoise_step, parts=parts, objective=bound),
         save=partial(_save, parts=parts, sizes=_doubled(sizes, settings) if taken else sizes, settings=settings),
         result=starts.difference(taken) if taken else dict,
-        trains_text=settings.text_encoder or bool(settings.tokens),
+        trains_text=bool(settings.tokens) or any(name in models for name in encoders),
         tokens=tuple(settings.tokens),
         switch=lambda: starts.at_start(models, taken) if taken else adapter_off(models),
         factors={PLUS: settings.plus_ratio} if settings.plus_ratio != 1 else {},
         chosen=tuple(chosen),
     )
+
+
+def plan(parts: Parts, settings: LoraSettings) -> tuple[dict[str, Size], list[str]]:
+    """What each layer that is adapted gets, by `component.layer`, and the table of what the patterns caught.
+
+    Args:
+        parts: the base; nothing is changed.
+        settings: rank, targets and kind.
+
+    Raises:
+        TrainingError: a target or pattern that names no layer, or a start that these layers cannot have.
+    """
+    for module in (parts.unet, *parts.text_encoders):
+        if ADAPTER in getattr(module, "peft_config", {}):
+            raise TrainingError(f"{type(module).__name__} already has an adapter; load the base anew with models.load")
+    targets = PRESETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
+    layers = {"unet": _matching(parts.unet, targets, preset=isinstance(settings.targets, str))}
+    encoders = _encoders(parts) if settings.text_encoder else {}
+    layers |= {name: _ending(encoder, TEXT_TARGETS) for name, encoder in encoders.items()}
+    sizes, chosen = _sizes(settings, [f"{name}.{layer}" for name, found in layers.items() for layer in found])
+    if settings.start not in ("default", "gaussian"):
+        for name, network in {"unet": parts.unet, **encoders}.items():
+            starts.check(settings.start, network, {layer: size.rank for layer, size in _of(sizes, name).items()})
+    return sizes, chosen
+
+
+def _encoders(parts: Parts) -> dict[str, Any]:
+    return dict(zip(("text_encoder", "text_encoder_2"), parts.text_encoders, strict=False))
 
 
 def inject(unet: Any, settings: LoraSettings) -> None:
@@ -157,8 +176,8 @@ def _sizes(settings: LoraSettings, layers: list[str]) -> tuple[dict[str, Size], 
     ranks = patterns.caught("lora.ranks", settings.ranks, layers)
     rank_of = dict.fromkeys(layers, settings.rank) | patterns.by_name(settings.ranks, ranks)
     kept = [name for name in layers if rank_of[name]]
-    if not kept:
-        raise TrainingError("lora.ranks: nothing is adapted, every rank is 0")
+    if not any(name.startswith("unet.") for name in kept):
+        raise TrainingError("lora.ranks: nothing of the U-net is adapted, every rank is 0")
     alphas = patterns.caught("lora.alphas", settings.alphas, kept)
     alpha_of = {name: settings.alpha or rank_of[name] for name in kept} | patterns.by_name(settings.alphas, alphas)
     sizes = {name: Size(rank=rank_of[name], alpha=alpha_of[name]) for name in kept}

@@ -67,7 +67,8 @@ def test_loha_and_lokr_have_ranks_by_pattern_too(kind: str, base: Path, pictures
             {"ranks": {"attn1": 2, r"attn1\.to_k": 4}},
             r"lora.ranks: all that 'attn1.*' finds is caught by .*put it first",
         ),
-        ({"ranks": {"": 0}}, r"lora.ranks: nothing is adapted, every rank is 0"),
+        ({"ranks": {"": 0}}, r"lora.ranks: nothing of the U-net is adapted, every rank is 0"),
+        ({"ranks": {"^unet": 0}, "text_encoder": True}, r"lora.ranks: nothing of the U-net is adapted"),
         ({"ranks": {"attn1": 0}, "alphas": {"attn1": 3}}, r"lora.alphas: 'attn1' is in none of"),
     ],
 )
@@ -117,6 +118,16 @@ def test_what_a_factor_of_0_freezes_stays_and_is_still_saved(base: Path, picture
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipe.load_lora_weights(result.folder)
     torch.testing.assert_close(predict(pipe.unet), predict(parts.unet), rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_encoder_without_ranks_does_not_train(base: Path, pictures: Path, tmp_path: Path) -> None:
+    method = lora.prepare(
+        models.load(base), config.LoraSettings(rank=2, text_encoder=True, ranks={"^text_encoder": 0, "attn2": 3})
+    )
+    assert list(method.models) == ["unet"]
+    assert not method.trains_text
+    state = load_file(train(method, pictures, tmp_path).folder / lora.WEIGHTS_NAME)
+    assert {key.partition(".")[0] for key in state} == {"unet"}
 
 
 def test_the_header_holds_the_patterns(base: Path, pictures: Path, tmp_path: Path) -> None:

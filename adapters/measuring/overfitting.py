@@ -86,17 +86,21 @@ def sentence(found: Mapping[str, Signs], base: Signs) -> str:
     if copying:
         last, usual = found[copying[-1]].copies, base.copies
         said.append(
-            f"{_listed(copying)} may be overfitted: {last:.0%} of the pictures of {copying[-1]} are nearer to a "
-            f"training picture than other training pictures are (of the base's {usual:.0%})."
+            f"{_listed(copying)} may be overfitted: {_percent(last)} of the pictures of {copying[-1]} are nearer to a "
+            f"training picture than other training pictures are (of the base's pictures {_percent(usual)})."
         )
     alike = [name for name, own in found.items() if own.diversity < VARIETY * base.diversity]
     if alike:
         left = found[alike[-1]].diversity / base.diversity
         said.append(
-            f"{_listed(alike)} may be overfitted: {alike[-1]} draws pictures that are alike, with {left:.0%} of the "
-            "diversity of the base's."
+            f"{_listed(alike)} may be overfitted: {alike[-1]} draws pictures that are alike, with {_percent(left)} of "
+            "the diversity of the base's."
         )
     return " ".join(said)
+
+
+def _percent(share: float | None) -> str:
+    return f"{round(100 * (share or 0))} %"
 
 
 def _above(own: float | None, base: float | None) -> bool:

@@ -115,10 +115,12 @@ def _scope(scope: Mapping[str, Any]) -> list[str]:
     """Where, when and how strongly the adapter acts, as far as that is not everywhere, always and fully."""
     said = []
     if (where := scope.get("where")) is not None:
-        until = f" in the first {scope['where_stop']:.0%} of the steps" if scope["where_stop"] < 1 else ""
+        until = f" in the first {round(100 * scope['where_stop'])} % of the steps" if scope["where_stop"] < 1 else ""
         said.append(f"{_PLACES[where]}{until}")
     if (scope.get("start", 0), scope.get("stop", 1)) != (0, 1):
-        said.append(f"the adapter acts from {scope['start']:.0%} to {scope['stop']:.0%} of the steps")
+        said.append(
+            f"the adapter acts from {round(100 * scope['start'])} to {round(100 * scope['stop'])} % of the steps"
+        )
     if scope.get("uncond_weight") is not None:
         said.append(f"adapter weight {scope['uncond_weight']:g} in what guidance pushes away from")
     return said

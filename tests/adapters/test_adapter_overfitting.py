@@ -63,6 +63,6 @@ def test_training_pictures_themselves_are_overfitted_and_others_are_not() -> Non
     assert plain.drift == pytest.approx(0)
     said = sentence(found, plain)
     assert said.startswith(
-        "step-2 and step-3 may be overfitted: 100% of the pictures of step-3 are nearer to a training"
+        "step-2 and step-3 may be overfitted: 100 % of the pictures of step-3 are nearer to a training"
     )
-    assert "step-2 and step-3 may be overfitted: step-3 draws pictures that are alike, with 0% of the" in said
+    assert "step-2 and step-3 may be overfitted: step-3 draws pictures that are alike, with 0 % of the" in said

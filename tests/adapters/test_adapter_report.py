@@ -181,10 +181,10 @@ def test_every_way_to_sample_is_explained_with_what_makes_it_differ():
     early = {"uncond_weight": 0.0, "start": 0.0, "stop": 0.5, "where": None, "where_stop": 1.0}
     assert words._arm(plain) == "plain guidance (classifier-free guidance), equally strong everywhere, scale 2"
     assert words._arm({**plain, "scope": placed}) == (
-        f"{words._arm(plain)}, the adapter acts only where the subject is in the first 30% of the steps"
+        f"{words._arm(plain)}, the adapter acts only where the subject is in the first 30 % of the steps"
     )
     assert words._arm({**plain, "scope": early}) == (
-        f"{words._arm(plain)}, the adapter acts from 0% to 50% of the steps, adapter weight 0 in what guidance pushes "
+        f"{words._arm(plain)}, the adapter acts from 0 to 50 % of the steps, adapter weight 0 in what guidance pushes "
         "away from"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from recipes.common.guidance import guider_of
 from recipes.common.search import JOINT, resolve_search
 from recipes.common.settings import GuidanceSettings, MeasureSettings, ScopeSettings, ShipSettings, TuneSettings
 from recipes.common.tuned import Tuned
+from training import naming
 from training.config import BaseSettings
 from training.errors import TrainingError
 
@@ -113,9 +115,9 @@ def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: 
         (2, 0.1, 0.1, 0.1, "lora"),
     ]
     assert found.overfitting() == (
-        "lora may be overfitted: 50% of the pictures of lora are nearer to a training picture than other training "
-        "pictures are (of the base's 0%). lora may be overfitted: lora draws pictures that are alike, with 25% of the "
-        "diversity of the base's."
+        "lora may be overfitted: 50 % of the pictures of lora are nearer to a training picture than other training "
+        "pictures are (of the base's pictures 0 %). lora may be overfitted: lora draws pictures that are alike, with "
+        "25 % of the diversity of the base's."
     )
     assert found.facts()["overfitting"] == found.overfitting()
 
@@ -226,6 +228,14 @@ def test_no_field_of_the_stages_is_left_out() -> None:
     every = {f"{name}.{item.name}" for name, kind in stages.items() for item in fields(kind)}
     assert every == set(WRONG) | FREE
     assert not set(WRONG) & FREE
+
+
+@pytest.mark.parametrize("field", [*WRONG, *sorted(FREE)])
+def test_a_mistyped_name_is_refused_with_what_was_meant(field: str) -> None:
+    from recipes import dreambooth_lora  # has all three stages
+
+    with pytest.raises(TrainingError, match=rf"there is no such setting; did you mean --{re.escape(field)}\?"):
+        naming.check_flags(dreambooth_lora.Settings, [f"--{field}{field[-1]}=1"])
 
 
 @pytest.fixture(scope="module")

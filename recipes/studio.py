@@ -1,4 +1,4 @@
-"""A page in the browser: one prompt drawn with plain CFG and with S-CFG, side by side, on this machine alone.
+"""A page in the browser: one prompt drawn by the base, with the adapter, and with the adapter and S-CFG, side by side.
 
 python recipes/studio.py --base.path pocket --adapter runs/demo/release
 """
@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -28,9 +28,10 @@ from recipes.common.guidance import (
     guider_of,
     method_title,
 )
-from recipes.common.settings import GuidanceSettings, SamplingSettings
+from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
+from training.text import read_text
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -47,7 +48,9 @@ PROMPT = "a red dog and a blue cat on the grass"
 COLUMNS = 4  # of the strip: its words stay readable at the width of a page
 # Small pictures fill their place; the strip keeps a readable size, and is moved sideways on a phone.
 STYLE = """
-#left .image-frame, #right .image-frame, #left img, #right img { width: 100%; height: auto; object-fit: contain; }
+#base .image-frame, #left .image-frame, #right .image-frame, #base img, #left img, #right img {
+  width: 100%; height: auto; object-fit: contain;
+}
 #strip .image-container { overflow-x: auto; padding-top: 44px; }
 #strip .image-frame, #strip .image-container > button { justify-content: flex-start; overflow: visible; }
 #strip img { width: 100%; min-width: 1200px; max-width: none; height: auto; }
@@ -91,7 +94,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise TrainingError(f"the studio needs gradio ({error}): pip install 'scfg-toolkit[studio]'") from error
+        raise TrainingError(f"the studio needs gradio ({error}): pip install -e '.[studio]' in the checkout") from error
     return gradio
 
 
@@ -100,10 +103,14 @@ def _gradio() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two pictures from the same noise, and what the guider did."""
+    """Pictures from the same noise, and what the guider did."""
 
+    base: Any
+    """The base alone with plain CFG; None where there is no adapter, as `plain` is the same."""
     plain: Any
+    """With the adapter and plain CFG."""
     guided: Any
+    """With the adapter and the guidance."""
     strip: Image.Image | None
     """Predicted picture, regions and gamma over the steps; None for a method without regions."""
     line: str
@@ -118,19 +125,25 @@ def draw_pair(
     sampling: SamplingSettings,
     adapter: str | None = None,
 ) -> Pair:
-    """The prompt with plain CFG and with `guidance`, from the same noise and at the same scale.
+    """The prompt by the base and with the adapter, and there with `guidance`; from one noise and at the same scale.
 
     Args:
         pipe: what samples.
         prompt: what to draw.
-        seed: of the noise of both.
-        guidance: the one beside plain CFG.
+        seed: of the noise of all.
+        guidance: the one beside plain CFG, with the adapter's weight and scope.
         sampling: steps, size and precision.
         adapter: folder, file or hub id; None: the base alone.
     """
     require(bool(prompt.strip()), "there is no prompt; write what to draw")
     require(guidance.scale > 1, "at guidance scale 1 there is no guidance to compare; choose a scale above 1")
-    with adapted(pipe, adapter):
+    base = _shot(pipe, prompt, seed, _plain(guidance), sampling)[0] if adapter else None
+    trigger = opening(adapter).trigger.split() if adapter else []
+    word, noun = (trigger[0], " ".join(trigger[1:])) if len(trigger) > 1 else ("", "")
+    where = guidance.scope.where if guidance.scope else None
+    require(where is None or bool(word), "scope.where looks for the subject's words; the adapter's card names none")
+    weight = 1.0 if guidance.weight is None else guidance.weight
+    with adapted(pipe, adapter, weight, scope=guidance.scope, identifier=word, noun=noun):
         plain, _ = _shot(pipe, prompt, seed, _plain(guidance), sampling)
         other, strip = _shot(pipe, prompt, seed, guidance, sampling)
     line = " · ".join(
@@ -139,7 +152,7 @@ def draw_pair(
     )
     if strip is None:
         line += f" · no strip: {guidance.method} makes no regions"
-    return Pair(plain=plain, guided=other, strip=strip, line=line)
+    return Pair(base=base, plain=plain, guided=other, strip=strip, line=line)
 
 
 def _plain(guidance: GuidanceSettings) -> GuidanceSettings:
@@ -171,6 +184,83 @@ def _shot(
         return replace(shot, numbers=numbers), strip(run, pipe, columns=COLUMNS) if mapped else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What a release says of itself, which the page opens with."""
+
+    trigger: str = ""
+    """Identifier and class."""
+    prompts: tuple[str, ...] = ()
+    guidance: GuidanceSettings | None = None
+    """The one that it ships with."""
+
+
+def opening(adapter: str) -> Opening:
+    """What an adapter's folder says in its card and its `guider_config.json`; nothing of a file or hub id.
+
+    Raises:
+        TrainingError: a card that is no YAML.
+        ScfgError: a guider that cannot be read.
+    """
+    import yaml
+
+    from adapters.files import read_json
+    from adapters.loading import GUIDER_FILE
+
+    folder = Path(adapter).expanduser()
+    card, guider = folder / "README.md", folder / GUIDER_FILE
+    head: Any = None
+    if card.is_file() and (text := read_text(card)).startswith("---\n"):
+        try:
+            head = yaml.safe_load(text.split("\n---", 1)[0])
+        except yaml.YAMLError as error:
+            raise TrainingError(f"{card}: its head is no YAML ({' '.join(str(error).split())})") from error
+    head = head if isinstance(head, dict) else {}
+    shown = [item.get("text") for item in head.get("widget") or [] if isinstance(item, dict)]
+    return Opening(
+        trigger=str(head.get("instance_prompt") or "").split(",")[0].strip(),
+        prompts=tuple(prompt for prompt in shown if isinstance(prompt, str)),
+        guidance=_shipped(read_json(guider)) if guider.is_file() else None,
+    )
+
+
+def _shipped(config: dict[str, Any]) -> GuidanceSettings:
+    """A `guider_config.json` as settings."""
+    import scfg
+
+    read = scfg.read_config({name: value for name, value in config.items() if name != "scope"})
+    reach = config.get("scope")
+    scope = None
+    if reach:
+        where = reach.get("where") or {}
+        scope = ScopeSettings(
+            uncond_weight=reach.get("uncond_weight"),
+            start=reach.get("start", 0.0),
+            stop=reach.get("stop", 1.0),
+            where="subject" if where else None,
+            where_stop=where.get("stop", 1.0),
+        )
+    return GuidanceSettings(
+        method=read.guidance.method,
+        scale=read.guidance_scale,
+        rescale=read.guidance_rescale or None,
+        options=asdict(read.guidance),
+        scope=scope,
+    )
+
+
+def _opened(settings: Settings) -> tuple[GuidanceSettings, str]:
+    """The guidance and the prompt that the page opens with: the command line's, or else the adapter's own."""
+    found = opening(settings.adapter) if settings.adapter else Opening()
+    guidance = settings.guidance
+    if found.guidance is not None and guidance == GuidanceSettings():
+        guidance = found.guidance
+        if guidance.method == "cfg":  # the picture in the middle shows it; the one beside it shows S-CFG
+            guidance = replace(guidance, method="semantic", options={})
+    prompt = found.prompts[0] if found.prompts else f"a {found.trigger}" if found.trigger else PROMPT
+    return guidance, prompt
+
+
 def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
     """Write `guider_config.json` into an adapter's folder, and its manifest anew; returns what was done.
 
@@ -184,7 +274,8 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
     folder = Path(adapter).expanduser().resolve()
     require(bool(adapter.strip()), "there is no adapter to save the guider into; name a release folder")
     require(folder.is_dir(), f"adapter {adapter} is no folder of this machine; a guider is saved into folders only")
-    config = guider_of(guidance)
+    trigger = opening(adapter).trigger.split()
+    config = guider_of(guidance, *((trigger[0], " ".join(trigger[1:])) if len(trigger) > 1 else ("", "")))
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     if (folder / files.MANIFEST).exists():
         signed = (folder / files.SIGNATURE).exists()
@@ -231,56 +322,70 @@ def build(gr: ModuleType, settings: Settings) -> Any:
         return pipeline(settings.base if path == settings.base.path else BaseSettings(path=path), settings.sampling)
 
     pipe(settings.base.path)
+    shipped, prompt = _opened(settings)
+    settings = replace(settings, guidance=shipped)
     with gr.Blocks(title="S-CFG studio", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown("## CFG and S-CFG side by side\nSame prompt, noise and guidance scale: only the guider differs.")
+        gr.Markdown("## Base, adapter, and adapter with S-CFG\nSame prompt, noise and guidance scale.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                parts = _request(gr, settings)
+                parts = _request(gr, settings, prompt)
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3, min_width=300):
                 with gr.Row():
-                    left, right = _picture(gr, "left", "CFG"), _picture(gr, "right", "S-CFG")
+                    base = _picture(gr, "base", "Base, CFG", visible=bool(settings.adapter))
+                    left, right = _picture(gr, "left", "Adapter, CFG"), _picture(gr, "right", "Adapter, S-CFG")
                 line = gr.Markdown(elem_id="line")
         strip = _picture(gr, "strip", "Picture, regions, gamma", visible=False)
         with gr.Accordion("Guider"):
             parts |= _guider(gr, settings.guidance)
             save = gr.Button("Save guider into the adapter", elem_id="save")
+            with gr.Row(visible=False) as asked:
+                sure = gr.Button("Yes, replace its guider", variant="stop", elem_id="sure")
+                keep = gr.Button("No, leave it", elem_id="keep")
             saved = gr.Markdown(elem_id="saved")
 
         def on_draw(data: Mapping[Any, Any]) -> tuple[Any, ...]:
             said = {name: data[part] for name, part in parts.items()}
-            guidance, sampling = _asked(settings, said)
             with _told(gr):
+                guidance, sampling = _asked(settings, said)
                 require(said["seed"] is not None, "there is no seed; give a whole number")
                 adapter = said["adapter"].strip() or None
                 pair = draw_pair(pipe(said["base"]), said["prompt"], said["seed"], guidance, sampling, adapter)
-            other = gr.update(value=pair.guided.image, label=pair.guided.arm)
-            return pair.plain.image, other, gr.update(value=pair.strip, visible=pair.strip is not None), pair.line
+            alone = gr.update(value=pair.base.image if pair.base else None, visible=pair.base is not None)
+            what = "Adapter, " if pair.base else ""
+            plain = gr.update(value=pair.plain.image, label=f"{what}CFG")
+            other = gr.update(value=pair.guided.image, label=f"{what}{pair.guided.arm}")
+            return alone, plain, other, gr.update(value=pair.strip, visible=pair.strip is not None), pair.line
 
-        def on_save(data: Mapping[Any, Any]) -> str:
-            guidance, _ = _asked(settings, {name: data[part] for name, part in parts.items()})
+        def on_ask(adapter: str) -> tuple[Any, str]:
+            return gr.update(visible=True), f"Write this guider into {adapter.strip() or 'no adapter'}?"
+
+        def on_save(data: Mapping[Any, Any]) -> tuple[Any, str]:
             with _told(gr):
-                return save_guider(data[parts["adapter"]], guidance)
+                guidance, _ = _asked(settings, {name: data[part] for name, part in parts.items()})
+                return gr.update(visible=False), save_guider(data[parts["adapter"]], guidance)
 
         draw.click(
             on_draw,
             {*parts.values()},
-            [left, right, strip, line],
+            [base, left, right, strip, line],
             show_progress_on=[left, right],
             api_visibility="private",
         )
-        save.click(on_save, {*parts.values()}, saved, api_visibility="private")
+        save.click(on_ask, parts["adapter"], [asked, saved], api_visibility="private")
+        sure.click(on_save, {*parts.values()}, [asked, saved], api_visibility="private")
+        keep.click(lambda: (gr.update(visible=False), ""), None, [asked, saved], api_visibility="private")
     return page
 
 
-def _request(gr: ModuleType, settings: Settings) -> dict[str, Any]:
+def _request(gr: ModuleType, settings: Settings, prompt: str) -> dict[str, Any]:
     """Inputs of what is drawn, whatever the guidance."""
     base, sampling, scale = settings.base.path, settings.sampling, settings.guidance.scale
     names = {"label": "Base", "info": "pocket, or a folder or hub id", "min_width": 130}
     other = {"label": "Adapter", "info": "folder, file or hub id; empty: none", "min_width": 130}
     count = {"label": "Steps", "step": 1, "min_width": 130, "elem_id": "steps"}
     parts = {
-        "prompt": gr.Textbox(PROMPT, label="Prompt", lines=2, elem_id="prompt"),
+        "prompt": gr.Textbox(prompt, label="Prompt", lines=2, elem_id="prompt"),
         "negative_prompt": gr.Textbox(sampling.negative_prompt or "", label="Negative prompt"),
     }
     with gr.Row():
@@ -290,6 +395,18 @@ def _request(gr: ModuleType, settings: Settings) -> dict[str, Any]:
         parts["seed"] = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=130)
         parts["steps"] = gr.Slider(1, max(100, sampling.steps), sampling.steps, **count)
     parts["scale"] = gr.Slider(1, max(20, scale), scale, step=0.1, label="Guidance scale", elem_id="scale")
+    weight = 1.0 if settings.guidance.weight is None else settings.guidance.weight
+    reach = settings.guidance.scope or ScopeSettings()
+    uncond = weight if reach.uncond_weight is None else reach.uncond_weight
+    acts = {"step": 0.05, "min_width": 130}
+    with gr.Row():
+        parts["weight"] = gr.Slider(0, max(1.5, weight), weight, label="Adapter weight", elem_id="weight", **acts)
+        parts["uncond"] = gr.Slider(
+            0, max(1.5, uncond), uncond, label="Its weight in the unconditional half", elem_id="uncond", **acts
+        )
+    with gr.Row():
+        parts["begin"] = gr.Slider(0, 0.95, reach.start, label="It acts from (share of steps)", elem_id="begin", **acts)
+        parts["end"] = gr.Slider(0.05, 1, reach.stop, label="It acts until (share of steps)", elem_id="end", **acts)
     return parts
 
 
@@ -334,7 +451,17 @@ def _asked(settings: Settings, said: Mapping[str, Any]) -> tuple[GuidanceSetting
     """What the page says, as settings; what it has no input for is as on the command line."""
     fields = {name: said[name] for name in ("latent_ratio", *LIMITS, *SLIDERS, *CHOICES)}
     options = {**settings.guidance.options, **fields}
-    guidance = replace(settings.guidance, method=said["method"], scale=said["scale"], options=options)
+    weight, uncond = said["weight"], said["uncond"]
+    own = settings.guidance.scope or ScopeSettings()
+    scope = replace(own, uncond_weight=None if uncond == weight else uncond, start=said["begin"], stop=said["end"])
+    guidance = replace(
+        settings.guidance,
+        method=said["method"],
+        scale=said["scale"],
+        options=options,
+        weight=None if weight == 1 else weight,
+        scope=None if scope == ScopeSettings() else scope,
+    )
     negative = said["negative_prompt"].strip() or None
     return guidance, replace(settings.sampling, steps=said["steps"], negative_prompt=negative)
 

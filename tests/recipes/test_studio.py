@@ -23,8 +23,9 @@ import adapters
 import scfg
 from adapters import files
 from recipes.common.base import pipeline
-from recipes.common.settings import GuidanceSettings, SamplingSettings
-from recipes.studio import Settings, build, draw_pair, run, save_guider
+from recipes.common.guidance import guider_of
+from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
+from recipes.studio import Settings, _opened, build, draw_pair, opening, run, save_guider
 from training.config import BaseSettings
 from training.errors import TrainingError
 from training.pocket import VERSION
@@ -146,6 +147,45 @@ def test_without_a_release_only_a_folder_of_weights_takes_a_guider(release: Path
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_the_base_stands_beside_the_adapter_whose_weight_and_scope_are_its_own(pipe, release: Path) -> None:
+    alone = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW)
+    assert alone.base is None
+    full = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW, str(release))
+    assert same(full.base.image, alone.plain.image)
+    assert not same(full.plain.image, full.base.image)
+    none = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0, weight=0.0), FEW, str(release))
+    assert np.allclose(none.plain.image, none.base.image, atol=1)
+    late = GuidanceSettings(scale=4.0, scope=ScopeSettings(start=0.5))
+    assert not same(draw_pair(pipe, PROMPT, 3, late, FEW, str(release)).plain.image, full.plain.image)
+    where = GuidanceSettings(scale=4.0, scope=ScopeSettings(where="subject"))
+    with pytest.raises(TrainingError, match=r"the adapter's card names none"):
+        draw_pair(pipe, PROMPT, 3, where, FEW, str(release))
+
+
+def test_the_page_opens_with_what_the_release_says() -> None:
+    zoo = ROOT / "recipes" / "zoo" / "bird"
+    found = opening(str(zoo))
+    assert found.trigger == "sks bird"
+    assert found.prompts[0] == "a sks bird in the sea"
+    config = json.loads((zoo / "guider_config.json").read_text())
+    assert found.guidance is not None
+    assert (found.guidance.method, found.guidance.scale) == (config["method"], config["guidance_scale"])
+    guidance, prompt = _opened(Settings(adapter=str(zoo)))
+    assert prompt == found.prompts[0]
+    assert (guidance.method, guidance.scale) == ("semantic", config["guidance_scale"])
+    assert _opened(Settings(adapter=str(zoo), guidance=TUNED))[0] == TUNED, "the command line comes first"
+    assert _opened(Settings()) == (GuidanceSettings(), PROMPT)
+
+
+def test_a_shipped_guider_is_read_back_as_the_settings_it_came_from(release: Path) -> None:
+    asked = replace(TUNED, scope=ScopeSettings(uncond_weight=0.5, stop=0.8))
+    save_guider(str(release), asked)
+    read = opening(str(release)).guidance
+    assert read is not None
+    assert read.scope == asked.scope
+    assert guider_of(read) == guider_of(asked)
+
+
 # ---------------------------------------------------------------------------------------------- the page
 
 
@@ -154,13 +194,13 @@ def test_without_gradio_one_line_says_what_to_install(recipe, tmp_path: Path) ->
     (tmp_path / "gradio" / "__init__.py").write_text("raise ImportError('not here')\n")
     done = recipe("studio", "--base.path", "pocket", PYTHONPATH=str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].endswith("pip install 'scfg-toolkit[studio]'")
+    assert done.stderr.strip().splitlines()[-1].endswith("pip install -e '.[studio]' in the checkout")
     assert "Traceback" not in done.stderr
 
 
 def test_the_page_starts_with_the_guiders_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    gradio = pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install 'scfg-toolkit[studio]'")
+    gradio = pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
     shown = {part.elem_id: part for part in build(gradio, Settings()).blocks.values() if hasattr(part, "value")}
     for name in ("latent_ratio", "gamma_min", "gamma_max", "smoothing_sigma", "start", "stop", "tokens", "completion"):
         assert shown[name].value == getattr(scfg.SemanticCFG(), name), name
@@ -169,7 +209,7 @@ def test_the_page_starts_with_the_guiders_own_defaults(monkeypatch: pytest.Monke
 
 def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install 'scfg-toolkit[studio]'")
+    pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(TrainingError, match="--port"):
         run(Settings(port=taken.getsockname()[1]))
 
@@ -177,7 +217,7 @@ def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def studio(release: Path) -> Iterator[str]:
     """Address of a running studio."""
-    pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install 'scfg-toolkit[studio]'")
+    pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "recipes" / "studio.py"), "--base.path", "pocket", "--sampling.steps", "2"]
@@ -209,7 +249,8 @@ def test_in_a_browser(studio: str, release: Path) -> None:
                 page.click("#draw")
             page.wait_for_selector(".progress-text", state="detached")
             page.wait_for_function(
-                "() => ['left', 'right', 'strip'].every(n => document.querySelector(`#${n} img`)?.naturalWidth > 0)"
+                "() => ['base', 'left', 'right', 'strip'].every("
+                "n => document.querySelector(`#${n} img`)?.naturalWidth > 0)"
             )
             left, right = (page.get_attribute(f"#{side} img", "src") for side in ("left", "right"))
             return left, right
@@ -223,7 +264,13 @@ def test_in_a_browser(studio: str, release: Path) -> None:
         second = draw()
         page.wait_for_function("old => document.querySelector('#right img').src !== old", arg=first[1])
         assert second[0] == first[0]  # plain CFG has no such setting
+        before = files.read_manifest(release)
         page.click("#save")
+        page.click("#keep")
+        page.wait_for_selector("#sure", state="hidden")
+        assert files.read_manifest(release) == before, "it asks before it saves"
+        page.click("#save")
+        page.click("#sure")
         page.wait_for_selector("#saved >> text=saved")
         page.fill("#prompt textarea", " ")
         page.click("#draw")

@@ -332,17 +332,14 @@ def build(gr: ModuleType, settings: Settings) -> Any:
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3, min_width=300):
                 with gr.Row():
+                    what = "Adapter, " if settings.adapter else ""
                     base = _picture(gr, "base", "Base, CFG", visible=bool(settings.adapter))
-                    left, right = _picture(gr, "left", "Adapter, CFG"), _picture(gr, "right", "Adapter, S-CFG")
+                    left, right = _picture(gr, "left", f"{what}CFG"), _picture(gr, "right", f"{what}S-CFG")
                 line = gr.Markdown(elem_id="line")
         strip = _picture(gr, "strip", "Picture, regions, gamma", visible=False)
         with gr.Accordion("Guider"):
             parts |= _guider(gr, settings.guidance)
-            save = gr.Button("Save guider into the adapter", elem_id="save")
-            with gr.Row(visible=False) as asked:
-                sure = gr.Button("Yes, replace its guider", variant="stop", elem_id="sure")
-                keep = gr.Button("No, leave it", elem_id="keep")
-            saved = gr.Markdown(elem_id="saved")
+            _saving(gr, settings, parts)
 
         def on_draw(data: Mapping[Any, Any]) -> tuple[Any, ...]:
             said = {name: data[part] for name, part in parts.items()}
@@ -357,14 +354,6 @@ def build(gr: ModuleType, settings: Settings) -> Any:
             other = gr.update(value=pair.guided.image, label=f"{what}{pair.guided.arm}")
             return alone, plain, other, gr.update(value=pair.strip, visible=pair.strip is not None), pair.line
 
-        def on_ask(adapter: str) -> tuple[Any, str]:
-            return gr.update(visible=True), f"Write this guider into {adapter.strip() or 'no adapter'}?"
-
-        def on_save(data: Mapping[Any, Any]) -> tuple[Any, str]:
-            with _told(gr):
-                guidance, _ = _asked(settings, {name: data[part] for name, part in parts.items()})
-                return gr.update(visible=False), save_guider(data[parts["adapter"]], guidance)
-
         draw.click(
             on_draw,
             {*parts.values()},
@@ -372,10 +361,28 @@ def build(gr: ModuleType, settings: Settings) -> Any:
             show_progress_on=[left, right],
             api_visibility="private",
         )
-        save.click(on_ask, parts["adapter"], [asked, saved], api_visibility="private")
-        sure.click(on_save, {*parts.values()}, [asked, saved], api_visibility="private")
-        keep.click(lambda: (gr.update(visible=False), ""), None, [asked, saved], api_visibility="private")
     return page
+
+
+def _saving(gr: ModuleType, settings: Settings, parts: Mapping[str, Any]) -> None:
+    """The button that saves the guider, and the question before it."""
+    save = gr.Button("Save guider into the adapter", elem_id="save")
+    with gr.Row(visible=False) as asked:
+        sure = gr.Button("Yes, replace its guider", variant="stop", elem_id="sure")
+        keep = gr.Button("No, leave it", elem_id="keep")
+    saved = gr.Markdown(elem_id="saved")
+
+    def on_ask(adapter: str) -> tuple[Any, str]:
+        return gr.update(visible=True), f"Write this guider into {adapter.strip() or 'no adapter'}?"
+
+    def on_save(data: Mapping[Any, Any]) -> tuple[Any, str]:
+        with _told(gr):
+            guidance, _ = _asked(settings, {name: data[part] for name, part in parts.items()})
+            return gr.update(visible=False), save_guider(data[parts["adapter"]], guidance)
+
+    save.click(on_ask, parts["adapter"], [asked, saved], api_visibility="private")
+    sure.click(on_save, {*parts.values()}, [asked, saved], api_visibility="private")
+    keep.click(lambda: (gr.update(visible=False), ""), None, [asked, saved], api_visibility="private")
 
 
 def _request(gr: ModuleType, settings: Settings, prompt: str) -> dict[str, Any]:
@@ -397,16 +404,14 @@ def _request(gr: ModuleType, settings: Settings, prompt: str) -> dict[str, Any]:
     parts["scale"] = gr.Slider(1, max(20, scale), scale, step=0.1, label="Guidance scale", elem_id="scale")
     weight = 1.0 if settings.guidance.weight is None else settings.guidance.weight
     reach = settings.guidance.scope or ScopeSettings()
-    uncond = weight if reach.uncond_weight is None else reach.uncond_weight
+    share = 1.0 if reach.uncond_weight is None or not weight else min(1.0, reach.uncond_weight / weight)
     acts = {"step": 0.05, "min_width": 130}
     with gr.Row():
         parts["weight"] = gr.Slider(0, max(1.5, weight), weight, label="Adapter weight", elem_id="weight", **acts)
-        parts["uncond"] = gr.Slider(
-            0, max(1.5, uncond), uncond, label="Its weight in the unconditional half", elem_id="uncond", **acts
-        )
+        parts["uncond"] = gr.Slider(0, 1, share, label="Share in the unconditional half", elem_id="uncond", **acts)
     with gr.Row():
-        parts["begin"] = gr.Slider(0, 0.95, reach.start, label="It acts from (share of steps)", elem_id="begin", **acts)
-        parts["end"] = gr.Slider(0.05, 1, reach.stop, label="It acts until (share of steps)", elem_id="end", **acts)
+        parts["begin"] = gr.Slider(0, 0.95, reach.start, label="Acts from (share of steps)", elem_id="begin", **acts)
+        parts["end"] = gr.Slider(0.05, 1, reach.stop, label="Acts until (share of steps)", elem_id="end", **acts)
     return parts
 
 
@@ -451,9 +456,9 @@ def _asked(settings: Settings, said: Mapping[str, Any]) -> tuple[GuidanceSetting
     """What the page says, as settings; what it has no input for is as on the command line."""
     fields = {name: said[name] for name in ("latent_ratio", *LIMITS, *SLIDERS, *CHOICES)}
     options = {**settings.guidance.options, **fields}
-    weight, uncond = said["weight"], said["uncond"]
+    weight, share = said["weight"], said["uncond"]
     own = settings.guidance.scope or ScopeSettings()
-    scope = replace(own, uncond_weight=None if uncond == weight else uncond, start=said["begin"], stop=said["end"])
+    scope = replace(own, uncond_weight=None if share == 1 else share * weight, start=said["begin"], stop=said["end"])
     guidance = replace(
         settings.guidance,
         method=said["method"],

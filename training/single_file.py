@@ -140,12 +140,24 @@ def pipeline(file: SingleFile, dtype: torch.dtype | None) -> Any:
     if "safety_checker" in file.index:
         own |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     spoken = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of buffers that old files have
+    logging.set_verbosity_error()  # it warns of buffers that old files have, and of each change of precision
     try:
         own["unet"] = diffusers.UNet2DConditionModel.from_single_file(
             str(file.path), subfolder="unet", **options, **file.unet
         )
         pipe = kind.from_single_file(str(file.path), **options, **own)
+        for name, module in pipe.components.items():
+            if not isinstance(module, torch.nn.Module):
+                continue
+            lacking = [key for key, value in module.named_parameters() if value.is_meta]
+            require(
+                not lacking,
+                f"base {file.path} lacks {len(lacking)} weights of its {name}, such as {lacking[:1]}; get it again",
+            )
+            if dtype is not None:
+                module.to(dtype)
+    except TrainingError:
+        raise
     except NotImplementedError as error:  # of torch, where a weight is still without data
         raise TrainingError(f"base {file.path} lacks weights of its U-net or VAE; get the file again") from error
     except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
@@ -154,16 +166,6 @@ def pipeline(file: SingleFile, dtype: torch.dtype | None) -> Any:
         ) from error
     finally:
         logging.set_verbosity(spoken)
-    for name, module in pipe.components.items():
-        if not isinstance(module, torch.nn.Module):
-            continue
-        lacking = [key for key, value in module.named_parameters() if value.is_meta]
-        require(
-            not lacking,
-            f"base {file.path} lacks {len(lacking)} weights of its {name}, such as {lacking[:1]}; get it again",
-        )
-        if dtype is not None:
-            module.to(dtype)
     pipe.scheduler = getattr(diffusers, file.scheduler["_class_name"]).from_config(file.scheduler)
     return pipe
 

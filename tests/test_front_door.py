@@ -190,6 +190,20 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def other_photos(folder: Path) -> None:
+    """Another set in its place: high and wide, PNG and JPEG, two turned by their EXIF, and one broken."""
+    for file in folder.iterdir():
+        file.unlink()
+    for number, size in enumerate([(70, 220), (260, 90), (120, 120)]):
+        image = Image.effect_noise(size, 60).convert("RGB")
+        image.paste((40, 90, 200), (10, 10, 60, 60))
+        exif = image.getexif()
+        exif[0x0112] = (8, 3, 1)[number]
+        image.save(folder / f"DSC {number}.jpg", exif=exif)
+    image.save(folder / "last.png")
+    (folder / "broken.jpg").write_bytes((folder / "DSC 2.jpg").read_bytes()[:200])
+
+
 def commands_on_pocket() -> list[list[str]]:
     """What the guide tells to type for one's own photos on the pocket base."""
     text = (ROOT / "docs" / "getting-started.md").read_text("utf-8")
@@ -203,9 +217,15 @@ FEW += ["--sampling.steps=8", "--tune.scales=[4.0]", "--measure.limit=2", "--mea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("noun", "masked"), [("dog", False), ("gift", True)])
-def test_a_newcomer_s_photos_become_a_release(noun: str, masked: bool, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("noun", "masked", "others"), [("dog", False, False), ("gift", True, False), ("car", False, True)]
+)
+def test_a_newcomer_s_photos_become_a_release(
+    noun: str, masked: bool, others: bool, photos: Path, tmp_path: Path
+) -> None:
     """The guide's commands as they stand (one class in place of another), the run with few steps and pictures."""
+    if others:
+        other_photos(photos)
     if masked:
         (photos / "masks").mkdir()
         for file in photos.glob("*.jpg"):
@@ -218,8 +238,12 @@ def test_a_newcomer_s_photos_become_a_release(noun: str, masked: bool, photos: P
     program = [sys.executable, "-m", "recipes"]
     said = run_in(tmp_path, *program, *new, PYTHONPATH=str(ROOT))
     assert said.returncode == 0, said.stderr
-    assert "4 photos (1 turned upright), 64x64 to 200x150 pixels" in said.stdout
-    assert "left out: IMG_0001.HEIC" in said.stdout
+    if others:
+        assert "4 photos (2 turned upright), 120x120 to 260x90 pixels" in said.stdout
+        assert "broken.jpg" in said.stdout
+    else:
+        assert "4 photos (1 turned upright), 64x64 to 200x150 pixels" in said.stdout
+        assert "left out: IMG_0001.HEIC" in said.stdout
     assert said.stdout.splitlines()[-1].strip() == shlex.join(["scfg-toolkit", *train])
     ended = run_in(tmp_path, *program, *train, *FEW, PYTHONPATH=str(ROOT))
     assert ended.returncode == 0, ended.stderr

@@ -67,7 +67,7 @@ PLACES = {
         *(f"data.{name}" for name in ("source", "kind", "split", "prompt", "masks", "conditioning", "minimum")),
         *(f"data.{name}_column" for name in ("image", "caption", "mask", "conditioning")),
     ),
-    "content of the class images": tuple(
+    "content of class_images": tuple(
         f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")
     ),
 }

@@ -308,7 +308,7 @@ def class_images(
 ) -> None:
     """Fills `folder` up to `count` images of the prompts in turn, each process its share; image i has its own seed.
 
-    What is there and cannot be read is drawn again.
+    What is there and cannot be read, or has no caption, is drawn again.
 
     Beside every image lies its prompt, as its caption. An image is always drawn in the same batch, which begins at a
     multiple of `batch_size` and is whole even where `count` ends within it: how a kernel rounds depends on the size of
@@ -355,8 +355,9 @@ def class_images(
 
 
 def _readable(path: Path) -> bool:
-    """Whether a picture is there and whole; a PNG's parts have checksums, so that a flipped bit shows."""
-    if not path.is_file():
+    """Whether a picture is there, whole and with its caption; a PNG has checksums, so that a flipped bit shows."""
+    caption = path.with_suffix(".txt")
+    if not (path.is_file() and caption.is_file() and caption.stat().st_size):
         return False
     try:
         with Image.open(path) as image:

@@ -151,7 +151,7 @@ def _facts(method: Method, prepared: Prepared, record: dict[str, Any]) -> dict[s
         "schedule of the base": {key: value for key, value in method.parts.scheduler.items() if key[0] != "_"},
         "training method": method.name,
         "samples per step": prepared.feed.per_step,
-        **{f"content of the {what}": _digest(names) for what, names in prepared.names.items()},
+        **{f"content of {what}": _digest(names) for what, names in prepared.names.items()},
         "settings": record,
     }
 

@@ -311,7 +311,7 @@ def _contents(samples: list[list[Stream]]) -> dict[str, list[str]]:
     """What the subjects' pictures hold, and apart from it what is drawn beside them, if anything."""
     taught = [own for own, *_ in samples]
     beside = [stream for _, *others in samples for stream in others]
-    parts = {"data": taught, "class images": beside} if beside else {"data": taught}
+    parts = {"the data": taught, "class_images": beside} if beside else {"the data": taught}
     return {
         part: [name for stream in streams for name in stream.entries.names + _captions(stream)]
         for part, streams in parts.items()

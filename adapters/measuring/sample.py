@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import AdapterError, FileError
-from ..files import write_file
+from ..files import opened, write_file
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -269,7 +269,7 @@ def _digest(image: Image.Image) -> str:
 def read(path: Path) -> tuple[Shot, dict[str, Any]]:
     """A shot and its settings from a PNG written by `write`."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as file, Image.open(file) as image:
             record = json.loads(image.text[METADATA_KEY])  # type: ignore[attr-defined]
             pixels = image.convert("RGB")
         settings, digest = record.pop("settings"), record.pop("pixels", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,11 @@ def test_a_damaged_picture_is_drawn_again(pipe, tmp_path):
         with pytest.warns(UserWarning, match="it is drawn again"):
             again = shoot(pipe, folder=tmp_path)
         assert [s.image.tobytes() for s in again] == [s.image.tobytes() for s in whole]
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.warns(UserWarning, match="not a regular file.*it is drawn again"), limited("a FIFO", 10):
+        shoot(pipe, folder=tmp_path)
+    assert sample.read(path)[0].image.tobytes() == whole[1].image.tobytes()
 
 
 def exchanged(data: bytes, other: Path) -> bytes:

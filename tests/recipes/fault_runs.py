@@ -95,13 +95,15 @@ class Said:
 
     @property
     def error(self) -> str:
-        """The one line of a run that was refused."""
-        lines = [line for line in self.err.splitlines() if line.strip()]
+        """The one line of a run that was refused, and below it the list of problems in a folder, if it has one."""
+        before, line, after = self.err.partition("error: ")
         assert self.code == 2, (self.code, self.err)
-        assert len([line for line in lines if line.startswith("error: ")]) == 1, self.err
-        assert lines[-1].startswith("error: "), self.err
+        assert line, self.err
+        assert not before or before.endswith("\n"), self.err
+        assert "error: " not in after, self.err
+        assert all(one.startswith("  ") for one in after.splitlines()[1:]), self.err
         assert "Traceback" not in self.err, self.err
-        return lines[-1]
+        return line + after
 
 
 class Run:

@@ -214,6 +214,10 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
         (folder / "00001.png").write_bytes(damaged)
         prior(base, folder, class_images=4)
         assert (folder / "00001.png").read_bytes() == whole
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text("")):
+        damage(folder / "00001.txt")
+        prior(base, folder, class_images=4)
+        assert (folder / "00001.txt").read_text("utf-8") == "dog\n"
     with pytest.raises(TrainingError, match=r"class images in .* settings \(prompts: \['dog'\] -> \['cat'\]\)"):
         prior(base, folder, class_prompt="cat")
     (folder / "manifest.json").write_text("")

@@ -274,7 +274,7 @@ def test_a_damaged_snapshot_is_never_tuned_on(base: Path, pictures: Path, tmp_pa
     run(3)
     exchanged = tmp_path / "class" / "00000.png"
     shutil.copyfile(tmp_path / "class" / "00001.png", exchanged)
-    with pytest.raises(TrainingError, match=r"changed: content of the class images: \w+ -> \w+"):
+    with pytest.raises(TrainingError, match=r"changed: content of class_images: \w+ -> \w+"):
         run(4)
 
 

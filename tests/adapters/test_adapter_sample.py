@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hangs import limited
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 

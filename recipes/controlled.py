@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from adapters.edges import Canny
 from recipes.common.base import adapted, edges_of, pipeline, size_of
 from recipes.common.cli import launch, say
 from recipes.common.draw import draw, keep, sheet
@@ -21,9 +20,11 @@ from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
 
-if TYPE_CHECKING:
+MYPY = False  # see recipes.common.training
+if MYPY:
     from diffusers import DiffusionPipeline
 
+    from adapters.edges import Canny
     from training.data.folders import Folder
 
 __all__ = ["Settings", "run"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, named, say
@@ -26,7 +26,8 @@ from recipes.common.units import Case
 from training.config import BaseSettings, resolved
 from training.errors import exit_on_error
 
-if TYPE_CHECKING:
+MYPY = False  # see recipes.common.training
+if MYPY:
     from diffusers import DiffusionPipeline
 
     from adapters.measuring.sample import Shot

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import launch, say
@@ -25,7 +25,8 @@ from recipes.common.units import Case
 from training.config import BaseSettings
 from training.progress import Progress
 
-if TYPE_CHECKING:
+MYPY = False  # see recipes.common.training
+if MYPY:
     from diffusers import DiffusionPipeline
 
     from adapters.measuring.metrics.metric import Metric

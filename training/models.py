@@ -54,7 +54,7 @@ class Parts:
 
     folder: Path
     """Of the base; for a single file the one with its configs."""
-    file: single_file.SingleFile | None
+    file: single_file.SingleFile | None = None
     """The base, where it is a single file."""
     family: str
     """`sd` or `sdxl`."""

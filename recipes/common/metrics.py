@@ -186,6 +186,12 @@ def judged(name: str, case: Case, prompt: str) -> bool:
     return there.get(name, True)
 
 
+def _canny(name: str, case: Case) -> Metric:
+    require(case.edges is not None, f"{name} compares edges with conditions: set measure.targets")
+    assert case.edges is not None
+    return kinds.CannyF1(condition=lambda shot: _condition(name, case, shot), edges=case.edges)
+
+
 def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot], classes: Sequence[Shot]) -> Metric:
     plain: dict[str, Callable[[], Metric]] = {
         PROMPT: lambda: prompt_accuracy(case.identifier),
@@ -194,7 +200,7 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
         MARGIN: lambda: _identity(name, case, classes),
         SUBJECT: lambda: subject_similarity(*_masked(name, case), case.noun),
         "class IoU": lambda: class_iou(lambda shot: _condition(name, case, shot)),
-        "canny F1": lambda: kinds.CannyF1(condition=lambda shot: _condition(name, case, shot), edges=case.edges),
+        "canny F1": lambda: _canny(name, case),
         "MS-SSIM": lambda: kinds.MsSsim(target=lambda shot: _target(name, case, shot)),
         "saturation": kinds.Saturation,
         "contrast": kinds.Contrast,

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.common.base import POCKET
 from recipes.common.cli import named, say
@@ -26,7 +26,8 @@ from training.config import (
     resolved,
 )
 
-if TYPE_CHECKING:
+MYPY = False  # not TYPE_CHECKING: the reader of settings would run those imports, and --help would take seconds
+if MYPY:
     from adapters.edges import Canny
     from training.data.crops import Views
     from training.dreambooth import Concept, Prior

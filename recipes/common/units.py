@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
-from adapters.edges import Canny
 from recipes.common.base import POCKET
 from recipes.common.cli import say
 from recipes.common.prompts import texts
@@ -22,6 +21,7 @@ from training.errors import TrainingError
 from training.text import read_text
 
 if TYPE_CHECKING:
+    from adapters.edges import Canny
     from training.data.samples import Sample
 
 __all__ = ["Case", "cases", "subject_folders"]
@@ -41,8 +41,8 @@ class Case:
     """The subject's class."""
     conditions: Mapping[str, Image.Image] = field(default_factory=dict, repr=False)
     """Prompt -> what the ControlNet is given."""
-    edges: Canny = field(default_factory=Canny)
-    """What finds the edges of conditions and pictures."""
+    edges: Canny | None = None
+    """What finds the edges of conditions and pictures, where there are targets."""
     targets: Mapping[str, Image.Image] = field(default_factory=dict, repr=False)
     """Prompt -> the picture that the condition was made from."""
 
@@ -85,6 +85,8 @@ def cases(
         edges: the detector that the ControlNet was trained with; null: the default one.
     """
     if settings.targets is not None:
+        from adapters.edges import Canny
+
         return [_controlled(settings, adapter, size, edges or Canny())]
     if not settings.subjects:
         require(adapter is None or "{subject}" not in adapter, f"adapter {adapter} needs measure.subjects")

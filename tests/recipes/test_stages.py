@@ -23,7 +23,7 @@ from recipes.common.settings import MeasureSettings
 from recipes.common.subject_prompts import check_pocket, held_out, tuning
 from recipes.common.units import cases
 from training.config import BaseSettings
-from training.pocket import VERSION, captions, controlnet_path
+from training.pocket import captions, controlnet_path
 from training.pocket.control import EDGES
 from training.pocket.world import CLASSES
 
@@ -303,7 +303,7 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
     assert edges_of(str(tmp_path / "release")) == Canny(low=40, high=90)
     assert "<title>ControlNet (canny) on pocket" in (tmp_path / "measured" / "report.html").read_text("utf-8")
     card = (tmp_path / "release" / "README.md").read_text("utf-8")
-    assert f"StableDiffusionControlNetPipeline.from_pretrained('{VERSION}', controlnet=control)" in card
+    assert "StableDiffusionControlNetPipeline.from_pretrained(base_path(), controlnet=control)" in card
 
 
 def test_conditions_and_scores_use_the_detector_that_the_controlnet_was_trained_with(tmp_path: Path) -> None:

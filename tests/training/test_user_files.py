@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -489,10 +490,15 @@ def paired(kind: str, size: tuple[int, int], tmp_path: Path) -> tuple[images.Sou
 # ----------------------------------------------------------------------------------------------------------- paths
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnBase:
+    base: config.BaseSettings
+
+
 def test_a_tilde_is_the_home_folder_in_every_setting_but_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    given = config.parse(config.BaseSettings, ["--path", "~/models/sd"])
-    assert given.path == "/home/someone/models/sd"
+    based = config.parse(OnBase, ["--base.path", "~/models/sd"])
+    assert based.base.path == "/home/someone/models/sd"
     given = config.parse(DataSettings, ["--source", "~/a", "--masks=~/b", "--prompt", "~/ a dog"])
     assert (given.source, given.masks, given.prompt) == ("/home/someone/a", "/home/someone/b", "~/ a dog")
 

@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from adapters.files import write_folder
-
 from . import backgrounds
 from .captions import article
 from .errors import PocketError
@@ -94,6 +92,8 @@ def write(root: Path, name: str) -> Path:
     Raises:
         PocketError: no such subject; a rendered one without pybullet.
     """
+    from adapters.files import write_folder  # not above: the names are wanted without torch
+
     if name not in SUBJECTS:
         raise PocketError(f"there is no subject {name!r}; there are {', '.join(SUBJECTS)}")
     noun = TOYS[name].name if name in TOYS else name

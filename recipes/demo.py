@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recipes import dreambooth_lora
 from recipes.common.cli import alone, explained, quiet
-from training.config import parse
+from training.command_line import parse
 from training.errors import exit_on_error
 from training.pocket.captions import article
 from training.pocket.subjects import SUBJECTS

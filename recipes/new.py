@@ -17,7 +17,8 @@ from recipes.common.cli import CONFIGS, explained, quiet
 from recipes.common.photos import Photos, look
 from recipes.common.subject_plan import NETWORKS, compared, judged
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
-from training.config import parse, require
+from training.command_line import parse
+from training.config import require
 from training.errors import TrainingError, exit_on_error
 from training.pocket.captions import article
 from training.text import read_text

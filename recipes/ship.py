@@ -89,7 +89,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     """Plan, gains, rows, shots, the guidance that ships, and the facts of a comparison."""
     import adapters
     from recipes import measure
-    from training.config import parse
+    from training.command_line import parse
 
     if folder is None:
         return MeasureSettings(prompts=["a photo"]), None, (), {}, None, {}

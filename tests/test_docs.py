@@ -15,7 +15,7 @@ import yaml
 from recipes.__main__ import RECIPES
 from recipes.common import foreign
 from recipes.common.cli import training_recipe
-from training.config import parse
+from training.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 import adapters
 from recipes.__main__ import RECIPES, TOOLS, main
 from recipes.common.cli import TRAININGS, shipped_configs, training_recipe, with_config_files
-from training.config import parse
+from training.command_line import parse
 from training.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -99,14 +99,14 @@ def test_the_reader_of_imports_sees_every_form() -> None:
     assert "recipes.measure" in graph()["recipes.common.after_training"]  # inside a function
 
 
-def test_only_settings_import_jsonargparse() -> None:
+def test_only_the_command_line_imports_jsonargparse() -> None:
     users = {
         file.relative_to(ROOT).as_posix()
         for room in MAY_IMPORT
         for file in (ROOT / room).rglob("*.py")
         if "jsonargparse" in file.read_text()
     }
-    assert users <= {"training/config.py"}
+    assert users <= {"training/command_line.py"}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)

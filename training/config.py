@@ -1,29 +1,20 @@
-"""Settings as frozen dataclasses, and how they are read from YAML files and the command line.
+"""Settings as frozen dataclasses, of which a recipe composes its own; `command_line.parse` reads them.
 
-A recipe composes its own top dataclass from these pieces and calls `parse`. The string under a field is its help line.
-Importing this module loads no torch, so `--help` answers at once.
+The string under a field is its help line. Importing this module loads no torch, so `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import json
 import math
-import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from glob import glob
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 
-from . import naming, typed
 from .errors import TrainingError
 
 __all__ = [
@@ -37,7 +28,6 @@ __all__ = [
     "TagSettings",
     "TrainSettings",
     "ValidationSettings",
-    "parse",
     "require",
     "resolved",
     "write",
@@ -511,186 +501,6 @@ class TrainSettings:
         _patterns("train.rates", self.rates)
         require(self.clip is None or self.clip > 0, f"train.clip must be > 0 or null, got {self.clip}")
         require(self.ema is None or 0 < self.ema < 1, f"train.ema must be between 0 and 1 or null, got {self.ema}")
-
-
-SettingsT = TypeVar("SettingsT")
-
-
-def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT:
-    """Reads an instance of the dataclass `kind` from `--config` files and dotted overrides (later ones win).
-
-    Args:
-        kind: the recipe's dataclass; its docstring heads `--help`.
-        args: command line; default: this process's. Texts arrive as typed, except `null`, which unsets a setting.
-
-    Raises:
-        TrainingError: an unknown name or a bad value, named.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_loader, set_parsing_settings
-
-    class Parser(ArgumentParser):
-        def parse_path(self, path: Any, *args: Any, **more: Any) -> Any:  # its own reads texts as YAML does
-            values = _prompts_as_lists(typed.config(kind, path))
-            exact = yaml.safe_dump(values, default_style='"', sort_keys=False)
-            return self.parse_string(exact, *args, **more)
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    set_loader("typed", partial(typed.value, load=get_loader("yaml")), exceptions=(yaml.YAMLError,))
-    parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False, parser_mode="typed")
-    parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
-    parser.add_class_arguments(kind, as_group=False)
-    arguments = _one_prompt(_configs_first(list(sys.argv[1:] if args is None else args)))
-    if {"-h", "--help"} & set(arguments):
-        print(parser.format_help() if "all" in arguments else _short_help(parser, kind))
-        raise SystemExit(0)
-    naming.check_flags(kind, arguments)
-    for file in _config_files(arguments):
-        naming.check(kind, typed.config(kind, file))
-    try:
-        read = parser.parse_args(arguments)
-        values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
-        names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        settings = _at_home(kind(**{name: value for name, value in values.items() if name in names}))
-        found: SettingsT = _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
-        return found
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise TrainingError(naming.in_words(str(error))) from error
-
-
-COMMON = (  # what most runs set; of these --help shows the first ten that a command has
-    "base.path",
-    "data.source",
-    "adapter",
-    "prompts",
-    "dreambooth.identifier",
-    "lora.rank",
-    "train.steps",
-    "train.batch_size",
-    "train.learning_rate",
-    "measure.subjects",
-    "guidance.method",
-    "sampling.steps",
-    "seeds",
-    "out",
-)
-
-
-def _short_help(parser: Any, kind: type) -> str:
-    """The commonest settings of a recipe; `--help all` shows the rest."""
-    helps = {action.dest: action.help for action in parser._actions}
-    shown = [name for name in COMMON if name in helps]
-    shown = [*[name for name in shown if name != "out"][:9], *(["out"] if "out" in shown else [])]
-    width = max(map(len, shown), default=0)
-    lines = [
-        inspect.cleandoc(kind.__doc__ or ""),
-        "",
-        f"{'--config':{width + 2}}  a YAML file, or the name of one that ships",
-    ]
-    for name in shown:
-        said = str(helps[name] or "").split(" (required")[0].split(" (default")[0].split(" (type")[0]
-        lines.append(f"--{name:{width}}  {' '.join(said.split())}")
-    return "\n".join([*lines, "", f"--help all shows all {len(list(naming.names(kind)))} settings."])
-
-
-PROMPTS = ("prompts", "drift_prompts")  # lists, of which one entry may be given alone
-
-
-def _one_prompt(arguments: Sequence[str]) -> list[str]:
-    """A command line in which a single prompt is a list of one."""
-    words = list(arguments)
-    for place, word in enumerate(words):
-        flag, joined, value = word.partition("=")
-        if not flag.startswith("--"):
-            continue
-        after = place + 1 < len(words) and not joined
-        given = words[place + 1] if after else value
-        if flag.rsplit(".", 1)[-1].removeprefix("--") in PROMPTS and given and not given.startswith("["):
-            given = given if given == "null" else json.dumps([given])
-        elif given.startswith("{"):
-            given = _with_lists(given)
-        words[place + after] = given if after else f"{flag}{joined}{given}"
-    return words
-
-
-def _with_lists(text: str) -> str:
-    """A table of settings in which a single prompt is a list of one; what needs no change is left as it is."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    changed = _prompts_as_lists(values)
-    return text if changed == values else json.dumps(changed)
-
-
-def _prompts_as_lists(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {
-        key: [value] if key in PROMPTS and isinstance(value, str) else _prompts_as_lists(value)
-        for key, value in values.items()
-    }
-
-
-def _at_home(value: Any, name: str = "") -> Any:
-    """`~` at the begin of a path is the home folder, as in a shell; prompts are not paths."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        inner = {item.name: _at_home(getattr(value, item.name), item.name) for item in dataclasses.fields(value)}
-        return dataclasses.replace(value, **inner)
-    if isinstance(value, list | tuple):
-        return type(value)(_at_home(item, name) for item in value)
-    if isinstance(value, dict):
-        return {key: _at_home(item, key) for key, item in value.items()}
-    spoken = "prompt" in name and not name.endswith("file")
-    if isinstance(value, str) and value.startswith("~") and "/" in value and not spoken:
-        return os.path.expanduser(value)
-    return value
-
-
-def _configs_first(args: list[str]) -> list[str]:
-    """Puts `--config FILE` before the overrides, whatever order they were typed in, so that overrides always win."""
-    first, rest = [], []
-    while args:
-        word = args.pop(0)
-        if word == "--config" and args:
-            first += [word, args.pop(0)]
-        elif word.startswith("--config="):
-            first.append(word)
-        else:
-            rest.append(word)
-    return first + rest
-
-
-def _config_files(args: Sequence[str]) -> list[str]:
-    """The files that `--config` names, in a command line in which they come first."""
-    apart = [word for before, word in pairwise(args) if before == "--config"]
-    return apart + [word.removeprefix("--config=") for word in args if word.startswith("--config=")]
-
-
-OUTPUTS = ("out", "cache_folder", "class_folder", "push")  # folders that are made, never looked for
-LEVELS = 4  # a shipped config lies three folders below the one that its paths start from
-
-
-def _located(settings: Any, files: Sequence[Path]) -> Any:
-    """Resolves relative paths that the working directory does not have, from a config's folder or one above it."""
-    places = [place for file in files for place in file.parents[:LEVELS]]
-
-    def there(name: str) -> bool:
-        return os.path.exists(name) or bool(glob(name))  # a folder may be called `rex [2]`
-
-    def found(value: Any) -> Any:
-        if isinstance(value, list):
-            return [found(item) for item in value]
-        if isinstance(value, dict):
-            return {key: found(item) for key, item in value.items()}
-        if dataclasses.is_dataclass(value):
-            return _located(value, files)
-        if not isinstance(value, str) or "/" not in value or Path(value).is_absolute() or there(value):
-            return value
-        return next((str(place / value) for place in places if there(str(place / value))), value)
-
-    fields = [item.name for item in dataclasses.fields(settings) if item.name not in OUTPUTS]
-    changed = {name: new for name in fields if (new := found(value := getattr(settings, name))) != value}
-    return dataclasses.replace(settings, **changed) if changed else settings
 
 
 def resolved(settings: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ modelspec standard, and for SD-2.x ComfyUI's rule on one of the weights.
 from __future__ import annotations
 
 import json
+import lzma
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ def _clip(pad: str) -> Any:
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    merges = (BUNDLED / "merges.txt").read_text("utf-8")
+    merges = lzma.decompress((BUNDLED / "merges.txt.xz").read_bytes()).decode()
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), *(m.replace(" ", "") for m in merges.splitlines())]
     numbers = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}

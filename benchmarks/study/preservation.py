@@ -27,7 +27,8 @@ from recipes import dreambooth_lora
 from recipes.common.base import adapted, pipeline
 from recipes.common.cli import explained, quiet
 from recipes.common.settings import SamplingSettings, ScopeSettings
-from training.config import BaseSettings, parse
+from training.command_line import parse
+from training.config import BaseSettings
 from training.errors import exit_on_error
 from training.pocket import metrics
 from training.pocket.captions import article

@@ -32,7 +32,8 @@ import adapters
 from benchmarks.study import pointing_table
 from benchmarks.study.tables import report
 from recipes.common.cli import quiet
-from training.config import parse, resolved
+from training.command_line import parse
+from training.config import resolved
 from training.errors import TrainingError
 from training.pocket import base_hash
 from training.pocket.captions import article

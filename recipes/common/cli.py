@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from training.config import TrainSettings, parse
+from training.command_line import parse
+from training.config import TrainSettings
 from training.errors import TrainingError, exit_on_error
 from training.launcher import adopted
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,19 +247,26 @@ def made_by_lycoris(kind: str, flat: str, layer: torch.nn.Module, generator: tor
     return module.eval()
 
 
+def written_by_lycoris(
+    kinds: Iterable[str], model: torch.nn.Module, flats: Mapping[str, str], file: Path
+) -> tuple[keys.Adapter, dict[str, torch.Tensor]]:
+    """A file of LyCORIS' own, as we read it, and what it does to every layer."""
+    generator, tensors, wanted = torch.Generator().manual_seed(2), {}, {}
+    for kind, (flat, path) in zip(kinds, flats.items(), strict=False):
+        layer = model.get_submodule(path)
+        module = made_by_lycoris(kind, flat, layer, generator)
+        tensors |= {f"{flat}.{name}": value.detach() for name, value in module.state_dict().items()}
+        wanted[path] = effect(module, layer)
+    files.write_tensors(file, tensors)
+    return source.read_adapter(source.open_source(file)), wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["sd-1", "sdxl"])
 @pytest.mark.parametrize("kind", ALGORITHMS)
 def test_lycoris_own_files_change_the_weights_as_lycoris_does(layouts, tmp_path, kind, layout):
     model, flats = layouts[layout]
-    generator, tensors, wanted = torch.Generator().manual_seed(2), {}, {}
-    for flat, path in flats.items():
-        layer = model.get_submodule(path)
-        module = made_by_lycoris(kind, flat, layer, generator)
-        tensors |= {f"{flat}.{name}": value.detach() for name, value in module.state_dict().items()}
-        wanted[path] = effect(module, layer)
-    files.write_tensors(tmp_path / "theirs.safetensors", tensors)
-    adapter = source.read_adapter(source.open_source(tmp_path / "theirs.safetensors"))
+    adapter, wanted = written_by_lycoris(itertools.repeat(kind), model, flats, tmp_path / "theirs.safetensors")
     assert adapter.part("unet").keys() == wanted.keys()
     ours = compose.deltas(keys.Adapter(modules=fit(model, adapter, "unet")), {"unet": model})
     for path, theirs in wanted.items():
@@ -270,14 +278,7 @@ def test_lycoris_own_files_change_the_weights_as_lycoris_does(layouts, tmp_path,
 def test_kinds_mixed_in_one_file_change_the_weights_as_lycoris_does(layouts, tmp_path, layout):
     """Another kind on every layer, both as LyCORIS wrote it and as we write it again."""
     model, flats = layouts[layout]
-    generator, tensors, wanted = torch.Generator().manual_seed(2), {}, {}
-    for kind, (flat, path) in zip(itertools.cycle(ALGORITHMS), flats.items()):
-        layer = model.get_submodule(path)
-        module = made_by_lycoris(kind, flat, layer, generator)
-        tensors |= {f"{flat}.{name}": value.detach() for name, value in module.state_dict().items()}
-        wanted[path] = effect(module, layer)
-    files.write_tensors(tmp_path / "theirs.safetensors", tensors)
-    theirs = source.read_adapter(source.open_source(tmp_path / "theirs.safetensors"))
+    theirs, wanted = written_by_lycoris(itertools.cycle(ALGORITHMS), model, flats, tmp_path / "theirs.safetensors")
     write_kohya(tmp_path / "ours.safetensors", theirs, sdxl=layout == "sdxl")
     again = source.read_adapter(source.open_source(tmp_path / "ours.safetensors"))
     for adapter in (theirs, again):

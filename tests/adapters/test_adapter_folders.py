@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hangs import limited
+from mutated import mutate_bytes
 from safetensors.torch import save
 
 import adapters
@@ -141,14 +142,6 @@ def mutate_tensors(data: bytes, dice: random.Random) -> bytes:
         other = dice.choice([name, name, name + ".x", name.upper(), name[: len(name) // 2], "😀", "a" * 300])
         tensors[other] = new.contiguous().clone()
     return save(tensors, {"format": "pt"})
-
-
-def mutate_bytes(data: bytes, dice: random.Random) -> bytes:
-    mutated = bytearray(data)
-    for _ in range(dice.randint(1, 4)):
-        at = dice.randrange(len(mutated) or 1)
-        mutated[at : at + dice.choice([0, 1, 4])] = dice.randbytes(dice.choice([0, 1, 4]))
-    return bytes(mutated[: dice.randrange(len(mutated) + 1)]) if dice.random() < 0.2 else bytes(mutated)
 
 
 BY_SUFFIX: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {

@@ -83,7 +83,7 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     plan = MeasureSettings(subjects=[str(ROOT / "recipes" / "subjects" / "bird")], seeds=[9], limit=2)
     plain = tuned(tmp_path / "plain", best={"CFG": GuidanceSettings(method="cfg", scale=2.0, weight=0.6)})
     plan = replace(plan, arms={**plan.arms, "CFG early": scoped})
-    early = resolve(plan, base=POCKET, adapter=BIRD, tuned=str(plain)).arms["CFG early"].guidance
+    early = resolve(plan, base=POCKET, adapter=TEAPOT, tuned=str(plain)).arms["CFG early"].guidance
     assert (early.scale, early.weight, early.scope) == (2.0, 0.6, scoped.scope)
     place = tuned(tmp_path / "scoped", best={"CFG": scoped})
     assert Tuned.read(place).best["CFG"] == scoped
@@ -218,7 +218,7 @@ FREE = {"measure.base_arm", "ship.description", "ship.compact", "ship.private"} 
 MORE = {  # what a value needs beside it to be looked at
     "measure.reference": ["--measure.frechet=judge"],
     "measure.spaces": ["--measure.metrics=['alignment (clip)']"],
-    "tune.snapshots": [f"--adapter={ROOT / 'recipes' / 'zoo' / 'bird'}"],
+    "tune.snapshots": [f"--adapter={ROOT / 'recipes' / 'zoo' / 'teapot'}"],
     "measure.metrics": ["--measure.seeds=[1]"],
 }
 
@@ -260,7 +260,7 @@ def test_an_impossible_value_is_refused_before_anything_is_drawn(
     common = {
         "measure": [f"--measure.prompts={json.dumps(PROMPTS)}", "--dry_run=true"],
         "tune": [f"--measure.prompts={json.dumps(PROMPTS)}", "--tune.prompts=['a cat']", "--dry_run=true"],
-        "ship": [f"--adapter={ROOT / 'recipes' / 'zoo' / 'bird'}"],
+        "ship": [f"--adapter={ROOT / 'recipes' / 'zoo' / 'teapot'}"],
     }[stage]
     for value in WRONG[field]:
         given = value if isinstance(value, str) else json.dumps(value)
@@ -319,14 +319,14 @@ def test_a_training_is_not_begun_for_it(change: str, named: str, call: Callable,
     assert not (tmp_path / "out").exists()
 
 
-BIRD = str(ROOT / "recipes" / "zoo" / "bird")
+TEAPOT = str(ROOT / "recipes" / "zoo" / "teapot")
 
 
 @pytest.mark.parametrize(
     ("arm", "adapter", "said"),
     [
-        ({"scope": {"uncond_weight": 2.0}}, BIRD, r"scope.uncond_weight 2.0 is above the adapter's weight 1"),
-        ({"scope": {"where": "subject"}}, BIRD, "scope.where subject: no subject is given; set measure.subjects"),
+        ({"scope": {"uncond_weight": 2.0}}, TEAPOT, r"scope.uncond_weight 2.0 is above the adapter's weight 1"),
+        ({"scope": {"where": "subject"}}, TEAPOT, "scope.where subject: no subject is given; set measure.subjects"),
         ({"scope": {"stop": 0.5}}, None, "scope: there is no adapter that it could be of"),
     ],
 )
@@ -342,15 +342,15 @@ def test_every_scope_is_tried_in_a_dry_run_and_none_is_plain(call: Callable, tmp
     scopes |= {"even": {"where": "uniform", "where_stop": 0.3}, "wrong": {"where": "elsewhere", "where_stop": 0.3}}
     arms = {"CFG": {"method": "cfg"}, "S-CFG": {"method": "semantic"}}
     arms |= {name: {"method": "cfg", "scope": scope} for name, scope in scopes.items()}
-    subject = ROOT / "recipes" / "subjects" / "bird"
-    arguments = ["--base.path=pocket", f"--adapter={BIRD}", f"--measure.subjects=['{subject}']", "--dry_run=true"]
+    subject = ROOT / "recipes" / "subjects" / "teapot"
+    arguments = ["--base.path=pocket", f"--adapter={TEAPOT}", f"--measure.subjects=['{subject}']", "--dry_run=true"]
     said = call("measure", *arguments, f"--measure.arms={json.dumps(arms)}", f"--out={tmp_path}")
     assert said.code == 0, said.err
     given = {name: GuidanceSettings(method="cfg", scope=ScopeSettings(**scope)) for name, scope in scopes.items()}
     plan = MeasureSettings(
         subjects=[str(subject)], arms={"CFG": GuidanceSettings(method="cfg"), "S-CFG": given["late"]}
     )
-    found = resolve(plan, base=POCKET, adapter=BIRD)
+    found = resolve(plan, base=POCKET, adapter=TEAPOT)
     assert [arm.plain for arm in found.arms.values()] == [False, True, False]
     assert found.arms["S-CFG"].worn != found.arms["CFG"].worn == "1"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import parse
+from training.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"

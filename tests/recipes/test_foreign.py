@@ -19,7 +19,7 @@ from adapters.writing import write_kohya
 from recipes.common.foreign import FEW, words_of
 from recipes.common.results import unseen
 from recipes.measure import Settings
-from training.config import parse
+from training.command_line import parse
 from training.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -126,7 +126,7 @@ def test_what_training_loaded_is_gone_before_the_later_stages(
 ) -> None:
     from recipes import text_to_image_lora
     from recipes.common import after_training
-    from training.config import parse
+    from training.command_line import parse
 
     loaded: list[weakref.ref] = []
     load = text_to_image_lora.load_parts

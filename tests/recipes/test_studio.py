@@ -163,10 +163,10 @@ def test_the_base_stands_beside_the_adapter_whose_weight_and_scope_are_its_own(p
 
 
 def test_the_page_opens_with_what_the_release_says() -> None:
-    zoo = ROOT / "recipes" / "zoo" / "bird"
+    zoo = ROOT / "recipes" / "zoo" / "teapot"
     found = opening(str(zoo))
-    assert found.trigger == "sks bird"
-    assert found.prompts[0] == "a sks bird in the sea"
+    assert found.trigger == "sks teapot"
+    assert found.prompts[0] == "a sks teapot in the sea"
     config = json.loads((zoo / "guider_config.json").read_text())
     assert found.guidance is not None
     assert (found.guidance.method, found.guidance.scale) == (config["method"], config["guidance_scale"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training import config
+from training import command_line, config
 from training.errors import Stopped, TrainingError, exit_on_error
 
 
@@ -31,7 +31,7 @@ def test_files_come_in_order_and_overrides_win_wherever_they_stand(tmp_path: Pat
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
     one.write_text("base: {path: some}\ntrain: {steps: 7, optimizer_args: {betas: [0.9, 0.99]}}\nlora: {rank: 2}\n")
     two.write_text("train: {steps: 8, ema: 0.99}\n")
-    read = config.parse(Settings, ["--lora.rank=3", "--config", str(one), f"--config={two}", "--out", "here"])
+    read = command_line.parse(Settings, ["--lora.rank=3", "--config", str(one), f"--config={two}", "--out", "here"])
     assert (read.base.path, read.train.steps, read.train.ema, read.lora.rank, read.out) == ("some", 8, 0.99, 3, "here")
     assert read.train.optimizer_args == {"betas": [0.9, 0.99]}
 
@@ -50,30 +50,30 @@ def test_files_come_in_order_and_overrides_win_wherever_they_stand(tmp_path: Pat
 )
 def test_bad_settings_are_refused_by_name(arguments: list[str], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        config.parse(Settings, ["--base.path", "x", *arguments])
+        command_line.parse(Settings, ["--base.path", "x", *arguments])
 
 
 def test_a_typo_in_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: {path: x}\ntrain: {stepz: 3}\n")
     with pytest.raises(TrainingError, match="stepz"):
-        config.parse(Settings, ["--config", str(tmp_path / "a.yaml")])
+        command_line.parse(Settings, ["--config", str(tmp_path / "a.yaml")])
 
 
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(TrainingError, match=r"base"):
-        config.parse(Settings, [])
+        command_line.parse(Settings, [])
 
 
 def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
     changes = ["--base.path", "x", "--train.optimizer_args", "{lr: 1}", "--lora.targets", "[to_q, to_k]"]
-    read = config.parse(Settings, changes)
+    read = command_line.parse(Settings, changes)
     config.write(config.resolved(read), tmp_path / "settings.yaml")
-    assert config.parse(Settings, ["--config", str(tmp_path / "settings.yaml")]) == read
+    assert command_line.parse(Settings, ["--config", str(tmp_path / "settings.yaml")]) == read
 
 
 def test_help_has_a_line_for_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config.parse(Settings, ["--help", "all"])
+        command_line.parse(Settings, ["--help", "all"])
     text = " ".join(capsys.readouterr().out.split())
     assert (
         "--lora.rank RANK Rank of the weight update. Higher: more capacity, larger files. (type: int, default: 8)"
@@ -84,7 +84,7 @@ def test_help_has_a_line_for_every_field(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_resolved_settings_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config.parse(Settings, ["--base.path", "x", "--print_config"])
+        command_line.parse(Settings, ["--base.path", "x", "--print_config"])
     assert "rank: 8" in capsys.readouterr().out
 
 
@@ -111,12 +111,12 @@ def test_one_prompt_may_be_given_alone(tmp_path: Path) -> None:
 
     text = "a red dog: and a [blue] cat"
     for words in (["--prompts", text], [f"--prompts={text}"]):
-        assert config.parse(sample.Settings, ["--base.path=pocket", "--out=x", *words]).prompts == [text]
-    listed = config.parse(sample.Settings, ["--base.path=pocket", "--out=x", "--prompts=[a dog, a cat]"])
+        assert command_line.parse(sample.Settings, ["--base.path=pocket", "--out=x", *words]).prompts == [text]
+    listed = command_line.parse(sample.Settings, ["--base.path=pocket", "--out=x", "--prompts=[a dog, a cat]"])
     assert listed.prompts == ["a dog", "a cat"]
     file = tmp_path / "mine.yaml"
     file.write_text("base: {path: pocket}\nout: x\nmeasure: {prompts: a dog, drift_prompts: a car}\n")
-    plan = config.parse(measure.Settings, [f"--config={file}"]).measure
+    plan = command_line.parse(measure.Settings, [f"--config={file}"]).measure
     assert (plan.prompts, plan.drift_prompts) == (["a dog"], ["a car"])
-    nested = config.parse(measure.Settings, ["--base.path=pocket", "--out=x", '--measure={"prompts": "a dog"}'])
+    nested = command_line.parse(measure.Settings, ["--base.path=pocket", "--out=x", '--measure={"prompts": "a dog"}'])
     assert nested.measure.prompts == ["a dog"]

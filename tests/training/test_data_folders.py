@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hangs import limited
+from mutated import mutate_bytes
 from PIL import Image
 from training_data import picture
 
@@ -54,14 +55,6 @@ def photos(tmp_path_factory) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- mutations
-
-
-def mutate_bytes(data: bytes, dice: random.Random) -> bytes:
-    mutated = bytearray(data)
-    for _ in range(dice.randint(1, 6)):
-        at = dice.randrange(len(mutated) or 1)
-        mutated[at : at + dice.choice([0, 1, 4])] = dice.randbytes(dice.choice([0, 1, 4]))
-    return bytes(mutated[: dice.randrange(len(mutated) + 1)]) if dice.random() < 0.3 else bytes(mutated)
 
 
 def png_header(data: bytes, dice: random.Random) -> bytes:

@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 
 from training import naming
-from training.config import BaseSettings, TrainSettings, parse
+from training.command_line import parse
+from training.config import BaseSettings, TrainSettings
 from training.errors import TrainingError
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from training import config
+from training import command_line, config
 from training.errors import TrainingError
 
 
@@ -75,11 +75,11 @@ ODD = [
 
 @pytest.mark.parametrize("text", ODD)
 def test_on_the_command_line(text: str) -> None:
-    read = config.parse(Texts, [f"--data.prompt={text}", f"--plain={text}", "--maybe+=a", f"--maybe+={text}"])
+    read = command_line.parse(Texts, [f"--data.prompt={text}", f"--plain={text}", "--maybe+=a", f"--maybe+={text}"])
     assert (read.data.prompt, read.plain) == (text, text)
     assert read.maybe == (["a", "V"] if text == "[V]" else ["a", text])  # a list adds its members
     if not text.startswith("--"):
-        assert config.parse(Texts, ["--data.prompt", text]).data.prompt == text
+        assert command_line.parse(Texts, ["--data.prompt", text]).data.prompt == text
 
 
 @pytest.mark.parametrize("text", [*ODD, "NULL", "on\n\noff: # x"])
@@ -92,7 +92,7 @@ def test_what_is_written_reads_back(text: str, tmp_path: Path) -> None:
         words={text: text},
     )
     config.write(config.resolved(made), tmp_path / "settings.yaml")
-    assert config.parse(Texts, ["--config", str(tmp_path / "settings.yaml")]) == made
+    assert command_line.parse(Texts, ["--config", str(tmp_path / "settings.yaml")]) == made
 
 
 def text_settings(kind: type, place: str = "") -> Iterator[str]:
@@ -111,7 +111,7 @@ def test_every_text_setting_arrives_or_is_refused_by_its_value(recipe: str) -> N
     assert needed <= set(tried)
     for name in tried:
         try:
-            read: typing.Any = config.parse(kind, [*(f"--{other}=x" for other in needed), f"--{name}=#1 dog"])
+            read: typing.Any = command_line.parse(kind, [*(f"--{other}=x" for other in needed), f"--{name}=#1 dog"])
         except TrainingError as error:
             if "#1 dog" in str(error):
                 continue
@@ -137,7 +137,7 @@ def test_every_text_setting_arrives_or_is_refused_by_its_value(recipe: str) -> N
 )
 def test_in_a_config(typed: str, text: str | None, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"data:\n  source: x\n  prompt: {typed}\n")
-    assert config.parse(Texts, ["--config", str(tmp_path / "c.yaml")]).data.prompt == text
+    assert command_line.parse(Texts, ["--config", str(tmp_path / "c.yaml")]).data.prompt == text
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_in_a_config(typed: str, text: str | None, tmp_path: Path) -> None:
 def test_what_yaml_would_leave_out_is_refused_with_its_line(typed: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"data:\n  source: x\n  {typed}\n")
     with pytest.raises(TrainingError, match=said) as raised:
-        config.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
+        command_line.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
     assert "\n" not in str(raised.value)
 
 
@@ -170,22 +170,22 @@ def test_what_yaml_would_leave_out_is_refused_with_its_line(typed: str, said: st
 def test_a_config_without_names_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(TrainingError, match=r"c.yaml: settings are written as `name: value`, one a line$"):
-        config.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
+        command_line.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
 
 
 def test_lists_and_names_are_texts_too(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("prompts: [1, yes, 1e3]\nwords: {1: no}\nmaybe:\n- #1 dog\n")
     with pytest.raises(TrainingError, match="line 4: maybe: YAML takes #1 dog"):
-        config.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
+        command_line.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
     (tmp_path / "c.yaml").write_text("prompts: [1, yes, 1e3]\nwords: {1: no}\n")
-    read = config.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
+    read = command_line.parse(Texts, ["--config", str(tmp_path / "c.yaml")])
     assert (read.prompts, read.words) == (["1", "yes", "1e3"], {"1": "no"})
 
 
 def test_a_value_of_dashes_needs_an_equals_sign() -> None:
     for text in ("---", "-- dog"):
         with pytest.raises(TrainingError, match=f"^{text}: a value that begins with -- needs an equals sign"):
-            config.parse(Texts, ["--data.prompt", text])
+            command_line.parse(Texts, ["--data.prompt", text])
 
 
 @hypothesis_settings(max_examples=15, deadline=None)
@@ -196,4 +196,4 @@ def test_any_text(text: str) -> None:
         text.encode()
     except (yaml.YAMLError, UnicodeEncodeError):
         return  # YAML itself has no such letters
-    assert config.parse(Texts, [f"--data.prompt={text}"]).data.prompt == text
+    assert command_line.parse(Texts, [f"--data.prompt={text}"]).data.prompt == text

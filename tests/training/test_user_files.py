@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, features
 from training_data import fill, picture
 
-from training import config, text
+from training import command_line, config, text
 from training.config import DataSettings
 from training.data import crops, folders, images, pictures
 from training.errors import TrainingError
@@ -64,7 +64,7 @@ def test_nor_of_metadata_prompts_or_configs(encoding: str, tmp_path: Path) -> No
     (tmp_path / "prompts.txt").write_bytes(f"{CAPTION}\r\n".encode(encoding))
     assert texts([], str(tmp_path / "prompts.txt")) == [CAPTION]
     (tmp_path / "c.yaml").write_bytes(f"source: x\nprompt: {CAPTION}\n".encode(encoding))
-    assert config.parse(DataSettings, ["--config", str(tmp_path / "c.yaml")]).prompt == CAPTION
+    assert command_line.parse(DataSettings, ["--config", str(tmp_path / "c.yaml")]).prompt == CAPTION
 
 
 @pytest.mark.parametrize(("encoding", "found"), [("utf-16", "UTF-16"), ("utf-16-le", "byte"), ("cp1252", "0xe9")])
@@ -76,15 +76,15 @@ def test_another_encoding_is_named_with_its_file(encoding: str, found: str, name
     with pytest.raises(TrainingError, match=rf"{name} is not UTF-8 text \(.*{found}.*\); save it as UTF-8"):
         read(root)
     with pytest.raises(TrainingError, match=rf"--config .*{name} is not UTF-8 text"):
-        config.parse(DataSettings, ["--config", str(root / name)])
+        command_line.parse(DataSettings, ["--config", str(root / name)])
 
 
 def test_a_config_and_a_printed_prompt_do_not_depend_on_the_locale(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("source: x\nprompt: sks 犬 ☕\n", "utf-8")
     code = (
-        "from training import config, errors\n"
+        "from training import command_line, config, errors\n"
         "with errors.exit_on_error():\n"
-        f"    found = config.parse(config.DataSettings, ['--config', {str(tmp_path / 'c.yaml')!r}])\n"
+        f"    found = command_line.parse(config.DataSettings, ['--config', {str(tmp_path / 'c.yaml')!r}])\n"
         f"    config.write(config.resolved(found), {str(tmp_path / 'd.yaml')!r})\n"
         "    print(found.prompt)\n"
     )
@@ -497,9 +497,9 @@ class OnBase:
 
 def test_a_tilde_is_the_home_folder_in_every_setting_but_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    based = config.parse(OnBase, ["--base.path", "~/models/sd"])
+    based = command_line.parse(OnBase, ["--base.path", "~/models/sd"])
     assert based.base.path == "/home/someone/models/sd"
-    given = config.parse(DataSettings, ["--source", "~/a", "--masks=~/b", "--prompt", "~/ a dog"])
+    given = command_line.parse(DataSettings, ["--source", "~/a", "--masks=~/b", "--prompt", "~/ a dog"])
     assert (given.source, given.masks, given.prompt) == ("/home/someone/a", "/home/someone/b", "~/ a dog")
 
 

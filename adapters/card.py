@@ -37,7 +37,7 @@ class Card:
     """Class of the pipeline that reads the base, where that is a single file."""
     schedule: Mapping[str, Any] = field(default_factory=dict)
     """What the base's scheduler must be told, such as `prediction_type`, where the base does not say it itself."""
-    licence: str = "other"
+    license: str = "other"
     """An identifier of the Hub's list, such as apache-2.0."""
     description: str = ""
     trigger_words: Sequence[str] = ()
@@ -88,7 +88,7 @@ def render(
     """`README.md`.
 
     Args:
-        card: title, base, licence and what else the author says.
+        card: title, base, license and what else the author says.
         kinds: those of an `Adapter`; controlnet, unet, tokens.
         gains: the comparison; None: nothing was measured.
         has: names of the files beside it.
@@ -109,7 +109,7 @@ def render(
             or ["None were written down, which is not to say there are none."],
         ),
         _facts(card),
-        f"## Licence\n\n{escape(card.licence)}; the base model's own licence applies to what is made with it.",
+        f"## License\n\n{escape(card.license)}; the base model's own license applies to what is made with it.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -128,7 +128,7 @@ def _head(card: Card, kinds: Sequence[str], gains: Gains | None) -> dict[str, An
         "base_model": card.base_model,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "license": card.licence,
+        "license": card.license,
         "tags": list(dict.fromkeys(tags)),
     }
     if card.trigger_words:

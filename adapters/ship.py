@@ -58,7 +58,7 @@ def ship(
         weights: an adapter, or what training wrote: a folder or file in peft, diffusers or kohya keys, or the folder of
             a ControlNet or U-net.
         base: `adapters.describe(pipe)` of the base it was made on.
-        card: title, base, licence and what else the author says.
+        card: title, base, license and what else the author says.
         gains: the comparison; with `rows`, or neither of the two.
         rows: the table that the comparison was computed from.
         shots: images per arm, for samples and report.

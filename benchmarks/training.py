@@ -110,7 +110,7 @@ def base(name: str) -> Parts:
         tokenizers=[words],
         scheduler=dict(scheduler.config),
         index={"scheduler": ["diffusers", kind]},
-        factor=2 ** (len(vae.config.block_out_channels) - 1),
+        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
     )
 
 
@@ -137,10 +137,10 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     dtype = prepare.DTYPES[args.precision]
     settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
     prepare.cast(method, device, dtype)
-    prepare.configure_networks(method, settings, device, tokens=(args.resolution // parts.factor) ** 2)
+    prepare.configure_networks(method, settings, device, tokens=(args.resolution // parts.vae_scale_factor) ** 2)
     trainable = list(method.trainable().values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, fused=True)
-    size = args.resolution // parts.factor
+    size = args.resolution // parts.vae_scale_factor
     tokens, width = parts.tokenizers[0].model_max_length, parts.unet.config.cross_attention_dim
     noisy = torch.randn(batch, parts.unet.config.in_channels, size, size, device=device, dtype=dtype)
     wanted = torch.randn_like(noisy, dtype=torch.float32)
@@ -281,8 +281,8 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
 
     encoders = arms["plain"]
     bound = objective.build_objective(encoders.scheduler)
-    stream = batches.Stream(entries=Live(data, encoders.factor))
-    shape = (encoders.unet.config.in_channels, encoders.factor)
+    stream = batches.Stream(entries=Live(data, encoders.vae_scale_factor))
+    shape = (encoders.unet.config.in_channels, encoders.vae_scale_factor)
     ids = lambda captions: {"ids_0": models.tokenize(encoders, captions)[0]}  # noqa: E731
     batches = validate.fixed_loss_batches(stream, batches.Draws(latent_shape=shape), 16, seed=5, text=ids)
     found = {}

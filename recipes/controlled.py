@@ -73,7 +73,9 @@ def run(settings: Settings) -> Path | None:
     source = _pictures(settings)
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     given = _given(source, size_of(pipe, settings.sampling), make, nearest=settings.annotator == "none")
-    plain = GuidanceSettings(method="cfg", scale=settings.guidance.scale, rescale=settings.guidance.rescale)
+    plain = GuidanceSettings(
+        method="cfg", guidance_scale=settings.guidance.guidance_scale, rescale=settings.guidance.rescale
+    )
     arms = {method_title(arm.method): arm for arm in (plain, settings.guidance)}
     with adapted(pipe, settings.adapter, settings.weight):
         if settings.dry_run:

@@ -145,7 +145,7 @@ def _card(settings: Settings, plan: MeasureSettings, weight: float, pipe: Any) -
         base_import=EMBEDDED if pocket else ("", ""),
         single_file=type(pipe).__name__ if single else "",
         schedule=_schedule(settings.base, pipe, single=single),
-        licence=ship.licence,
+        license=ship.license,
         description=ship.description,
         trigger_words=ship.trigger_words or ([calls] if calls else []),
         prompts=case.prompts[:3] if case and settings.measured else [],

@@ -136,7 +136,7 @@ def draw_pair(
         adapter: folder, file or hub id; None: the base alone.
     """
     require(bool(prompt.strip()), "there is no prompt; write what to draw")
-    require(guidance.scale > 1, "at guidance scale 1 there is no guidance to compare; choose a scale above 1")
+    require(guidance.guidance_scale > 1, "at guidance scale 1 there is no guidance to compare; choose a scale above 1")
     base = _shot(pipe, prompt, seed, _plain(guidance), sampling)[0] if adapter else None
     trigger = opening(adapter).trigger.split() if adapter else []
     word, noun = (trigger[0], " ".join(trigger[1:])) if len(trigger) > 1 else ("", "")
@@ -156,7 +156,7 @@ def draw_pair(
 
 
 def _plain(guidance: GuidanceSettings) -> GuidanceSettings:
-    return GuidanceSettings(method="cfg", scale=guidance.scale, rescale=guidance.rescale)
+    return GuidanceSettings(method="cfg", guidance_scale=guidance.guidance_scale, rescale=guidance.rescale)
 
 
 def _shot(
@@ -172,14 +172,14 @@ def _shot(
             [prompt],
             [seed],
             arm=method_title(guidance.method),
-            guidance_scale=guidance.scale,
+            guidance_scale=guidance.guidance_scale,
             steps=sampling.steps,
             height=sampling.height,
             width=sampling.width,
             negative_prompt=sampling.negative_prompt,
             common=arguments_of(pipe, guidance),
         )
-        numbers = effective_scales(run)[0] if run is not None else {EFFECTIVE: guidance.scale}
+        numbers = effective_scales(run)[0] if run is not None else {EFFECTIVE: guidance.guidance_scale}
         mapped = run is not None and any(step.regions is not None and step.gamma is not None for step in run.trace)
         return replace(shot, numbers=numbers), strip(run, pipe, columns=COLUMNS) if mapped else None
 
@@ -242,7 +242,7 @@ def _shipped(config: dict[str, Any]) -> GuidanceSettings:
         )
     return GuidanceSettings(
         method=read.guidance.method,
-        scale=read.guidance_scale,
+        guidance_scale=read.guidance_scale,
         rescale=read.guidance_rescale or None,
         options=asdict(read.guidance),
         scope=scope,
@@ -387,7 +387,7 @@ def _saving(gr: ModuleType, settings: Settings, parts: Mapping[str, Any]) -> Non
 
 def _request(gr: ModuleType, settings: Settings, prompt: str) -> dict[str, Any]:
     """Inputs of what is drawn, whatever the guidance."""
-    base, sampling, scale = settings.base.path, settings.sampling, settings.guidance.scale
+    base, sampling, scale = settings.base.path, settings.sampling, settings.guidance.guidance_scale
     names = {"label": "Base", "info": "pocket, or a folder or hub id", "min_width": 130}
     other = {"label": "Adapter", "info": "folder, file or hub id; empty: none", "min_width": 130}
     count = {"label": "Steps", "step": 1, "min_width": 130, "elem_id": "steps"}
@@ -462,7 +462,7 @@ def _asked(settings: Settings, said: Mapping[str, Any]) -> tuple[GuidanceSetting
     guidance = replace(
         settings.guidance,
         method=said["method"],
-        scale=said["scale"],
+        guidance_scale=said["scale"],
         options=options,
         weight=None if weight == 1 else weight,
         scope=None if scope == ScopeSettings() else scope,

@@ -65,8 +65,8 @@ def region_overlay(
 ) -> Image.Image:
     """Regions painted over a picture, with a legend of their names, largest first.
 
-    Regions of one name (a word's sub-tokens, all padding) share a colour and a line of the legend; with the same
-    `names` a word keeps its colour from picture to picture.
+    Regions of one name (a word's sub-tokens, all padding) share a color and a line of the legend; with the same
+    `names` a word keeps its color from picture to picture.
 
     Args:
         picture: what the regions are painted on, first scaled to a longer side of `SIDE` pixels.
@@ -77,20 +77,20 @@ def region_overlay(
     owners = [names[int(i)] for i in index.flatten()]
     by_size = sorted(set(owners), key=lambda name: (-owners.count(name), name))
     known = list(dict.fromkeys(names))
-    colours = {name: _colour(place, len(known)) for place, name in enumerate(known)}
-    pixels = np.array([colours[name] for name in owners], dtype=np.uint8).reshape(*index.shape, 3)
+    colors = {name: _color(place, len(known)) for place, name in enumerate(known)}
+    pixels = np.array([colors[name] for name in owners], dtype=np.uint8).reshape(*index.shape, 3)
     base = _fit(picture)
     mask = Image.fromarray(pixels).resize(base.size, Image.Resampling.NEAREST)
-    lines = [(colours[name], f"{name or '-'} {owners.count(name) / len(owners):.0%}") for name in by_size]
+    lines = [(colors[name], f"{name or '-'} {owners.count(name) / len(owners):.0%}") for name in by_size]
     return _with_legend(Image.blend(base, mask, opacity), lines)
 
 
 def gamma_heat_map(gamma: Float[Tensor, "H W"], *, limits: tuple[float, float] | None = None) -> Image.Image:
-    """gamma with a colour bar: white is plain CFG (1), red stronger, blue weaker.
+    """gamma with a color bar: white is plain CFG (1), red stronger, blue weaker.
 
     Args:
         gamma: the map.
-        limits: (low, high) of the colours, around 1; None: this map's own.
+        limits: (low, high) of the colors, around 1; None: this map's own.
     """
     values = gamma.float().cpu().numpy()
     low, high = limits or (min(float(values.min()), 0.99), max(float(values.max()), 1.01))
@@ -258,7 +258,7 @@ def _recorded(value: Tensor | None) -> Tensor:
     return value
 
 
-def _colour(place: int, count: int) -> tuple[int, int, int]:
+def _color(place: int, count: int) -> tuple[int, int, int]:
     hue = (place * 0.61803398875) % 1.0 if count > 8 else place / count  # golden ratio: neighbours stay apart
     red, green, blue = colorsys.hls_to_rgb(hue, 0.55, 0.75)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -280,8 +280,8 @@ def _with_legend(picture: Image.Image, lines: Sequence[tuple[tuple[int, int, int
     canvas = Image.new("RGB", (picture.width, picture.height + 6 + 14 * len(lines)), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for row, (colour, text) in enumerate(lines):
+    for row, (color, text) in enumerate(lines):
         top = picture.height + 6 + 14 * row
-        draw.rectangle((2, top, 12, top + 10), fill=colour)
+        draw.rectangle((2, top, 12, top + 10), fill=color)
         draw.text((18, top - 1), text, fill="black")
     return canvas

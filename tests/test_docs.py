@@ -108,7 +108,13 @@ def test_a_command_is_one_that_its_script_takes(page: str, path: Path, arguments
 # Put before a command's own words, so that what it says itself still holds.
 FEW = ["--sampling.steps=4", "--measure.limit=2", "--measure.seeds=[1]", "--measure.overlays=1"]
 SMALL = {
-    "dreambooth_lora.py": ["--train.steps=2", "--train.warmup=0", "--tune.scales=[4.0]", "--tune.seeds=[101]", *FEW],
+    "dreambooth_lora.py": [
+        "--train.steps=2",
+        "--train.warmup=0",
+        "--tune.guidance_scales=[4.0]",
+        "--tune.seeds=[101]",
+        *FEW,
+    ],
     "measure.py": FEW,
     "ship.py": [],
 }

@@ -121,7 +121,7 @@ def test_two_processes_make_the_pictures_and_an_error_is_only_said(tmp_path: Pat
     assert ended.returncode == 0, ended.stderr
     assert "accelerate launch" not in ended.stderr
     assert (tmp_path / "out" / "sheet.png").is_file()
-    ended = run_in(tmp_path, *sample, *few, "--guidance.scale", "0.5", PYTHONPATH=str(ROOT))
+    ended = run_in(tmp_path, *sample, *few, "--guidance.guidance_scale", "0.5", PYTHONPATH=str(ROOT))
     assert ended.returncode == 2
     assert "error: " in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -213,7 +213,13 @@ def commands_on_pocket() -> list[list[str]]:
 
 
 FEW = ["--train.steps=4", "--train.warmup=0", "--dreambooth.class_images=4", "--dreambooth.steps=4"]
-FEW += ["--sampling.steps=8", "--tune.scales=[4.0]", "--measure.limit=2", "--measure.seeds=[1]", "--measure.overlays=1"]
+FEW += [
+    "--sampling.steps=8",
+    "--tune.guidance_scales=[4.0]",
+    "--measure.limit=2",
+    "--measure.seeds=[1]",
+    "--measure.overlays=1",
+]
 
 
 @pytest.mark.slow

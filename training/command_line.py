@@ -47,7 +47,7 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
     parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False, parser_mode="typed")
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
     parser.add_class_arguments(kind, as_group=False)
-    arguments = _one_prompt(_configs_first(list(sys.argv[1:] if args is None else args)))
+    arguments = _as_today(kind, _configs_first(list(sys.argv[1:] if args is None else args)))
     if {"-h", "--help"} & set(arguments):
         print(parser.format_help() if "all" in arguments else _short_help(parser, kind))
         raise SystemExit(0)
@@ -103,30 +103,38 @@ def _short_help(parser: Any, kind: type) -> str:
 PROMPTS = ("prompts", "drift_prompts")  # lists, of which one entry may be given alone
 
 
-def _one_prompt(arguments: Sequence[str]) -> list[str]:
-    """A command line in which a single prompt is a list of one."""
+def _as_today(kind: type, arguments: Sequence[str]) -> list[str]:
+    """A command line with today's names, in which a single prompt is a list of one."""
     words = list(arguments)
     for place, word in enumerate(words):
         flag, joined, value = word.partition("=")
         if not flag.startswith("--"):
             continue
+        flag = naming.current_flag(kind, flag)
+        words[place] = f"{flag}{joined}{value}"
         after = place + 1 < len(words) and not joined
         given = words[place + 1] if after else value
         if flag.rsplit(".", 1)[-1].removeprefix("--") in PROMPTS and given and not given.startswith("["):
             given = given if given == "null" else json.dumps([given])
         elif given.startswith("{"):
-            given = _with_lists(given)
+            given = _table(kind, flag, given)
         words[place + after] = given if after else f"{flag}{joined}{given}"
     return words
 
 
-def _with_lists(text: str) -> str:
-    """A table of settings in which a single prompt is a list of one; what needs no change is left as it is."""
+def _table(kind: type, flag: str, text: str) -> str:
+    """A flag's table of settings, the same way; what needs no change is left as it is."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    changed = _prompts_as_lists(values)
+    parts = flag.removeprefix("--").removesuffix("+").split(".")
+    changed = values
+    for part in reversed(parts):
+        changed = {part: changed}
+    changed = naming.current(kind, _prompts_as_lists(changed), "--")
+    for part in parts:
+        changed = changed[part]
     return text if changed == values else json.dumps(changed)
 
 

@@ -69,11 +69,11 @@ def prepare(
 
 
 def _fresh(channels: tuple[int, ...] | None, parts: Parts) -> Any:
-    halvings = parts.factor.bit_length() - 1
+    halvings = parts.vae_scale_factor.bit_length() - 1
     widths = tuple(channels or WIDTHS[: halvings + 1])
     if len(widths) != halvings + 1:
         raise TrainingError(
-            f"controlnet.channels must hold {halvings + 1} widths for a VAE factor of {parts.factor}, "
+            f"controlnet.channels must hold {halvings + 1} widths for a VAE factor of {parts.vae_scale_factor}, "
             f"got {list(widths)}"
         )
     return ControlNetModel.from_unet(parts.unet, conditioning_embedding_out_channels=widths)

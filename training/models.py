@@ -66,7 +66,7 @@ class Parts:
     """Config of the base's scheduler."""
     index: dict[str, Any]
     """The base's model_index.json."""
-    factor: int
+    vae_scale_factor: int
     """Pixels per latent."""
     identity: str
     """`weights_digest` of all weights as loaded; a run resumes on the base it began on."""
@@ -80,7 +80,7 @@ class Parts:
     @property
     def multiple(self) -> int:
         """Pixels an image side should be a multiple of, so that every U-net level has whole latents."""
-        return int(self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
 def load(
@@ -137,7 +137,7 @@ def load(
         tokenizers=tokenizers,
         scheduler=scheduler,
         index=index,
-        factor=2 ** (len(vae.config.block_out_channels) - 1),
+        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
         identity=weights_digest(unet, vae, *encoders),
     )
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from .errors import TrainingError
 
-__all__ = ["check", "check_flags", "in_words", "names"]
+__all__ = ["check", "check_flags", "current", "current_flag", "in_words", "names", "note", "was"]
 
 OWN = ("config", "help", "print_config")  # flags of the parser itself
 
@@ -65,6 +68,64 @@ def check_flags(kind: type, arguments: Sequence[str]) -> None:
         for part in reversed(name.removesuffix("+").split(".")):
             nested = {part: nested}
         check(kind, nested, "--")
+
+
+def was(kind: type) -> dict[str, str]:
+    """Names that settings of a dataclass had before -> their names of today; a field says it in its metadata."""
+    return {item.metadata["was"]: item.name for item in dataclasses.fields(kind) if "was" in item.metadata}
+
+
+@functools.cache
+def note(old: str, new: str) -> None:
+    """Say once, and by one process of several, that a name has changed."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {old} is now called {new}; the old name still works in this version", file=sys.stderr)
+
+
+def current(kind: type, values: Any, place: str = "", *, say: Callable[[str, str], None] = note) -> Any:
+    """Settings under their names of today. A name of before is accepted for one version, with a note.
+
+    Args:
+        kind: the dataclass that they are for.
+        values: as YAML has them.
+        place: their dotted name, with a dot at its end.
+        say: what is done about a name of before, given it and today's.
+
+    Raises:
+        TrainingError: a setting is given under both names.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    fields, renamed = typing.get_type_hints(kind), was(kind)
+    found: dict[Any, Any] = {}
+    for old, value in values.items():
+        name = renamed.get(old, old)
+        if name != old:
+            if name in values:
+                raise TrainingError(f"{place}{old} is the old name of {place}{name}; give one of them")
+            say(old, name)
+        inner, by_key = _settings_in(fields[name]) if name in fields else (None, False)
+        if inner is not None and by_key and isinstance(value, Mapping):
+            value = {key: current(inner, one, f"{place}{name}.{key}.", say=say) for key, one in value.items()}
+        elif inner is not None and not by_key:
+            value = current(inner, value, f"{place}{name}.", say=say)
+        found[name] = value
+    return found
+
+
+def current_flag(kind: type, flag: str) -> str:
+    """A flag, without its value, as it is called today; raises as `current`."""
+    if not flag.startswith("--"):
+        return flag
+    bare = flag.removesuffix("+")
+    nested: Any = None
+    for part in reversed(bare.removeprefix("--").split(".")):
+        nested = {part: nested}
+    nested, parts = current(kind, nested, "--"), []
+    while nested:
+        ((part, nested),) = nested.items()
+        parts.append(part)
+    return f"--{'.'.join(parts)}{flag[len(bare) :]}"
 
 
 def names(kind: type, place: str = "") -> Iterator[str]:

@@ -147,7 +147,7 @@ def prepare_run(
         cache = "disk"
     cast(method, device, DTYPES[settings.precision])
     height, width = data.sizes[0]
-    tokens = height * width // parts.factor**2
+    tokens = height * width // parts.vae_scale_factor**2
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
     if kept is None:  # they are asked in every step
@@ -215,7 +215,7 @@ def _samples(
 
     def entries(views: Views) -> Encoded | Live:
         if store is None:
-            return Live(views, method.parts.factor)
+            return Live(views, method.parts.vae_scale_factor)
         own = region if views is concepts[0].views else None  # class images count whole, as they do beside masks
         return encode_views(views, method.parts, store, device=device, region=own, progress=progress)
 
@@ -288,7 +288,7 @@ def _feed(
             "set data.masks, or hand in a region"
         )
     draws = Draws(
-        latent_shape=(parts.unet.config.in_channels, parts.factor),
+        latent_shape=(parts.unet.config.in_channels, parts.vae_scale_factor),
         timesteps=len(method.objective.products),
         noise_offset=chosen.noise_offset,
         caption_dropout=chosen.caption_dropout,

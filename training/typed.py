@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from . import naming
 from .errors import TrainingError
 from .text import read_text
 
@@ -54,7 +55,7 @@ def config(kind: type, file: str) -> dict[str, Any]:
                 raise TrainingError(f"--config {file}, line {node.start_mark.line + 1}: {name}: {problem}")
             if isinstance(node, yaml.ScalarNode) and node.tag != NULL and node.tag.startswith("tag:"):
                 node.tag = TEXT
-        return dict(yaml.SafeLoader("").construct_document(root))
+        return dict(naming.current(kind, yaml.SafeLoader("").construct_document(root)))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise TrainingError(f"--config {file}{line}: {error.problem}; {QUOTES}") from error
@@ -80,9 +81,9 @@ def _texts(hint: Any, node: yaml.Node, name: str) -> Iterator[tuple[str, yaml.No
                 yield from _texts(inner[0], key, name)
                 yield from _texts(inner[1], item, f"{name}.{key.value}")
         elif isinstance(node, yaml.MappingNode) and dataclasses.is_dataclass(member):
-            hints = typing.get_type_hints(member)
+            hints, renamed = typing.get_type_hints(member), naming.was(typing.cast(type, member))
             for key, item in node.value:
-                field = str(key.value)
+                field = renamed.get(str(key.value), str(key.value))
                 yield from _texts(hints.get(field), item, f"{name}.{field}" if name else field)
 
 

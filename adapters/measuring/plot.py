@@ -1,4 +1,4 @@
-"""A line plot as inline SVG: a few series with intervals, told apart by dash and mark as well as by colour."""
+"""A line plot as inline SVG: a few series with intervals, told apart by dash and mark as well as by color."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Point = tuple[float, float, float, float, str]
 Place = Callable[[float, float], tuple[float, float]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 28, 48  # HEIGHT without the legend
 _ENTRY, _ENTRIES = (166, 16), 3  # pixels of a legend's entry, entries a row
-# Okabe-Ito colours, legible to colour-blind readers on light and dark.
+# Okabe-Ito colors, legible to color-blind readers on light and dark.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
 
@@ -29,7 +29,7 @@ def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> s
 
 
 def picture(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
-    """The same as an SVG file of its own, on white: a page that shows it as an image lends it no colours.
+    """The same as an SVG file of its own, on white: a page that shows it as an image lends it no colors.
 
     Args:
         series: name -> points (x, y, low, high, label).

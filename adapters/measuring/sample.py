@@ -162,7 +162,7 @@ def initial_latents(
     sample = config.sample_size if isinstance(config.sample_size, list | tuple) else (config.sample_size,) * 2
     rows = height // factor if height else sample[0]
     columns = width // factor if width else sample[1]
-    # Not the U-net's channels: inpainting U-nets take more. Pixel-space ones (DeepFloyd IF) make colours.
+    # Not the U-net's channels: inpainting U-nets take more. Pixel-space ones (DeepFloyd IF) make colors.
     channels = 3 if vae is None else vae.config.latent_channels
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, rows, columns), generator=generator), generator

@@ -9,7 +9,7 @@ from typing import Any
 
 from .gains import Gains
 
-__all__ = ["TERMS", "adapter", "arms", "decide", "guidance", "interval", "metric", "number"]
+__all__ = ["TERMS", "adapter", "arms", "decide", "guidance", "interval", "metric", "number", "scale_of"]
 
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
@@ -41,8 +41,8 @@ _METRICS = {
     r"identity": "share of pictures that show this very subject, and not just another thing of its kind",
     r"identity margin": "how much nearer to the subject's photos a picture is than to others of its kind, above 0",
     r"identity \((.+)\)": "share of pictures that the network {} finds nearer to this very subject than to its kind",
-    r"prompt accuracy": "share of the objects, colours, places and backgrounds a prompt names that are in the picture",
-    r"(object|colour|relation|background) accuracy": "the part of prompt accuracy that is about the {}",
+    r"prompt accuracy": "share of the objects, colors, places and backgrounds a prompt names that are in the picture",
+    r"(object|colou?r|relation|background) accuracy": "the part of prompt accuracy that is about the {}",
     r"(?:subject|masked) similarity.*": "how alike the subject looks to its photos, 1 being equal, without background",
     r"similarity \((.+)\)": "how alike pictures are to the subject's photos for the network {}, 1 being equal",
     r"alignment \((.+)\)": "how well picture and prompt fit for the network {}; compare with other arms only",
@@ -50,7 +50,7 @@ _METRICS = {
     r"canny F1": "how far the edges of the picture are those asked for, 100 % being all",
     r"VQAScore": "probability that a model says yes to: does this picture show its prompt?",
     r"question (?:accuracy|probability)": "share of questions about the prompt that a model answers rightly",
-    r"detected objects": "share of pictures with everything the prompt names, as often, coloured and placed as it says",
+    r"detected objects": "share of pictures with everything the prompt names, as often, colored and placed as it says",
     r"depth RMSE": "difference to the depth asked for, 0 being none",
     r"diversity.*": "how different the pictures of one prompt are from each other",
     r"drift.*": "how far a picture is from the base's own",
@@ -104,8 +104,13 @@ def arms(gains: Gains) -> dict[str, str]:
     return told
 
 
+def scale_of(guidance: Mapping[str, Any]) -> float:
+    """The guidance scale in an arm's settings, which older files call scale."""
+    return float(guidance["guidance_scale"] if "guidance_scale" in guidance else guidance["scale"])
+
+
 def _arm(guidance: Mapping[str, Any]) -> str:
-    said = [_METHODS.get(guidance["method"], guidance["method"]), f"scale {guidance['scale']:g}"]
+    said = [_METHODS.get(guidance["method"], guidance["method"]), f"scale {scale_of(guidance):g}"]
     said += [f"adapter weight {guidance['weight']:g}"] if guidance.get("weight") not in (None, 1.0) else []
     said += [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
     return ", ".join([*said, *_scope(guidance.get("scope") or {})])

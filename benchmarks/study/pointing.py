@@ -45,7 +45,9 @@ class Settings:
     """Only so many prompts."""
     seeds: list[int] = field(default_factory=lambda: [1])
     """Seeds of every prompt."""
-    guidance: GuidanceSettings = field(default_factory=lambda: GuidanceSettings(scale=4.0, options=dict(_WATCH)))
+    guidance: GuidanceSettings = field(
+        default_factory=lambda: GuidanceSettings(guidance_scale=4.0, options=dict(_WATCH))
+    )
     """Whose regions; by default words compete and gamma is held at 1, so that the sampling is plain CFG's."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
@@ -109,9 +111,11 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
         pipe,
         prompts,
         settings.seeds,
-        around=lambda: scfg.attach(pipe, guidance, guidance_scale=settings.guidance.scale, record=("regions",)),
+        around=lambda: scfg.attach(
+            pipe, guidance, guidance_scale=settings.guidance.guidance_scale, record=("regions",)
+        ),
         record=watch,
-        guidance_scale=settings.guidance.scale,
+        guidance_scale=settings.guidance.guidance_scale,
         steps=settings.sampling.steps,
         batch_size=settings.sampling.batch_size,
         negative_prompt=settings.sampling.negative_prompt,
@@ -144,7 +148,7 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
 
 
 def _phrases(words: Sequence[Any], said: Any, tokens: str) -> dict[str, list[int]]:
-    """Object -> the regions of its noun and its colour."""
+    """Object -> the regions of its noun and its color."""
     from scfg.words import competitors
 
     competing = competitors(list(words), tokens)
@@ -152,7 +156,7 @@ def _phrases(words: Sequence[Any], said: Any, tokens: str) -> dict[str, list[int
     begin = 0
     for noun in said.nouns:
         place = next(i for i in range(begin, len(words)) if words[i].text == noun.name)
-        own = words[place - 1 : place + 1] if noun.colour else words[place : place + 1]
+        own = words[place - 1 : place + 1] if noun.color else words[place : place + 1]
         positions = {position for word in own for position in word.positions}
         found[noun.name] = (
             sorted(positions)

@@ -32,6 +32,7 @@ import adapters
 from benchmarks.study import pointing_table
 from benchmarks.study.tables import report
 from recipes.common.cli import quiet
+from training import naming
 from training.command_line import parse
 from training.config import resolved
 from training.errors import TrainingError
@@ -45,6 +46,7 @@ __all__ = ["Stage", "comparable", "main", "stages"]
 HERE = Path(os.path.relpath(Path(__file__).parent))
 RECIPES = Path(os.path.relpath(Path(__file__).parents[2] / "recipes"))
 MOVED = {f"recipes/prompts/{name}.txt": f"benchmarks/study/prompts/{name}.txt" for name in ("study", "study_tune")}
+MOVED["colour accuracy"] = "color accuracy"
 ENDED = "ended.json"
 RESULTS = {"measure": "measured", "tune": "tuned", "pointing": "pointing"}  # recipe -> its folder of results
 UNKEPT = shutil.ignore_patterns("*.html", "*.png")  # large, and drawn again by the same command
@@ -108,10 +110,15 @@ def _tuned(
 ) -> Iterator[Stage]:
     """The search for what a stage measured, and what it found on that stage's own units."""
     name = f"{stage.name}-tuning"
-    few = {"tune.seeds": [101], "tune.scales": [4.0], "tune.grid": {"reference": ["mean"]}, "sampling.steps": 4}
+    few = {
+        "tune.seeds": [101],
+        "tune.guidance_scales": [4.0],
+        "tune.grid": {"reference": ["mean"]},
+        "sampling.steps": 4,
+    }
     held = {key: stage.quick[key] for key in ("measure.limit", "measure.seeds") if key in stage.quick}
     yield Stage(name=name, recipe="tune", config=config, changes=search, quick={**few, **held, **quick})
-    plain = {f"CFG @ {scale:g}": {"method": "cfg", "scale": scale} for scale in (1.5, 2.5, 5.0, 7.0, 9.0)}
+    plain = {f"CFG @ {scale:g}": {"method": "cfg", "guidance_scale": scale} for scale in (1.5, 2.5, 5.0, 7.0, 9.0)}
     yield replace(
         stage,
         name=f"{stage.name}-tuned",
@@ -129,13 +136,16 @@ def _tuned(
 
 def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterator[Stage]:
     cell = yaml.safe_load((HERE / "configs" / "measure" / "text.yaml").read_text("utf-8"))["measure"]
-    curve = {f"CFG @ {scale:g}": {"method": "cfg", "scale": scale} for scale in sweep}
+    curve = {f"CFG @ {scale:g}": {"method": "cfg", "guidance_scale": scale} for scale in sweep}
     arms = {
-        name if scale == cell["scale"] else f"{name} @ {scale:g}": {**arm, "scale": scale}
+        name if scale == cell["guidance_scale"] else f"{name} @ {scale:g}": {**arm, "guidance_scale": scale}
         for scale in scales
         for name, arm in cell["arms"].items()
     }
-    own = {"measure.scale": None, "measure.sweep": [scale for scale in scales if scale != cell["scale"]] or [*sweep]}
+    own = {
+        "measure.guidance_scale": None,
+        "measure.sweep": [scale for scale in scales if scale != cell["guidance_scale"]] or [*sweep],
+    }
     few = {**FEW, "measure.metrics": ["prompt accuracy"], "measure.referee": None}
     for sampler in ("ddim", "dpm++"):
         yield Stage(
@@ -149,7 +159,12 @@ def _text(out: Path, scales: Sequence[float], sweep: Sequence[float]) -> Iterato
         name="text-tuning",
         recipe="tune",
         config="tune/text.yaml",
-        quick={"tune.seeds": [101], "tune.scales": [4.0], "tune.grid": {"tokens": ["all"]}, "sampling.steps": 4},
+        quick={
+            "tune.seeds": [101],
+            "tune.guidance_scales": [4.0],
+            "tune.grid": {"tokens": ["all"]},
+            "sampling.steps": 4,
+        },
     )
     yield Stage(
         name="text-tuned",
@@ -310,8 +325,8 @@ class _Run:
     def ended(self, stage: Stage) -> bool:
         """Whether it ended with these settings on this base."""
         file = self.out / stage.name / ENDED
-        return file.exists() and comparable(json.loads(file.read_text("utf-8"))["record"]) == comparable(
-            self._settings(stage)[1]
+        return file.exists() and comparable(stage.recipe, json.loads(file.read_text("utf-8"))["record"]) == comparable(
+            stage.recipe, self._settings(stage)[1]
         )
 
     def take(self, stage: Stage) -> None:
@@ -374,8 +389,13 @@ class _Run:
             shutil.copy(page / ENDED, self.out / stage.name / ENDED)
 
 
-def comparable(record: str) -> Any:
-    """A record with today's paths and without nulls and falses: a later setting or a moved file spoils no older one."""
+def comparable(recipe: str, record: str) -> Any:
+    """A record with today's names and paths and without nulls and falses: no later setting or name spoils an older one.
+
+    Args:
+        recipe: whose settings they are.
+        record: as `ended.json` keeps it.
+    """
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
@@ -384,7 +404,9 @@ def comparable(record: str) -> Any:
             return [filled(item) for item in value]
         return MOVED.get(value, value) if isinstance(value, str) else value
 
-    return filled(json.loads(record))
+    kept = json.loads(record)
+    kept["settings"] = naming.current(_module(recipe).Settings, kept["settings"], say=lambda *names: None)
+    return filled(kept)
 
 
 def _module(recipe: str) -> Any:

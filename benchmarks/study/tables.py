@@ -94,6 +94,7 @@ def table(gains: Any, rows: Sequence[Any]) -> str:
 
 def curves(gains: Any) -> str:
     """The primary metric over the effective scale, a line a method: what lies above plain CFG's line is gained."""
+    from adapters.measuring import words
     from adapters.measuring.plot import picture
 
     design = gains.design
@@ -102,7 +103,7 @@ def curves(gains: Any) -> str:
         method, _, scale = arm["name"].partition(" @ ")
         if method not in DRAWN:
             continue
-        nominal = scale or f"{design.notes['guidance'][arm['name']]['scale']:g}"
+        nominal = scale or f"{words.scale_of(design.notes['guidance'][arm['name']]):g}"
         value = arm["metrics"][design.primary]
         mean, x = value["mean"], arm["recorded"].get(EFFECTIVE, float(nominal))
         # Bars at plain CFG alone: differences are paired, and their intervals stand in the table.

@@ -86,5 +86,5 @@ def _likeness(comparison: Comparison, asked: Case, other: Case) -> Metric:
         return subject_similarity(shown, masks, asked.noun)
     spaces = comparison.plan.spaces
     known = [name for name in ("dinov3", "dinov2", "dino", "clip") if name in spaces]
-    where = next(iter(known), "judge" if comparison.pocket else "colour")
+    where = next(iter(known), "judge" if comparison.pocket else "color")
     return kinds.Similarity(name=f"{SUBJECT} ({where})", features=space_of(where, comparison.plan), references=shown)

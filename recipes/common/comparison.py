@@ -58,7 +58,7 @@ class Arm:
 
     def beside(self, other: Arm) -> bool:
         """Whether both are one method at two scales: points of the same curve."""
-        alike = replace(self.guidance, scale=other.guidance.scale) == other.guidance
+        alike = replace(self.guidance, guidance_scale=other.guidance.guidance_scale) == other.guidance
         return alike and (self.weight, self.bare) == (other.weight, other.bare)
 
 
@@ -105,10 +105,10 @@ class Comparison:
         """Curve -> guidance scale -> arm, for baseline and arm, where there are two scales at least."""
         curves = {}
         for own in (self.baseline, self.arm):
-            points = {f"{own.guidance.scale:g}": own.name}
+            points = {f"{own.guidance.guidance_scale:g}": own.name}
             for arm in self.arms.values():
                 if arm.beside(own):
-                    points.setdefault(f"{arm.guidance.scale:g}", arm.name)
+                    points.setdefault(f"{arm.guidance.guidance_scale:g}", arm.name)
             curves[own.name] = points
         return curves if any(len(points) > 1 for points in curves.values()) else {}
 
@@ -239,7 +239,9 @@ def _deciding(plan: MeasureSettings, known: Mapping[str, bool]) -> tuple[dict[st
 
 def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str, Arm]:
     """The base, the plan's arms at its scale, the tuned ones as they were found, and those of the sweep."""
-    guidances = {name: replace(arm, scale=plan.scale or arm.scale) for name, arm in plan.arms.items()}
+    guidances = {
+        name: replace(arm, guidance_scale=plan.guidance_scale or arm.guidance_scale) for name, arm in plan.arms.items()
+    }
     if tuned is not None:
         known = {name: guidance for name, guidance in tuned.best.items() if name in guidances}
         require(
@@ -262,12 +264,17 @@ def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str
         }
     for name in (plan.baseline, plan.arm):
         own = guidances[name]
-        guidances |= {f"{name} @ {scale:g}": replace(own, scale=scale) for scale in plan.sweep if scale != own.scale}
-    own = guidances[plan.baseline]
-    for scale in dict.fromkeys((own.scale, *plan.sweep)):
-        name = plan.baseline if scale == own.scale else f"{plan.baseline} @ {scale:g}"
         guidances |= {
-            f"{name}, weight {value:g}": replace(own, scale=scale, weight=value) for value in plan.weights or ()
+            f"{name} @ {scale:g}": replace(own, guidance_scale=scale)
+            for scale in plan.sweep
+            if scale != own.guidance_scale
+        }
+    own = guidances[plan.baseline]
+    for scale in dict.fromkeys((own.guidance_scale, *plan.sweep)):
+        name = plan.baseline if scale == own.guidance_scale else f"{plan.baseline} @ {scale:g}"
+        guidances |= {
+            f"{name}, weight {value:g}": replace(own, guidance_scale=scale, weight=value)
+            for value in plan.weights or ()
         }
     filled = {
         name: replace(guidance, weight=weight if guidance.weight is None else guidance.weight)

@@ -58,8 +58,8 @@ def draw(
             prompts,
             seeds,
             around=guided(pipe, guidance),
-            record=None if plain or guidance.scale == 1 else effective_scales,  # at scale 1 nothing is guided
-            guidance_scale=guidance.scale,
+            record=None if plain or guidance.guidance_scale == 1 else effective_scales,  # at scale 1 nothing is guided
+            guidance_scale=guidance.guidance_scale,
             steps=sampling.steps,
             batch_size=sampling.batch_size,
             height=sampling.height,

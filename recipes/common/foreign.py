@@ -17,6 +17,7 @@ from recipes.common.photos import LEAST
 from recipes.common.subject_plan import NETWORKS, compared, judged
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out
 from training.config import require
+from training.naming import note
 
 __all__ = ["BASES", "FEW", "parser", "words_of"]
 
@@ -45,6 +46,8 @@ def words_of(words: Sequence[str]) -> list[str]:
     from training.ranks import state
 
     options, more = parser().parse_known_args(words)
+    if any(word.partition("=")[0] == "--scale" for word in words):
+        note("--scale", "--guidance_scale")
     quiet()
     out = options.out or Path("runs") / f"measure_{Path(options.adapter).stem}"
     base = _base(options.adapter, options.base)
@@ -57,9 +60,9 @@ def words_of(words: Sequence[str]) -> list[str]:
     plan = judged(subject, masks=(subject / "masks").is_dir()) if pocket else compared(subject, networks)
     require(plan is not None, "nothing to measure with: give --clip or --dino a folder that holds the network")
     assert plan is not None
-    scale = POCKET_SCALE if options.scale is None and pocket else options.scale
+    scale = POCKET_SCALE if options.guidance_scale is None and pocket else options.guidance_scale
     plan |= {} if options.arms == "all" else {"arms": FEW}
-    plan |= ({"sweep": options.sweep} if options.sweep else {}) | ({} if scale is None else {"scale": scale})
+    plan |= ({"sweep": options.sweep} if options.sweep else {}) | ({} if scale is None else {"guidance_scale": scale})
     values = {
         "base": {"path": base},
         "adapter": options.adapter,
@@ -90,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="folder or hub id of the base; default: by the adapter's keys")
     parser.add_argument("--arms", choices=("few", "all"), default="few", help="all: the controls as well")
     parser.add_argument("--sweep", type=float, nargs="+", help="further guidance scales, for curves")
-    parser.add_argument("--scale", type=float, help="guidance scale of all arms")
+    parser.add_argument("--scale", dest="guidance_scale", type=float, help=argparse.SUPPRESS)  # its name of before
+    parser.add_argument("--guidance_scale", type=float, help="guidance scale of all arms")
     parser.add_argument("--clip", default=NETWORKS["clip"], help="folder or hub id of the CLIP that measures")
     parser.add_argument("--dino", default=NETWORKS["dino"], help="folder or hub id of the DINO that measures")
     parser.add_argument("--out", type=Path, help="folder of the results; default: runs/measure_ADAPTER")

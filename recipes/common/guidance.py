@@ -61,7 +61,7 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
     import scfg
 
     config = scfg.to_config(
-        guidance_of(settings), guidance_scale=settings.scale, guidance_rescale=settings.rescale or 0.0
+        guidance_of(settings), guidance_scale=settings.guidance_scale, guidance_rescale=settings.rescale or 0.0
     )
     scope = settings.scope
     if scope is None:
@@ -94,7 +94,7 @@ def guided(
     guidance = guidance_of(settings)
     if settings.method == "cfg":
         return nullcontext
-    return lambda: scfg.attach(pipe, guidance, guidance_scale=settings.scale, record=record)
+    return lambda: scfg.attach(pipe, guidance, guidance_scale=settings.guidance_scale, record=record)
 
 
 def effective_scales(run: Run) -> list[dict[str, float]]:

@@ -179,7 +179,7 @@ def judged(name: str, case: Case, prompt: str) -> bool:
     except PocketError as error:
         raise TrainingError(f"measure.metrics: {name} cannot judge the prompt {prompt!r}: {error}") from error
     there = {
-        "colour accuracy": any(noun.colour for noun in said.nouns),
+        "color accuracy": any(noun.color for noun in said.nouns),
         "relation accuracy": said.relation is not None,
         "background accuracy": said.background is not None,
     }

@@ -232,7 +232,7 @@ def _overlay(
                 pipe,
                 [shot.prompt],
                 [shot.seed],
-                guidance_scale=arm.guidance.scale,
+                guidance_scale=arm.guidance.guidance_scale,
                 steps=sampling.steps,
                 height=sampling.height,
                 width=sampling.width,

@@ -5,7 +5,7 @@
 | preference (pickscore) | what people prefer, at equal effective scale only | pickscore | `measure.sweep` |
 | VQAScore | P("yes") that the picture shows its prompt | vqa | |
 | question accuracy, question probability | TIFA; Soft-TIFA of GenEval 2 | vqa | `measure.questions` |
-| detected objects | GenEval: count, colour, position | detector | clip for colours; `measure.objects` |
+| detected objects | GenEval: count, color, position | detector | clip for colors; `measure.objects` |
 | masked similarity (SPACE) | the subject's region against its pictures | detector, segmenter | subject |
 | depth RMSE | depth against the target's | depth | targets |
 """
@@ -142,7 +142,7 @@ def check_scorers(settings: MeasureSettings, names: Sequence[str], units: Sequen
         colored = next((p for p in asked if any(t.color for t in (told.get(p) or said_in(p)).things)), None)
         require(
             colored is None,
-            f"measure.metrics: detected objects looks at colours by clip, and {colored!r} names one: set "
+            f"measure.metrics: detected objects looks at colors by clip, and {colored!r} names one: set "
             "measure.spaces.clip",
         )
 

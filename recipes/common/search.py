@@ -143,14 +143,14 @@ def _candidates(
 
     arm = comparison.plan.arms[name]
     grid = [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
-    scales = list(search.scales)
+    scales = list(search.guidance_scales)
     if name == comparison.plan.baseline:  # the grid is the arm's alone
         if len(grid) > 1:
             low, high, count = min(scales), max(scales), len(scales) * len(grid)
             scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
         grid = [{}]
     tried = [
-        replace(arm, scale=scale, options={**arm.options, **more}, weight=weight)
+        replace(arm, guidance_scale=scale, options={**arm.options, **more}, weight=weight)
         for weight in weights
         for scale in scales
         for more in grid
@@ -171,7 +171,7 @@ def _checkpoints(search: TuneSettings, comparison: Comparison, adapter: str | No
     require(bool(folders) or search.snapshots is None, f"tune.snapshots: no step-* folders in {search.snapshots}")
     plan = comparison.plan
     plain = plan.arms[plan.baseline]
-    guidance = asdict(replace(plain, scale=plan.scale or plain.scale))
+    guidance = asdict(replace(plain, guidance_scale=plan.guidance_scale or plain.guidance_scale))
     return [{**guidance, "adapter": one} for one in (*folders, adapter)]
 
 

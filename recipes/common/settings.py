@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
 
+from training import naming
 from training.config import require
 
 __all__ = [
@@ -64,7 +65,7 @@ class GuidanceSettings:
 
     method: str = "semantic"
     """semantic (S-CFG), cfg (plain), dose, placebo, pointwise or interval; see docs/guidance.md."""
-    scale: float = 7.5
+    guidance_scale: float = field(default=7.5, metadata={"was": "scale"})
     """Guidance scale of the pipeline."""
     preset: Literal["default", "published", "paper", "published_if_stage1", "published_if_stage2"] = "default"
     """Set of options to start from: this toolkit's defaults, the authors' code, or the paper's text."""
@@ -78,15 +79,16 @@ class GuidanceSettings:
     """`guidance_rescale` of the pipeline (Lin et al. 2023), from 0 to 1. null: not set."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.scale < inf, f"guidance scale must be at least 1, got {self.scale}")
+        require(1 <= self.guidance_scale < inf, f"guidance_scale must be at least 1, got {self.guidance_scale}")
         require(self.weight is None or abs(self.weight) <= 100, f"weight must be from -100 to 100, got {self.weight}")
         require(self.rescale is None or 0 <= self.rescale <= 1, f"rescale must be from 0 to 1, got {self.rescale}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> GuidanceSettings:
-        """What `dataclasses.asdict` made of one, also before there were scopes."""
-        scope = values.get("scope")
-        return cls(**{**values, "scope": None if scope is None else ScopeSettings(**scope)})
+        """What `dataclasses.asdict` made of one, also under names of before, and before there were scopes."""
+        renamed, scope = naming.was(cls), values.get("scope")
+        named = {renamed.get(name, name): value for name, value in values.items()}
+        return cls(**{**named, "scope": None if scope is None else ScopeSettings(**scope)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,21 @@ def _numbers(flag: str, values: Sequence[float], least: float, most: float = inf
         require(values.count(value) == 1, f"{flag}: {value:g} is there twice")
 
 
+def _as_today(settings: object, *flags: str) -> None:
+    """Metrics and spaces under today's names; those of before are accepted for one version, with a note."""
+
+    def today(name: str) -> str:
+        new = re.sub(r"\bcolour\b", "color", name)
+        if new != name:
+            naming.note(name, new)
+        return new
+
+    for flag in flags:
+        if value := getattr(settings, flag):
+            new = today(value) if isinstance(value, str) else [today(name) for name in value]
+            object.__setattr__(settings, flag, new)  # frozen, and still being made
+
+
 def _arms() -> dict[str, GuidanceSettings]:
     names = {"CFG": "cfg", "S-CFG": "semantic", "dose": "dose", "placebo": "placebo", "pointwise": "pointwise"}
     return {name: GuidanceSettings(method=method) for name, method in names.items()}
@@ -157,7 +174,7 @@ class MeasureSettings:
     """Seeds for every prompt. They must differ from the seeds used for tuning."""
     arms: dict[str, GuidanceSettings] = field(default_factory=_arms)
     """Name -> guidance. `dose`, `placebo` and `pointwise` separate a gain from placement from stronger guidance."""
-    scale: float | None = None
+    guidance_scale: float | None = field(default=None, metadata={"was": "scale"})
     """Guidance scale for all arms. null: each arm's own."""
     base_arm: bool = True
     """Also samples the base without the adapter, with plain CFG."""
@@ -174,7 +191,7 @@ class MeasureSettings:
     """Metrics by name, see docs/gains.md. Default: depends on the task and the base."""
     spaces: dict[str, str] = field(default_factory=dict)
     """Feature space (clip, siglip2, dino, dinov2, dinov3) -> folder or hub id of its network. `judge`, `lite0` and
-    `colour` need none."""
+    `color` need none."""
     models: dict[str, str] = field(default_factory=dict)
     """Model of a scorer (pickscore, vqa, detector, segmenter, depth) -> its folder or hub id; see docs/gains.md."""
     questions: str | None = None
@@ -208,10 +225,11 @@ class MeasureSettings:
     """Number of pairs in the report that show regions and gamma over the steps."""
 
     def __post_init__(self) -> None:
+        _as_today(self, "metrics", "primary", "referee", "identity", "accuracy", "frechet")
         _seeds("measure.seeds", self.seeds)
         _numbers("measure.sweep", self.sweep, 1)
         _numbers("measure.weights", self.weights or [], -100, 100)
-        _numbers("measure.scale", [] if self.scale is None else [self.scale], 1)
+        _numbers("measure.guidance_scale", [] if self.guidance_scale is None else [self.guidance_scale], 1)
         for flag, least in (("limit", 1), ("skip", 0), ("overlays", 0), ("batch_size", 1)):
             value = getattr(self, flag)
             require(value is None or value >= least, f"measure.{flag} must be at least {least}, got {value}")
@@ -244,7 +262,7 @@ class TuneSettings:
     """Maximum number of targets. null: all."""
     seeds: list[int] = field(default_factory=lambda: [101, 102, 103])
     """Seeds to tune with. Successive halving gives better candidates more of them."""
-    scales: list[float] = field(default_factory=lambda: [3.0, 5.0, 7.5])
+    guidance_scales: list[float] = field(default_factory=lambda: [3.0, 5.0, 7.5], metadata={"was": "scales"})
     """Guidance scales to try for every method."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Further options of the guidance and the values to try, such as {"stop": [0.6, 1.0]}. For `measure.arm` only."""
@@ -260,8 +278,9 @@ class TuneSettings:
     published values of real photos."""
 
     def __post_init__(self) -> None:
+        _as_today(self, "metric")
         _seeds("tune.seeds", self.seeds)
-        for name, least, most in (("scales", 1, inf), ("weights", -100, 100)):
+        for name, least, most in (("guidance_scales", 1, inf), ("weights", -100, 100)):
             values = getattr(self, name)
             require(values is None or bool(values), f"tune.{name} is empty; give at least one value")
             _numbers(f"tune.{name}", values or [], least, most)
@@ -278,7 +297,7 @@ class ShipSettings:
 
     title: str | None = None
     """Title of the model card. Default: made from the subject and the base."""
-    licence: str = "other"
+    license: str = field(default="other", metadata={"was": "licence"})
     """License identifier from the Hub's list, such as apache-2.0."""
     description: str = ""
     """One or two sentences for the model card."""
@@ -296,7 +315,7 @@ class ShipSettings:
     """Whether a new repository on the Hub is private."""
 
     def __post_init__(self) -> None:
-        for name in ("title", "licence"):
+        for name in ("title", "license"):
             value = getattr(self, name)
             require(value is None or bool(value.strip()), f"ship.{name} is empty; write one, or leave it out")
         for name in ("trigger_words", "limits"):

@@ -46,7 +46,7 @@ NETWORKS: dict[str, Callable[..., Any]] = {
 """Those that `measure.spaces` gives a network to."""
 FREE: dict[str, Callable[[], Any]] = {
     "judge": lambda: judge().features,
-    "colour": lambda: kinds.color_histogram,
+    "color": lambda: kinds.color_histogram,
     "lite0": efficientnet_lite0,
 }
 SPACES = (*NETWORKS, *FREE)
@@ -83,7 +83,7 @@ def looks(settings: MeasureSettings, *, pocket: bool) -> tuple[str, Any]:
         pocket: the base is the embedded one, whose judge is there.
     """
     known = [name for name in ("dinov3", "dinov2", "dino", "clip") if name in settings.spaces]
-    name = next(iter(known), "judge" if pocket else "colour")
+    name = next(iter(known), "judge" if pocket else "color")
     return name, space_of(name, settings)
 
 

@@ -126,6 +126,8 @@ class Tuned:
 
     def facts(self) -> dict[str, str]:
         """What the search tried and found, in words: the curve behind the guider."""
+        from adapters.measuring.words import scale_of
+
         facts = {"tuned on": f"{len(self.prompts)} prompts, seeds {list(self.seeds)}, {self.metric}"}
         for name, rounds in self.rounds.items():
             results = [(one["settings"], one["mean"]) for one in rounds[0]["results"]]
@@ -134,7 +136,7 @@ class Tuned:
                 facts["checkpoint tried"] = "; ".join(tried)
                 facts |= {"overfitting": said} if (said := self.overfitting()) else {}
                 continue
-            tried = [f"scale {settings['scale']:g}{_more(settings)}: {mean:.3f}" for settings, mean in results]
+            tried = [f"scale {scale_of(settings):g}{_more(settings)}: {mean:.3f}" for settings, mean in results]
             facts[f"tuning {name}, {self.pictures[name]} pictures"] = "; ".join(tried)
         return facts
 

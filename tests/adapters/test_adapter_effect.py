@@ -24,7 +24,12 @@ DESIGN = Design(
     minimum_effect=0.05,
     tolerance=0.1,
     higher_is_better={"identity": True, "prompt accuracy": True},
-    notes={"guidance": {"CFG": {"method": "cfg", "scale": 4.0}, "S-CFG": {"method": "semantic", "scale": 4.0}}},
+    notes={
+        "guidance": {
+            "CFG": {"method": "cfg", "guidance_scale": 4.0},
+            "S-CFG": {"method": "semantic", "guidance_scale": 4.0},
+        }
+    },
 )
 
 

@@ -154,7 +154,7 @@ def test_canny_f1_by_hand():
     assert metrics.score(metric, [shot(square), shot(picture(5, 5, 5, size=64))]).tolist() == [1, 0]
 
 
-def test_there_is_one_canny_with_the_thresholds_and_the_colours_asked_for():
+def test_there_is_one_canny_with_the_thresholds_and_the_colors_asked_for():
     image = noise(3)
     pixels = np.asarray(image)
     assert np.array_equal(Canny()(image), cv2.Canny(pixels, 100, 200) > 0)  # as controlnet-aux finds them

@@ -176,10 +176,13 @@ def test_no_explanation_needs_another_one(name):
 
 
 def test_every_way_to_sample_is_explained_with_what_makes_it_differ():
-    plain = {"method": "cfg", "scale": 2.0, "options": {}, "weight": 1.0, "scope": None}
+    plain = {"method": "cfg", "guidance_scale": 2.0, "options": {}, "weight": 1.0, "scope": None}
     placed = {"uncond_weight": None, "start": 0.0, "stop": 1.0, "where": "subject", "where_stop": 0.3}
     early = {"uncond_weight": 0.0, "start": 0.0, "stop": 0.5, "where": None, "where_stop": 1.0}
     assert words._arm(plain) == "plain guidance (classifier-free guidance), equally strong everywhere, scale 2"
+    before = {**plain, "scale": 2.0}  # as versions before wrote it
+    del before["guidance_scale"]
+    assert words._arm(before) == words._arm(plain)
     assert words._arm({**plain, "scope": placed}) == (
         f"{words._arm(plain)}, the adapter acts only where the subject is in the first 30 % of the steps"
     )

@@ -161,7 +161,7 @@ def test_where_things_lie_by_hand() -> None:
 
 
 def blobs(image: Image.Image, noun: str) -> list[Box]:
-    """Finds what it knows by its colour: cars are blue, dogs are red."""
+    """Finds what it knows by its color: cars are blue, dogs are red."""
     import cv2
 
     channel = {"car": 2, "dog": 0}[noun]

@@ -70,7 +70,7 @@ def test_the_vae_keeps_held_out_scenes(pipe) -> None:
 
 def test_the_judge_reads_held_out_scenes() -> None:
     said, now = card_figures()["reconstruction"]["judge on scenes"], fit_judge.accuracy(pocket.judge(), 128)
-    for name in ("objects", "colours", "backgrounds", "pixels"):
+    for name in ("objects", "colors", "backgrounds", "pixels"):
         assert now[name] > said[name] - 0.04, name
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from training.pocket import PocketError, scenes
 from training.pocket.captions import Description, Noun, parse, vocabulary
 from training.pocket.control import EDGES
-from training.pocket.world import BACKGROUNDS, CLASSES, COLOURS, RELATIONS, SIZE, TINTABLE
+from training.pocket.world import BACKGROUNDS, CLASSES, COLORS, RELATIONS, SIZE, TINTABLE
 
 
 def test_a_scene_is_a_function_of_seed_and_index() -> None:
@@ -85,8 +85,8 @@ def test_a_prompt_becomes_its_own_scene() -> None:
     scene = scenes.from_prompt(prompt, seed=4)
     assert scene.caption == prompt
     assert [placed.noun for placed in scene.objects] == [
-        Noun(name="car", colour="red"),
-        Noun(name="dog", colour="blue"),
+        Noun(name="car", color="red"),
+        Noun(name="dog", color="blue"),
     ]
     assert scene.objects[0].centre[0] < scene.objects[1].centre[0]
     assert scene.description.background == "grass"
@@ -112,16 +112,16 @@ def test_a_relation_needs_two_objects() -> None:
         Description(nouns=(Noun(name="dog"),), relation="above")
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_a_tint_has_the_hue_it_is_called(colour: str) -> None:
+@pytest.mark.parametrize("color", COLORS)
+def test_a_tint_has_the_hue_it_is_called(color: str) -> None:
     import cv2
 
     for name in sorted(TINTABLE):
-        premultiplied, alpha = scenes.sprite(name, colour, 64)
+        premultiplied, alpha = scenes.sprite(name, color, 64)
         hsv = cv2.cvtColor(premultiplied, cv2.COLOR_RGB2HSV)
         body = (alpha[..., 0] > 0.9) & (hsv[..., 1] > 0.3)
-        apart = np.abs((np.median(hsv[..., 0][body]) - COLOURS[colour][0] + 180) % 360 - 180)
-        assert apart < 25, f"{colour} {name}: {apart:.0f} degrees off"
+        apart = np.abs((np.median(hsv[..., 0][body]) - COLORS[color][0] + 180) % 360 - 180)
+        assert apart < 25, f"{color} {name}: {apart:.0f} degrees off"
 
 
 def test_conditions_come_from_the_scene() -> None:
@@ -143,7 +143,7 @@ def test_a_scene_keeps_to_its_own_condition_by_the_detector_that_made_it() -> No
     assert CannyF1(condition=lambda shot: wanted[shot.prompt], edges=EDGES)(shots) == [1.0] * 4
 
 
-def test_backgrounds_are_told_apart_by_their_mean_colour() -> None:
+def test_backgrounds_are_told_apart_by_their_mean_color() -> None:
     means = {
         name: np.mean([scenes.backgrounds.draw(name, 32, np.random.default_rng(i)).mean((0, 1)) for i in range(8)], 0)
         for name in BACKGROUNDS

@@ -34,7 +34,7 @@ def swapped(images: list[Image.Image]) -> list[Image.Image]:
     return [*images[-1:], *images[:-1]]
 
 
-DEGRADATIONS = {"blur": blurred, "wrong colour": recolored, "swapped subject": swapped}
+DEGRADATIONS = {"blur": blurred, "wrong color": recolored, "swapped subject": swapped}
 
 
 def losses_of_prompts(worse: Callable) -> np.ndarray:

@@ -126,16 +126,16 @@ def test_a_rendered_subject_is_made_anew(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_a_toy_is_closed_coloured_and_seen_five_times(name: str) -> None:
+def test_a_toy_is_closed_colored_and_seen_five_times(name: str) -> None:
     toy = TOYS[name]
     assert len(set(toy.views)) == 5
     for part in toy.build():
         assert np.isfinite(part.vertices).all()
         assert part.faces.min() >= 0
         assert part.faces.max() < len(part.vertices)
-        assert part.colours.shape == part.faces.shape
-        assert part.colours.min() >= 0
-        assert part.colours.max() <= 1
+        assert part.colors.shape == part.faces.shape
+        assert part.colors.min() >= 0
+        assert part.colors.max() <= 1
 
 
 def test_surfaces_face_outwards() -> None:
@@ -176,7 +176,7 @@ def test_the_names_come_without_torch_and_pybullet() -> None:
 def classes(noun: str, count: int = 12) -> list[Shot]:
     """Drawn scenes in the base's own look that show the class in its own colors, as prompts of a subject ask for it."""
     found = (scenes.sample(scenes.HELD_OUT_SEED, index) for index in range(4000))
-    shown = (scene for scene in found if (noun, None) in {(item.name, item.colour) for item in scene.description.nouns})
+    shown = (scene for scene in found if (noun, None) in {(item.name, item.color) for item in scene.description.nouns})
     return [
         Shot(prompt=scene.caption, seed=number, latents="", image=Image.fromarray(scene.image))
         for number, scene in zip(range(count), shown, strict=False)

@@ -113,7 +113,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def photo(seed: int, size: tuple[int, int] = (80, 64)) -> Image.Image:
-    """Smooth random colours, (width, height)."""
+    """Smooth random colors, (width, height)."""
     values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
 

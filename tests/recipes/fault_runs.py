@@ -28,7 +28,7 @@ from typing import Any
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-ARMS = {"CFG": {"method": "cfg", "scale": 4.0}, "S-CFG": {"scale": 4.0}}
+ARMS = {"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}}
 PLENTY = 64 * 2**20  # bytes of disk that a whole run does not need
 # What differs between two runs of the same command.
 PASSING = ("seconds", "peak memory of the process, MiB", "mean seconds")
@@ -70,7 +70,7 @@ def command(base: Path, photos: Path) -> list[str]:
         "sampling.steps": 2,
         "tune.prompts": ["a fox", "a big box"],
         "tune.seeds": [101],
-        "tune.scales": [2.0, 4.0],
+        "tune.guidance_scales": [2.0, 4.0],
         "measure.arms": ARMS,
         "measure.prompts": ["a red dog", "a cat in a box"],
         "measure.seeds": [1, 2],

@@ -34,8 +34,8 @@ def of(**more: object):
 
 def test_arms_have_nothing_left_to_fill_in() -> None:
     arms = {"CFG": GuidanceSettings(method="cfg"), "S-CFG": GuidanceSettings(weight=0.5), "x": GuidanceSettings()}
-    found = of(arms=arms, scale=4.0, sweep=[2.0, 4.0], weight=0.8)
-    assert [(arm.name, arm.guidance.scale, arm.weight, arm.bare) for arm in found.arms.values()] == [
+    found = of(arms=arms, guidance_scale=4.0, sweep=[2.0, 4.0], weight=0.8)
+    assert [(arm.name, arm.guidance.guidance_scale, arm.weight, arm.bare) for arm in found.arms.values()] == [
         ("base", 4.0, 0.0, True),
         ("CFG", 4.0, 0.8, False),
         ("S-CFG", 4.0, 0.5, False),
@@ -49,10 +49,10 @@ def test_arms_have_nothing_left_to_fill_in() -> None:
 
 def test_a_curve_is_of_arms_that_differ_in_scale_alone_whatever_they_are_called() -> None:
     arms = {
-        "CFG": GuidanceSettings(method="cfg", scale=4.0),
-        "S-CFG": GuidanceSettings(scale=4.0),
-        "weak": GuidanceSettings(method="cfg", scale=2.0),
-        "CFG @ 3": GuidanceSettings(method="cfg", scale=3.0, weight=0.5),
+        "CFG": GuidanceSettings(method="cfg", guidance_scale=4.0),
+        "S-CFG": GuidanceSettings(guidance_scale=4.0),
+        "weak": GuidanceSettings(method="cfg", guidance_scale=2.0),
+        "CFG @ 3": GuidanceSettings(method="cfg", guidance_scale=3.0, weight=0.5),
     }
     assert of(arms=arms).sweeps == {"CFG": {"4": "CFG", "2": "weak"}, "S-CFG": {"4": "S-CFG"}}
 
@@ -60,7 +60,7 @@ def test_a_curve_is_of_arms_that_differ_in_scale_alone_whatever_they_are_called(
 def tuned(folder: Path, **change: object) -> Path:
     folder.mkdir()
     values = {
-        "best": {"S-CFG": GuidanceSettings(scale=3.0, options={"stop": 0.5}, weight=0.6)},
+        "best": {"S-CFG": GuidanceSettings(guidance_scale=3.0, options={"stop": 0.5}, weight=0.6)},
         "adapter": None,
         "metric": "prompt accuracy",
         "prompts": ["a cat"],
@@ -72,19 +72,39 @@ def tuned(folder: Path, **change: object) -> Path:
     return folder
 
 
+def test_metrics_and_spaces_may_have_their_names_of_before(capsys: pytest.CaptureFixture[str]) -> None:
+    naming.note.cache_clear()
+    plan = MeasureSettings(prompts=PROMPTS, metrics=["colour accuracy"], primary="colour accuracy", frechet="colour")
+    assert (plan.metrics, plan.primary, plan.frechet) == (["color accuracy"], "color accuracy", "color")
+    assert TuneSettings(metric="similarity (colour)").metric == "similarity (color)"
+    assert capsys.readouterr().err.count("note: colour accuracy is now called color accuracy;") == 1
+
+
 def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     folder = tuned(tmp_path / "tuned")
     assert Tuned.read(folder).best["S-CFG"].options == {"stop": 0.5}
     found = resolve(MeasureSettings(prompts=PROMPTS), base=POCKET, tuned=str(folder)).arms
-    assert (found["S-CFG"].guidance.scale, found["S-CFG"].weight, found["CFG"].guidance.scale) == (3.0, 0.6, 7.5)
+    assert (found["S-CFG"].guidance.guidance_scale, found["S-CFG"].weight, found["CFG"].guidance.guidance_scale) == (
+        3.0,
+        0.6,
+        7.5,
+    )
     placebo = found["placebo"].guidance
-    assert (placebo.method, placebo.scale, placebo.options, placebo.weight) == ("placebo", 3.0, {"stop": 0.5}, 0.6)
+    assert (placebo.method, placebo.guidance_scale, placebo.options, placebo.weight) == (
+        "placebo",
+        3.0,
+        {"stop": 0.5},
+        0.6,
+    )
+    file = folder / "tuned.json"
+    file.write_text(file.read_text().replace('"guidance_scale"', '"scale"'))  # as versions before wrote it
+    assert Tuned.read(folder).best["S-CFG"].guidance_scale == 3.0
     scoped = GuidanceSettings(method="cfg", scope=ScopeSettings(stop=0.5))
     plan = MeasureSettings(subjects=[str(ROOT / "recipes" / "subjects" / "bird")], seeds=[9], limit=2)
-    plain = tuned(tmp_path / "plain", best={"CFG": GuidanceSettings(method="cfg", scale=2.0, weight=0.6)})
+    plain = tuned(tmp_path / "plain", best={"CFG": GuidanceSettings(method="cfg", guidance_scale=2.0, weight=0.6)})
     plan = replace(plan, arms={**plan.arms, "CFG early": scoped})
     early = resolve(plan, base=POCKET, adapter=TEAPOT, tuned=str(plain)).arms["CFG early"].guidance
-    assert (early.scale, early.weight, early.scope) == (2.0, 0.6, scoped.scope)
+    assert (early.guidance_scale, early.weight, early.scope) == (2.0, 0.6, scoped.scope)
     place = tuned(tmp_path / "scoped", best={"CFG": scoped})
     assert Tuned.read(place).best["CFG"] == scoped
     for change, said in (
@@ -156,14 +176,14 @@ WRONG: dict[str, list[object]] = {
         {"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_maxx": 2}}},
         {"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_max": -2}}},
         {"CFG": {"method": "cfg"}, "S-CFG": {"method": "scfg"}},
-        {"CFG": {"method": "cfg"}, "S-CFG": {"scale": 0.5}},
-        {"CFG": {"method": "cfg"}, "S-CFG": {"scale": "inf"}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"guidance_scale": 0.5}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {"guidance_scale": "inf"}},
         {"CFG": {"method": "cfg"}, "S-CFG": {"weight": "nan"}},
         {"CFG": {"method": "cfg"}, "S-CFG": {"rescale": 2}},
         {"CFG": {"method": "cfg"}, "S-CFG": {}, "s cfg": {}},
         {"CFG": {"method": "cfg"}, "S-CFG": {}, "base": {}},
     ],
-    "measure.scale": [0.5, "inf", "nan"],
+    "measure.guidance_scale": [0.5, "inf", "nan"],
     "measure.arm": ["SCFG", "CFG"],
     "measure.baseline": ["cfg", "S-CFG"],
     "measure.weights": [[0.5], ["nan"], [1000]],
@@ -201,14 +221,14 @@ WRONG: dict[str, list[object]] = {
     "tune.targets": ["pocket"],
     "tune.limit": [0],
     "tune.seeds": [[], [1], [101, 101]],
-    "tune.scales": [[], [0.5], ["nan"], [3, 3]],
+    "tune.guidance_scales": [[], [0.5], ["nan"], [3, 3]],
     "tune.grid": [{"stopp": [1]}, {"stop": []}, {"stop": [3]}],
     "tune.weights": [[], ["nan"], [1, 1], [1000]],
     "tune.snapshots": ["gone"],
     "tune.metric": ["beauty", "joint"],
     "tune.references": [{"prompt accuracy": 0}],
     "ship.title": [" "],
-    "ship.licence": [""],
+    "ship.license": [""],
     "ship.trigger_words": [[""]],
     "ship.limits": [[" "]],
     "ship.push": ["me", "a/b/c"],

@@ -112,11 +112,11 @@ def test_the_look_for_repeated_defaults_sees_them() -> None:
         "out": "runs/x",
         "train": {"steps": 300, "batch_size": 1, "validation": {"every": 250}},
         "measure": {"seeds": [1, 2, 3], "limit": 2},
-        "ship": {"licence": "other"},
+        "ship": {"license": "other"},
     }
     assert set(repeated(given, dreambooth_lora.Settings)) == {
         "measure.seeds",
-        "ship.licence",
+        "ship.license",
         "base.variant",
         "train.batch_size",
         "train.validation.every",

@@ -47,7 +47,7 @@ def test_a_wrong_key_is_named(refused, tmp_path: Path) -> None:
     [
         ("--sampling.steps=few", "sampling.steps"),
         ("--sampling.steps=0", "sampling.steps must be at least 1, got 0"),
-        ("--guidance.scale=0.5", "guidance scale must be at least 1, got 0.5"),
+        ("--guidance.guidance_scale=0.5", "guidance_scale must be at least 1, got 0.5"),
         ("--guidance.rescale=1.5", "rescale must be from 0 to 1, got 1.5"),
         ("--guidance.method=sCFG", "sCFG"),
         ('--guidance.options={"stopp": 1}', "stopp"),

@@ -19,6 +19,7 @@ from adapters.writing import write_kohya
 from recipes.common.foreign import FEW, words_of
 from recipes.common.results import unseen
 from recipes.measure import Settings
+from training import naming
 from training.command_line import parse
 from training.errors import TrainingError
 
@@ -75,6 +76,16 @@ def test_a_config_and_a_subject_are_made_of_a_file_and_photos(kohya: Path, tmp_p
     assert len(settings.measure.arms) == 5
     assert settings.measure.sweep == [3, 6]
     assert (subject / "subject.json").read_text("utf-8") == edited
+
+
+def test_the_scale_may_have_its_name_of_before(kohya: Path, tmp_path: Path, capsys) -> None:
+    naming.note.cache_clear()
+    for flag in ("--guidance_scale", "--scale"):
+        settings = parse(Settings, words_of(words(kohya, tmp_path / "a", flag, "3")))
+        assert settings.measure.guidance_scale == 3.0
+    assert capsys.readouterr().err.splitlines() == [
+        "note: --scale is now called --guidance_scale; the old name still works in this version"
+    ]
 
 
 def test_a_trigger_that_no_caption_had_is_said(kohya: Path, tmp_path: Path, capsys) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-ARMS = json.dumps({"CFG": {"method": "cfg", "scale": 4.0}, "S-CFG": {"scale": 4.0}})
+ARMS = json.dumps({"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}})
 MEASURE = [f"--measure.arms={ARMS}", "--measure.prompts=[a red dog, a cat in a box]", "--measure.seeds=[1, 2]"]
 MEASURE += ["--measure.metrics=[saturation, contrast]", "--measure.overlays=0", "--measure.sweep=[2.0]"]
 SAMPLE = ["--sampling.steps=12", "--sampling.batch_size=1"]
@@ -149,7 +149,11 @@ def test_measuring_goes_on_after_ctrl_c(models: Path, adapters_of: Path, tmp_pat
 
 def test_tuning_goes_on_after_ctrl_c(models: Path, adapters_of: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "run", tmp_path / "uninterrupted"
-    tune = ["--tune.prompts=[a fox, a big box]", "--tune.seeds=[101, 102, 103]", "--tune.scales=[2.0, 3.0, 4.0, 5.0]"]
+    tune = [
+        "--tune.prompts=[a fox, a big box]",
+        "--tune.seeds=[101, 102, 103]",
+        "--tune.guidance_scales=[2.0, 3.0, 4.0, 5.0]",
+    ]
     command = [f"--base.path={models / 'sd15'}", f"--adapter={adapters_of / 'lora'}", *MEASURE, *SAMPLE, *tune]
     command.append(f"--out={out}")
     finished("tune", *command)
@@ -185,7 +189,7 @@ def test_the_whole_recipe_goes_on_after_ctrl_c_in_each_of_its_stages(
         *SAMPLE,
         "--tune.prompts=[a fox, a big box]",
         "--tune.seeds=[101, 102]",
-        "--tune.scales=[2.0, 4.0]",
+        "--tune.guidance_scales=[2.0, 4.0]",
         "--ship.title=x",
     ]
     finished("text_to_image_lora", *command)

@@ -26,7 +26,7 @@ KINDS = {
     "lokr": ["--lora.kind=lokr"],
 }
 PRESETS = ("attention", "attention+ff", "all-linear", "conv")
-ARMS = json.dumps({"CFG": {"method": "cfg", "scale": 3.0}, "S-CFG": {"scale": 3.0}})
+ARMS = json.dumps({"CFG": {"method": "cfg", "guidance_scale": 3.0}, "S-CFG": {"guidance_scale": 3.0}})
 COMPARED = [
     f"--measure.arms={ARMS}",
     "--measure.seeds=[1]",
@@ -43,7 +43,7 @@ TRAINED = [
     "--train.snapshot_every=1",
     "--train.prepack=false",
 ]
-TUNED = ["--tune.seeds=[101]", "--tune.scales=[3.0]", "--sampling.steps=2"]
+TUNED = ["--tune.seeds=[101]", "--tune.guidance_scales=[3.0]", "--sampling.steps=2"]
 PROMPTED = ["--tune.prompts=['a c', 'a d']", "--measure.prompts=['a a', 'a b']"]
 SMALL = [*TRAINED, *TUNED, *COMPARED, *PROMPTED, "--ship.title=Rex"]
 # Every kind in both recipes, every preset in some; the rest of the product is slow.

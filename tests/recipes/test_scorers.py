@@ -48,7 +48,7 @@ def given(folder: Path, table: dict[str, str]) -> str:
             {"metrics": ["preference (pickscore)"], "models": {"pickscore": "clip"}, "sweep": [2.0]},
             "preference (pickscore) cannot decide",
         ),
-        ({"metrics": ["detected objects"], "models": {"detector": "owl"}}, "looks at colours by clip, and 'a red car'"),
+        ({"metrics": ["detected objects"], "models": {"detector": "owl"}}, "looks at colors by clip, and 'a red car'"),
         ({"metrics": ["depth RMSE"], "models": {"depth": "depth"}}, "depth RMSE needs target pictures"),
         ({"metrics": ["masked similarity (dinov2)"]}, "needs a subject"),
     ],
@@ -105,7 +105,7 @@ def test_every_scorer_runs_and_a_preference_is_told_at_equal_scale_only(
         "alignment (siglip2)",
         "preference (pickscore)",
     ]
-    arms = {"CFG": {"method": "cfg", "scale": 2.0}, "S-CFG": {"scale": 2.0}}
+    arms = {"CFG": {"method": "cfg", "guidance_scale": 2.0}, "S-CFG": {"guidance_scale": 2.0}}
     said = done(
         "measure",
         "--base.path=pocket",

@@ -29,7 +29,7 @@ from training.pocket.world import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOG = ROOT / "recipes" / "subjects" / "dog"
-ARMS = json.dumps({"CFG": {"method": "cfg", "scale": 4.0}, "S-CFG": {"scale": 4.0}})
+ARMS = json.dumps({"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}})
 TRAIN = ["--train.steps=4", "--train.log_every=1", "--train.trackers=[]"]
 SAMPLE = ["--sampling.steps=4"]
 MEASURE = [f"--measure.arms={ARMS}", "--measure.limit=2", "--measure.seeds=[1]", "--measure.overlays=0"]
@@ -37,7 +37,7 @@ SUBJECT = [f"--measure.subjects={json.dumps([str(DOG)])}"]
 ON_DOG = ["--base.path=pocket", f"--data.source={DOG}", "--data.resolution=64"]
 LORA = [*ON_DOG, *TRAIN, "--train.snapshot_every=2", "--train.learning_rate=1e-2", "--lora.rank=2"]
 LORA.append("--dreambooth.identifier=sks")
-TUNE = ["--tune.prompts=['a {} on the sand', 'a {} in the snow']", "--tune.seeds=[101]", "--tune.scales=[4.0]"]
+TUNE = ["--tune.prompts=['a {} on the sand', 'a {} in the snow']", "--tune.seeds=[101]", "--tune.guidance_scales=[4.0]"]
 TUNE += ["--tune.weights=[1.0]"]
 
 
@@ -116,7 +116,7 @@ def test_measuring_after_tuning_draws_with_what_was_found(run: Path, measured: P
     assert all("sks" not in shot.prompt for shot in bare)
     shot, settings = adapters.measuring.sample.read(next((run / "pictures" / "dog" / "s-cfg").glob("*.png")))
     assert settings["weights"] == f"{digest_of(tuned['adapter'])} 1"
-    assert settings["guidance_scale"] == tuned["best"]["S-CFG"]["scale"]
+    assert settings["guidance_scale"] == tuned["best"]["S-CFG"]["guidance_scale"]
     assert shot.numbers["effective scale"] > 0
 
 
@@ -124,10 +124,19 @@ def test_tuning_over_subjects_is_the_mean_of_tuning_each(run: Path, lora: Path, 
     def tuned(out: Path, adapter: object, *subjects: str) -> dict[str, dict[str, float]]:
         folders = json.dumps([str(DOG.parent / subject) for subject in subjects])
         more = [f"--measure.subjects={folders}", f"--adapter={adapter}", "--measure.metrics=[similarity (judge)]"]
-        done("tune", "--base.path=pocket", *SAMPLE, *MEASURE, *TUNE, *more, "--tune.scales=[2.0, 4.0]", f"--out={out}")
+        done(
+            "tune",
+            "--base.path=pocket",
+            *SAMPLE,
+            *MEASURE,
+            *TUNE,
+            *more,
+            "--tune.guidance_scales=[2.0, 4.0]",
+            f"--out={out}",
+        )
         found = json.loads((out / "tuned" / "tuned.json").read_text())
         return {
-            name: {item["settings"]["scale"]: item["mean"] for item in rounds[0]["results"]}
+            name: {item["settings"]["guidance_scale"]: item["mean"] for item in rounds[0]["results"]}
             for name, rounds in found["rounds"].items()
             if name != "checkpoint"
         }
@@ -147,7 +156,14 @@ def test_tuning_over_subjects_is_the_mean_of_tuning_each(run: Path, lora: Path, 
 
 def test_guidance_beside_a_condition_is_tuned_on_other_scenes(tmp_path: Path, done, call) -> None:
     controlled = ["--controlnet=pocket-canny", "--measure.targets=pocket", "--measure.control=canny"]
-    common = ["--base.path=pocket", *controlled, *SAMPLE, *MEASURE, "--tune.scales=[4.0]", "--tune.seeds=[101]"]
+    common = [
+        "--base.path=pocket",
+        *controlled,
+        *SAMPLE,
+        *MEASURE,
+        "--tune.guidance_scales=[4.0]",
+        "--tune.seeds=[101]",
+    ]
     refused = call("tune", *common, "--tune.prompts=[a dog]", f"--out={tmp_path}")
     assert "controlnet, measure.targets and tune.targets belong together" in refused.err
     done("tune", *common, "--tune.targets=pocket", "--tune.limit=3", f"--out={tmp_path}")
@@ -258,7 +274,7 @@ def test_full_dreambooth_trains_measures_drift_and_ships_a_unet(tmp_path: Path, 
         "--dreambooth.steps=2",
         "--measure.drift_prompts=[a red car on the grass]",
         "--train.steps=2",
-        "--ship.licence=mit",
+        "--ship.license=mit",
         f"--out={tmp_path}",
     )
     assert len(list((tmp_path / "class_images").glob("*.png"))) == 2
@@ -292,7 +308,7 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
         *MEASURE,
         *measure,
         "--data.canny=[40, 90]",
-        "--ship.licence=mit",
+        "--ship.license=mit",
         f"--out={tmp_path}",
     )
     assert edges_of(str(tmp_path / "controlnet")) == Canny(low=40, high=90)
@@ -496,7 +512,7 @@ def test_photos_that_cannot_be_learnt_from_are_named(mine: Path, tmp_path: Path,
     arguments = [mine, "--class", "dog", "--out", tmp_path / "run", "--no-trial"]
     (mine / "2.png").unlink()
     assert "has 2 photo(s); three are the least" in refused(call, *arguments)
-    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     frames[0].save(mine / "moving.gif", save_all=True, append_images=frames[1:])
     Image.new("RGB", (16, 64)).save(mine / "small.png")
     said = refused(call, *arguments)

@@ -35,7 +35,9 @@ BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 PROMPT, FEW = "a red dog and a blue cat on the grass", SamplingSettings(steps=2)
-TUNED = GuidanceSettings(scale=4.0, options={"gamma_max": None, "stop": 0.8, "tokens": "prompt", "latent_ratio": 2})
+TUNED = GuidanceSettings(
+    guidance_scale=4.0, options={"gamma_max": None, "stop": 0.8, "tokens": "prompt", "latent_ratio": 2}
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def shipped(pipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shapes = {"A": (2, layer.in_features), "B": (layer.out_features, 2)}
     tensors = {f"unet.{name}.lora_{part}.weight": torch.randn(shapes[part], generator=draws) for part in shapes}
     save_file(tensors, place / "lora.safetensors")
-    card = adapters.Card(title="A dog", base_model=VERSION, licence="apache-2.0")
+    card = adapters.Card(title="A dog", base_model=VERSION, license="apache-2.0")
     return adapters.ship.ship(
         place / "release", weights=place / "lora.safetensors", base=adapters.describe(pipe), card=card
     )
@@ -71,23 +73,23 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 
 
 def test_a_pair_has_one_noise_two_pictures_and_a_strip(pipe, release: Path) -> None:
-    pair = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW)
+    pair = draw_pair(pipe, PROMPT, 3, GuidanceSettings(guidance_scale=4.0), FEW)
     assert pair.plain.key == pair.guided.key
     assert not same(pair.plain.image, pair.guided.image)
     assert pair.plain.numbers == {"effective scale": 4.0}
     assert f"{pair.guided.numbers['effective scale']:.2f}" in pair.line
     assert pair.strip is not None
     assert pair.strip.width > 2 * pair.strip.height / 4
-    other = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW, str(release))
+    other = draw_pair(pipe, PROMPT, 3, GuidanceSettings(guidance_scale=4.0), FEW, str(release))
     assert other.plain.latents == pair.plain.latents
     assert not same(other.plain.image, pair.plain.image)
-    again = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW)  # the adapter is off again
+    again = draw_pair(pipe, PROMPT, 3, GuidanceSettings(guidance_scale=4.0), FEW)  # the adapter is off again
     assert same(again.guided.image, pair.guided.image)
 
 
 @pytest.mark.parametrize("method", ["cfg", "pointwise", "interval", "dose"])
 def test_every_method_draws(pipe, method: str) -> None:
-    pair = draw_pair(pipe, PROMPT, 3, GuidanceSettings(method=method, scale=4.0), FEW)
+    pair = draw_pair(pipe, PROMPT, 3, GuidanceSettings(method=method, guidance_scale=4.0), FEW)
     assert same(pair.plain.image, pair.guided.image) == (method == "cfg")
     assert (pair.strip is not None) == (method == "dose")
     assert ("no strip" in pair.line) == (pair.strip is None)
@@ -96,12 +98,12 @@ def test_every_method_draws(pipe, method: str) -> None:
 @pytest.mark.parametrize(("prompt", "scale", "said"), [(" ", 4.0, "no prompt"), (PROMPT, 1.0, "above 1")])
 def test_what_cannot_be_compared_is_said(pipe, prompt: str, scale: float, said: str) -> None:
     with pytest.raises(TrainingError, match=said):
-        draw_pair(pipe, prompt, 3, GuidanceSettings(scale=scale), FEW)
+        draw_pair(pipe, prompt, 3, GuidanceSettings(guidance_scale=scale), FEW)
 
 
 def test_a_rescale_is_the_pipelines_own(pipe) -> None:
     own = partial(pipe, PROMPT, guidance_scale=4.0, num_inference_steps=FEW.steps, guidance_rescale=0.7)
-    asked = GuidanceSettings(scale=4.0, rescale=0.7)
+    asked = GuidanceSettings(guidance_scale=4.0, rescale=0.7)
     pair = draw_pair(pipe, PROMPT, 3, asked, FEW)
     assert same(pair.plain.image, own(generator=torch.Generator().manual_seed(3)).images[0])
     with scfg.attach(pipe, scfg.SemanticCFG()):
@@ -110,7 +112,7 @@ def test_a_rescale_is_the_pipelines_own(pipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "guidance", [TUNED, GuidanceSettings(method="cfg", scale=3.0, rescale=0.7)], ids=lambda g: g.method
+    "guidance", [TUNED, GuidanceSettings(method="cfg", guidance_scale=3.0, rescale=0.7)], ids=lambda g: g.method
 )
 def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, guidance: GuidanceSettings) -> None:
     (release / "notes.txt").write_text("mine")
@@ -119,7 +121,7 @@ def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, gui
     assert str(release / "guider_config.json") in said
     read = scfg.read_config(json.loads((release / "guider_config.json").read_text()))
     assert read.guidance == scfg.make_guidance(guidance.method, **guidance.options)
-    assert (read.guidance_scale, read.guidance_rescale) == (guidance.scale, guidance.rescale or 0.0)
+    assert (read.guidance_scale, read.guidance_rescale) == (guidance.guidance_scale, guidance.rescale or 0.0)
     after = files.verify_folder(release)
     assert set(after["files"]) == {*before["files"], "guider_config.json"}  # a note is kept, and not shipped
     assert (release / "notes.txt").read_text() == "mine"
@@ -148,16 +150,16 @@ def test_without_a_release_only_a_folder_of_weights_takes_a_guider(release: Path
 
 
 def test_the_base_stands_beside_the_adapter_whose_weight_and_scope_are_its_own(pipe, release: Path) -> None:
-    alone = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW)
+    alone = draw_pair(pipe, PROMPT, 3, GuidanceSettings(guidance_scale=4.0), FEW)
     assert alone.base is None
-    full = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0), FEW, str(release))
+    full = draw_pair(pipe, PROMPT, 3, GuidanceSettings(guidance_scale=4.0), FEW, str(release))
     assert same(full.base.image, alone.plain.image)
     assert not same(full.plain.image, full.base.image)
-    none = draw_pair(pipe, PROMPT, 3, GuidanceSettings(scale=4.0, weight=0.0), FEW, str(release))
+    none = draw_pair(pipe, PROMPT, 3, GuidanceSettings(guidance_scale=4.0, weight=0.0), FEW, str(release))
     assert np.allclose(none.plain.image, none.base.image, atol=1)
-    late = GuidanceSettings(scale=4.0, scope=ScopeSettings(start=0.5))
+    late = GuidanceSettings(guidance_scale=4.0, scope=ScopeSettings(start=0.5))
     assert not same(draw_pair(pipe, PROMPT, 3, late, FEW, str(release)).plain.image, full.plain.image)
-    where = GuidanceSettings(scale=4.0, scope=ScopeSettings(where="subject"))
+    where = GuidanceSettings(guidance_scale=4.0, scope=ScopeSettings(where="subject"))
     with pytest.raises(TrainingError, match=r"the adapter's card names none"):
         draw_pair(pipe, PROMPT, 3, where, FEW, str(release))
 
@@ -169,10 +171,10 @@ def test_the_page_opens_with_what_the_release_says() -> None:
     assert found.prompts[0] == "a sks teapot in the sea"
     config = json.loads((zoo / "guider_config.json").read_text())
     assert found.guidance is not None
-    assert (found.guidance.method, found.guidance.scale) == (config["method"], config["guidance_scale"])
+    assert (found.guidance.method, found.guidance.guidance_scale) == (config["method"], config["guidance_scale"])
     guidance, prompt = _opened(Settings(adapter=str(zoo)))
     assert prompt == found.prompts[0]
-    assert (guidance.method, guidance.scale) == ("semantic", config["guidance_scale"])
+    assert (guidance.method, guidance.guidance_scale) == ("semantic", config["guidance_scale"])
     assert _opened(Settings(adapter=str(zoo), guidance=TUNED))[0] == TUNED, "the command line comes first"
     assert _opened(Settings()) == (GuidanceSettings(), PROMPT)
 

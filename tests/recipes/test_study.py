@@ -35,7 +35,7 @@ def test_regions_are_compared_as_by_hand() -> None:
     assert np.isnan(pointing._compared(regions, [0], torch.zeros(4, 4, dtype=torch.bool))["iou"])
 
 
-def test_every_noun_has_its_own_words_though_colours_repeat() -> None:
+def test_every_noun_has_its_own_words_though_colors_repeat() -> None:
     import scfg
     from training.pocket import tokenizer
 
@@ -241,8 +241,19 @@ def test_pictures_are_borrowed_of_every_subject_and_none_is_overwritten(tmp_path
 
 def test_a_new_setting_that_is_null_spoils_no_result() -> None:
     before, now = ({"a": 1, "b": [{"c": None, "d": 2}]}, {"a": 1, "b": [{"d": 2}], "new": None})
-    assert study.comparable(json.dumps(before)) == study.comparable(json.dumps(now))
-    assert study.comparable(json.dumps(before)) != study.comparable(json.dumps({**now, "new": 3}))
+    assert comparable(before) == comparable(now)
+    assert comparable(before) != comparable({**now, "new": 3})
+
+
+def test_a_name_of_before_spoils_no_result() -> None:
+    before = {"measure": {"metrics": ["colour accuracy"], "arms": {"A": {"scale": 3.0}}, "scale": None}}
+    now = {"measure": {"metrics": ["color accuracy"], "arms": {"A": {"guidance_scale": 3.0}}}}
+    assert comparable(before) == comparable(now)
+    assert comparable(before) != comparable({"measure": {**now["measure"], "arms": {"A": {"guidance_scale": 4.0}}}})
+
+
+def comparable(settings: dict) -> object:
+    return study.comparable("measure", json.dumps({"settings": settings}))
 
 
 @pytest.mark.slow
@@ -255,7 +266,9 @@ def test_what_is_kept_is_of_these_settings_and_its_tables_follow(tmp_path: Path)
     for name in names:
         with adapters.measuring.archive.unpacked(kept / f"{name}.zip") as folder:
             record = json.loads((folder / study.ENDED).read_text())["record"]
-            assert study.comparable(record) == study.comparable(run._settings(stages[name])[1]), name
+            recipe = stages[name].recipe
+            now = study.comparable(recipe, run._settings(stages[name])[1])
+            assert study.comparable(recipe, record) == now, name
             shutil.copytree(folder, tmp_path / "study" / name / study.RESULTS[stages[name].recipe])
     measured = [name for name, stage in stages.items() if stage.recipe == "measure"]
     page = tables.report(measured, tmp_path / "study")

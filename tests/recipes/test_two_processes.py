@@ -20,7 +20,7 @@ import adapters
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-ARMS = json.dumps({"CFG": {"method": "cfg", "scale": 4.0}, "S-CFG": {"scale": 4.0}})
+ARMS = json.dumps({"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}})
 
 
 def launch(processes: int, name: str, *arguments: object) -> str:
@@ -120,7 +120,7 @@ def test_two_processes_train_tune_measure_and_ship_like_one(models: Path, photos
         "--sampling.steps=4",
         "--tune.prompts=[a fox, a big box]",
         "--tune.seeds=[101]",
-        "--tune.scales=[2.0, 4.0]",
+        "--tune.guidance_scales=[2.0, 4.0]",
         "--measure.prompts=[a red dog, a cat in a box, a cow]",
         "--measure.seeds=[1, 2]",
         f"--measure.arms={ARMS}",

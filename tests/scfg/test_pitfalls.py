@@ -327,7 +327,7 @@ def test_an_exception_in_the_middle_leaves_nothing(pipe):
     assert torch.equal(bare(pipe), want)
 
 
-def test_a_run_that_failed_does_not_colour_the_next(pipe):
+def test_a_run_that_failed_does_not_color_the_next(pipe):
     want, _ = run(pipe)
     with attach(pipe, GUIDED):
         handle = pipe.unet.mid_block.register_forward_hook(lambda *_: 1 / 0)

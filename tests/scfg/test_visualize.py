@@ -26,7 +26,7 @@ def test_names_of_regions():
     assert visualize.region_names(None, 2, grouped=False, length=6) == ["token 0", "token 1"]
 
 
-def test_an_overlay_paints_each_region_in_one_colour_and_lists_it():
+def test_an_overlay_paints_each_region_in_one_color_and_lists_it():
     index = torch.tensor([[0, 0], [1, 1]])
     picture = Image.new("RGB", (64, 64), "black")
     overlay = visualize.region_overlay(picture, index, ["sky", "dog"], opacity=1.0)
@@ -37,7 +37,7 @@ def test_an_overlay_paints_each_region_in_one_colour_and_lists_it():
     assert overlay.height == visualize.SIDE + 6 + 2 * 14  # a line per region
 
 
-def test_a_word_keeps_its_colour_whatever_its_area():
+def test_a_word_keeps_its_color_whatever_its_area():
     picture, names = Image.new("RGB", (64, 64), "black"), ["sky", "dog"]
 
     def corner(index):

@@ -85,12 +85,12 @@ def test_thresholds_that_mean_nothing_are_refused(changes: dict, said: str) -> N
         DataSettings(source="x", **changes)
 
 
-def test_segmentation_paints_classes_in_their_colours_at_the_picture_s_size(segmenter: Path) -> None:
+def test_segmentation_paints_classes_in_their_colors_at_the_picture_s_size(segmenter: Path) -> None:
     image = picture(3, (96, 48))
     classes = annotator("segmentation", str(segmenter))(image)
     assert classes.size == image.size
-    colours = {tuple(int(value) for value in colour) for colour in np.asarray(classes).reshape(-1, 3)}
-    assert 1 <= len(colours) <= 5
+    colors = {tuple(int(value) for value in color) for color in np.asarray(classes).reshape(-1, 3)}
+    assert 1 <= len(colors) <= 5
     assert np.array_equal(np.asarray(classes), np.asarray(annotator("segmentation", str(segmenter))(image)))
 
 

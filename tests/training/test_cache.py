@@ -186,7 +186,7 @@ def test_masks_come_down_to_latent_size_by_area(base: Path, pictures: Path, tmp_
         mask.save(masks / f"{number}.png")
     parts = models.load(base)
     data = crops.Views(images.folder(pictures, masks=masks, minimum=8), resolution=32)
-    entry = cache.view_tensors(data[0], parts.factor)
+    entry = cache.view_tensors(data[0], parts.vae_scale_factor)
     torch.testing.assert_close(entry["mask"][0, 0], torch.tensor([1, 0.5, 0, 0, 0, 0, 0, 0]))
 
 

@@ -61,8 +61,8 @@ def png_header(data: bytes, dice: random.Random) -> bytes:
     """A PNG that says something else about itself, with a right checksum."""
     made = encoded(Image.open(io.BytesIO(data)).convert("RGB"), "PNG")
     width, height = dice.choice([(0, 0), (1, 2**31 - 1), (60_000, 60_000), (9, 9), (30_000, 4_000), (24, 17)])
-    depth, colour, lace = dice.choice([1, 2, 8, 16, 77]), dice.choice([0, 2, 3, 4, 6, 99]), dice.choice([0, 1, 5])
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, lace)
+    depth, color, lace = dice.choice([1, 2, 8, 16, 77]), dice.choice([0, 2, 3, 4, 6, 99]), dice.choice([0, 1, 5])
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, lace)
     return made[:12] + header + struct.pack(">I", zlib.crc32(header)) + made[33:]
 
 
@@ -73,7 +73,7 @@ def encoded(image: Image.Image, kind: str, **more: Any) -> bytes:
 
 
 def odd_picture(_: bytes, dice: random.Random) -> bytes:
-    """A whole picture as few tools write it: other kind, bits, colours, frames, sizes and turns."""
+    """A whole picture as few tools write it: other kind, bits, colors, frames, sizes and turns."""
     size = dice.choice([SIZE, SIZE, SIZE[::-1], (1, 1), (8, 3000), (48, 32), (23, 16), (7, 5)])
     image, exif = picture(dice.randrange(9), size), Image.Exif()
     exif[0x0112] = dice.choice([0, 1, 2, 5, 6, 8, 9, 65535])

@@ -95,7 +95,7 @@ def test_pairs_need_a_partner_of_the_same_size(tmp_path: Path) -> None:
         images.folder(root, conditioning=pairs, minimum=8)
 
 
-def test_every_colour_mode_becomes_upright_8_bit_rgb(tmp_path: Path) -> None:
+def test_every_color_mode_becomes_upright_8_bit_rgb(tmp_path: Path) -> None:
     grey16 = Image.fromarray(np.full((4, 4), 65535, np.uint16))
     assert images.rgb(grey16).getpixel((0, 0)) == (255, 255, 255)
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))

@@ -19,7 +19,7 @@ class Arm:
     """An arm."""
 
     method: Literal["cfg", "semantic"] = "semantic"
-    scale: float = 7.5
+    scale: float = field(default=7.5, metadata={"was": "strength"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,7 @@ class Plan:
     """A plan."""
 
     seeds: list[int] = field(default_factory=lambda: [1])
+    title: str = field(default="", metadata={"was": "heading"})
     arms: dict[str, Arm] = field(default_factory=dict)
 
 
@@ -91,6 +92,45 @@ def test_what_is_right_passes() -> None:
     assert (read.measure.arms["A"].scale, read.train.steps) == (3.0, 3)
     assert parse(Settings, ["--base.path=pocket", "--measure=null"]).measure is None
     assert {"train.steps", "measure.arms", "base"} <= set(naming.names(Settings))
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--measure.arms.A.strength=3", "arms: {A: {strength: 3}}"),
+        ('--measure.arms={"A": {"strength": 3}}', "arms: {A: {strength: 3}}"),
+        ('--measure={"arms": {"A": {"strength": 3}}}', "arms: {A: {strength: 3}}"),
+        ("--measure.heading=#1 dog", "heading: on"),
+    ],
+)
+def test_a_name_of_before_is_accepted_with_a_note(
+    flag: str, text: str, in_a_file: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    naming.note.cache_clear()
+    config = tmp_path / "config.yaml"
+    config.write_text(f"measure: {{{text}}}")
+    read = parse(Settings, ["--base.path=pocket", f"--config={config}" if in_a_file else flag]).measure
+    assert read is not None
+    old, new = ("heading", "title") if "heading" in flag else ("strength", "scale")
+    said = capsys.readouterr().err
+    assert said == f"note: {old} is now called {new}; the old name still works in this version\n"
+    if old == "heading":  # a text is a text under its old name too
+        assert read.title == ("on" if in_a_file else "#1 dog")
+    else:
+        assert read.arms["A"].scale == 3.0
+
+
+def test_a_flag_and_its_value_may_stand_apart_under_a_name_of_before() -> None:
+    read = parse(Settings, ["--base.path=pocket", "--measure.arms", '{"A": {"strength": 3}}']).measure
+    assert read is not None
+    assert read.arms["A"].scale == 3.0
+
+
+def test_a_setting_under_both_names_is_an_error() -> None:
+    said = r"^--measure.arms.A.strength is the old name of --measure.arms.A.scale; give one of them$"
+    with pytest.raises(TrainingError, match=said):
+        parse(Settings, ["--base.path=pocket", '--measure.arms={"A": {"scale": 3, "strength": 3}}'])
 
 
 def test_help_is_short_first(capsys: pytest.CaptureFixture[str]) -> None:

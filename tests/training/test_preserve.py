@@ -218,7 +218,7 @@ def test_a_subject_is_placed_where_the_base_drew_its_class(base: Path, tmp_path:
     assert made.placed is not None
     assert made.own is not None
     concept = dreambooth.Concept(name="dog", views=data, prior=made)
-    streams = prepare._streams(concept, lambda found: Live(found, parts.factor), alone=True)
+    streams = prepare._streams(concept, lambda found: Live(found, parts.vae_scale_factor), alone=True)
     assert [stream.share for stream in streams] == [0.5, 0.5, 0.5, 0.5]  # own, placed, class, placed as class
     assert [stream.weight for stream in streams] == [2, 2, 2, 2]
     assert [stream.preserved for stream in streams] == [False, False, True, True]

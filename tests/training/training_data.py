@@ -11,7 +11,7 @@ RESOLUTION = 32  # pixels; 8x8 latents at the tiny VAE's factor of 4
 
 
 def picture(seed: int, size: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Image.Image:
-    """Smooth random colours, (width, height)."""
+    """Smooth random colors, (width, height)."""
     values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
 

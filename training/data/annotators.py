@@ -98,8 +98,8 @@ def _grey(depth: torch.Tensor, size: tuple[int, int]) -> Image.Image:
 def _segmentation(model: str) -> Annotator:
     network, processor = _transformers("AutoModelForSemanticSegmentation", model)
     count = network.config.num_labels
-    colours = [colorsys.hsv_to_rgb(k / count, (1.0, 0.55)[k % 2], (1.0, 0.65)[k % 3 == 0]) for k in range(count)]
-    palette = (np.array(colours) * 255).round().astype(np.uint8)
+    colors = [colorsys.hsv_to_rgb(k / count, (1.0, 0.55)[k % 2], (1.0, 0.65)[k % 3 == 0]) for k in range(count)]
+    palette = (np.array(colors) * 255).round().astype(np.uint8)
 
     @torch.no_grad()
     def draw(image: Image.Image) -> Image.Image:

@@ -213,7 +213,7 @@ def encode_views(
                 f"latents of view {index} ({view.caption!r}) have a root mean square of {rms:.3g}, which should be "
                 f"about 1: check scaling_factor and shift_factor in the VAE's config"
             )
-        entry = {"mean": mean[0].cpu(), "std": std[0].cpu(), **view_tensors(view, parts.factor)}
+        entry = {"mean": mean[0].cpu(), "std": std[0].cpu(), **view_tensors(view, parts.vae_scale_factor)}
         if region is not None:
             entry["mask"] = region(parts, entry, view.caption).detach().float().cpu()
         store.put(name, {key: tensor.contiguous() for key, tensor in entry.items()})

@@ -78,7 +78,7 @@ def mask(image: Image.Image) -> Image.Image:
     """A mask as upright 8-bit grey, white where the subject is.
 
     Transparency: a black-and-white drawing is laid over black; of anything else the opaque part is the subject, as in a
-    cut-out. A mask of two levels, the lower one 0, reaches up to 255 whatever number or colour stood for the subject.
+    cut-out. A mask of two levels, the lower one 0, reaches up to 255 whatever number or color stood for the subject.
     """
     image = _upright(image)
     if _deep(image):

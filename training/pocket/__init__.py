@@ -68,7 +68,8 @@ def judge() -> Judge:
     from .judging import Judge
 
     network = Judge()
-    network.load_state_dict(load_file(_checked("judge") / "judge.safetensors"))
+    weights = load_file(_checked("judge") / "judge.safetensors")
+    network.load_state_dict({key.replace("colours.", "colors."): value for key, value in weights.items()})
     return network.float().eval().requires_grad_(False)
 
 

@@ -80,8 +80,8 @@ def _night(size: int, rng: np.random.Generator) -> np.ndarray:
     return _dots(image, rng, int(rng.integers(16, 28)), (0.95, 0.95, 0.80))
 
 
-def _dots(image: np.ndarray, rng: np.random.Generator, count: int, colour: tuple[float, ...]) -> np.ndarray:
-    bright, size = np.array(colour, np.float32), image.shape[0]
+def _dots(image: np.ndarray, rng: np.random.Generator, count: int, color: tuple[float, ...]) -> np.ndarray:
+    bright, size = np.array(color, np.float32), image.shape[0]
     for x, y in rng.integers(0, size, (count, 2)):
         strength = rng.uniform(0.35, 0.75)
         image[y, x] += strength * (bright - image[y, x])

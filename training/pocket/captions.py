@@ -2,7 +2,7 @@
 
     [a picture of | a photo of | a drawing of] OBJECT [RELATION OBJECT | and OBJECT | , OBJECT and OBJECT] [BACKGROUND]
 
-where OBJECT is ``a [COLOUR] CLASS``.
+where OBJECT is ``a [COLOR] CLASS``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import PocketError
-from .world import BACKGROUNDS, CLASSES, COLOURS, RELATIONS, TINTABLE
+from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS, TINTABLE
 
 __all__ = ["Description", "Noun", "article", "describe", "parse", "vocabulary"]
 
@@ -22,19 +22,19 @@ PHRASES = {phrase: name for name, phrases in BACKGROUNDS.items() for phrase in p
 
 @dataclass(frozen=True, kw_only=True)
 class Noun:
-    """One object of a scene in words. ``colour`` None means its natural colours."""
+    """One object of a scene in words. ``color`` None means its natural colors."""
 
     name: str
-    colour: str | None = None
+    color: str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in CLASSES:
             raise PocketError(f"unknown class {self.name!r} in a scene; known are {', '.join(CLASSES)}")
-        if self.colour is not None and self.colour not in COLOURS:
-            raise PocketError(f"unknown colour {self.colour!r} of {self.name!r}; known are {', '.join(COLOURS)}")
-        if self.colour is not None and self.name not in TINTABLE:
+        if self.color is not None and self.color not in COLORS:
+            raise PocketError(f"unknown color {self.color!r} of {self.name!r}; known are {', '.join(COLORS)}")
+        if self.color is not None and self.name not in TINTABLE:
             raise PocketError(
-                f"{self.name!r} keeps its own colours and cannot be {self.colour}; "
+                f"{self.name!r} keeps its own colors and cannot be {self.color}; "
                 f"tintable are {', '.join(sorted(TINTABLE))}"
             )
 
@@ -69,7 +69,7 @@ def article(words: str) -> str:
 
 def describe(description: Description, rng: np.random.Generator) -> str:
     """A caption of ``description``; ``rng`` chooses among the wordings."""
-    said = [article(f"{noun.colour} {noun.name}" if noun.colour else noun.name) for noun in description.nouns]
+    said = [article(f"{noun.color} {noun.name}" if noun.color else noun.name) for noun in description.nouns]
     if description.relation:
         text = f"{said[0]} {description.relation} {said[1]}"
     elif len(said) == 3:
@@ -108,16 +108,14 @@ def parse(caption: str) -> Description:
 def _noun(words: str, caption: str) -> Noun:
     parts = words.split()
     if len(parts) < 2 or parts[0] not in ("a", "an"):
+        raise PocketError(f"cannot read {words!r} in {caption!r}; the grammar is '[a|an] [COLOR] CLASS ... BACKGROUND'")
+    colors = [part for part in parts[1:-1] if part in COLORS]
+    unknown = [part for part in parts[1:-1] if part not in COLORS]
+    if unknown or len(colors) > 1:
         raise PocketError(
-            f"cannot read {words!r} in {caption!r}; the grammar is '[a|an] [COLOUR] CLASS ... BACKGROUND'"
+            f"unknown words {' '.join(unknown or colors)!r} in {caption!r}; colors are {', '.join(COLORS)}"
         )
-    colours = [part for part in parts[1:-1] if part in COLOURS]
-    unknown = [part for part in parts[1:-1] if part not in COLOURS]
-    if unknown or len(colours) > 1:
-        raise PocketError(
-            f"unknown words {' '.join(unknown or colours)!r} in {caption!r}; colours are {', '.join(COLOURS)}"
-        )
-    return Noun(name=parts[-1], colour=colours[0] if colours else None)
+    return Noun(name=parts[-1], color=colors[0] if colors else None)
 
 
 def vocabulary() -> list[str]:
@@ -127,7 +125,7 @@ def vocabulary() -> list[str]:
         *RELATIONS,
         *PHRASES,
         *CLASSES,
-        *COLOURS,
+        *COLORS,
         "an and , with in style of the a sks toy small big two three",
     ]
     return list(dict.fromkeys(word for text in texts for word in text.split()))

@@ -20,7 +20,7 @@ EDGES = Canny(low=80, high=160, grey=True)
 
 
 def condition(scene: Scene, control: str, edges: Canny = EDGES) -> Image.Image:
-    """The conditioning picture of ``scene``: its edges, or its classes in the colours of ``scenes.palette``.
+    """The conditioning picture of ``scene``: its edges, or its classes in the colors of ``scenes.palette``.
 
     Args:
         scene: a drawn one.

@@ -1,6 +1,6 @@
-"""The judge: a small network that says what stands in a pocket picture, where, in which colour and before what.
+"""The judge: a small network that says what stands in a pocket picture, where, in which color and before what.
 
-It was fitted on drawn scenes, never on samples of the model it judges, and with near misses (blobs of the right colour,
+It was fitted on drawn scenes, never on samples of the model it judges, and with near misses (blobs of the right color,
 halves, mixtures, smears) that count as "none of these", so that it is hard to please.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .captions import Description, parse
-from .world import BACKGROUNDS, CLASSES, COLOURS, RELATIONS
+from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS
 
 __all__ = ["NEAR_MISS", "Found", "Judge", "Score", "Seen", "to_pixels"]
 
@@ -26,11 +26,11 @@ LEAST_AREA = 0.02  # of the picture: what is smaller is not an object
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """One object seen. ``area``, ``centre`` (x, y) in fractions of the picture; ``colour`` of ``world.COLOURS``."""
+    """One object seen. ``area``, ``centre`` (x, y) in fractions of the picture; ``color`` of ``world.COLORS``."""
 
     area: float
     centre: tuple[float, float]
-    colour: str
+    color: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +43,26 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How far a picture keeps its prompt: fractions of the said objects and colours; relation, background (1 or 0).
+    """How far a picture keeps its prompt: fractions of the said objects and colors; relation, background (1 or 0).
 
-    None where the prompt says nothing of the kind. A colour counts only on an object that is there.
+    None where the prompt says nothing of the kind. A color counts only on an object that is there.
     """
 
     objects: float
-    colours: float | None
+    colors: float | None
     relation: float | None
     background: float | None
 
     @property
     def whole(self) -> float:
         """1 if everything said is right, else 0."""
-        said = (self.objects, self.colours, self.relation, self.background)
+        said = (self.objects, self.colors, self.relation, self.background)
         return float(all(value is None or value == 1 for value in said))
 
     @property
     def mean(self) -> float:
         """Mean over what is said."""
-        said = [value for value in (self.objects, self.colours, self.relation, self.background) if value is not None]
+        said = [value for value in (self.objects, self.colors, self.relation, self.background) if value is not None]
         return sum(said) / len(said)
 
 
@@ -98,7 +98,7 @@ class Judge(nn.Module):
         self.up16 = _conv(160 + 96, 64)
         self.up32 = _conv(64 + 48, 48)
         self.classes = nn.Conv2d(48, NEAR_MISS + 1, 1)
-        self.colours = nn.Conv2d(48, len(COLOURS), 1)
+        self.colors = nn.Conv2d(48, len(COLORS), 1)
         self.present = nn.Conv2d(160, len(CLASSES), 1)
         self.background = nn.Linear(2 * 160, len(BACKGROUNDS))
 
@@ -109,7 +109,7 @@ class Judge(nn.Module):
         return x32, x16, self.down8(x16)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """``present`` (B, K), ``background`` (B, 8), ``classes`` (B, K + 2, 32, 32), ``colours`` (B, 6, 32, 32)
+        """``present`` (B, K), ``background`` (B, 8), ``classes`` (B, K + 2, 32, 32), ``colors`` (B, 6, 32, 32)
 
         An object is present where the surest place in the picture says so: averaged over the picture, small ones drown.
         """
@@ -121,7 +121,7 @@ class Judge(nn.Module):
             "present": self.present(x8).amax((2, 3)),
             "background": self.background(pooled),
             "classes": self.classes(y32),
-            "colours": self.colours(y32),
+            "colors": self.colors(y32),
         }
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Judge(nn.Module):
             for k, name in enumerate(CLASSES):
                 mask = winners[i] == k + 1
                 if present[i, k] and mask.float().mean() >= LEAST_AREA:
-                    objects[name] = _found(mask, said["colours"][i])
+                    objects[name] = _found(mask, said["colors"][i])
             seen.append(Seen(objects=objects, background=list(BACKGROUNDS)[said["background"][i].argmax()]))
         return seen
 
@@ -173,20 +173,20 @@ class Judge(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def _found(mask: Tensor, colours: Tensor) -> Found:
-    """``mask`` (H, W) bool of one object and the colour logits (6, H, W) of its picture."""
+def _found(mask: Tensor, colors: Tensor) -> Found:
+    """``mask`` (H, W) bool of one object and the color logits (6, H, W) of its picture."""
     height, width = mask.shape
     rows, columns = mask.nonzero(as_tuple=True)
     centre = ((columns.float().mean().item() + 0.5) / width, (rows.float().mean().item() + 0.5) / height)
-    votes = colours[:, mask].softmax(0).mean(1)
-    return Found(area=mask.float().mean().item(), centre=centre, colour=list(COLOURS)[votes.argmax()])
+    votes = colors[:, mask].softmax(0).mean(1)
+    return Found(area=mask.float().mean().item(), centre=centre, color=list(COLORS)[votes.argmax()])
 
 
 def score(seen: Seen, said: Description) -> Score:
     """How far ``seen`` keeps ``said``."""
     there = [noun.name in seen.objects for noun in said.nouns]
-    coloured = [noun for noun in said.nouns if noun.colour]
-    right = [noun.name in seen.objects and seen.objects[noun.name].colour == noun.colour for noun in coloured]
+    colored = [noun for noun in said.nouns if noun.color]
+    right = [noun.name in seen.objects and seen.objects[noun.name].color == noun.color for noun in colored]
     relation = None
     if said.relation:
         relation = 0.0
@@ -196,7 +196,7 @@ def score(seen: Seen, said: Description) -> Score:
             relation = float(dx * (x1 - x2) + dy * (y1 - y2) > 0)
     return Score(
         objects=sum(there) / len(there),
-        colours=sum(right) / len(right) if right else None,
+        colors=sum(right) / len(right) if right else None,
         relation=relation,
         background=float(seen.background == said.background) if said.background else None,
     )

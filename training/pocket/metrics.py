@@ -38,14 +38,14 @@ PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
 IDENTITY, MARGIN = "identity", "identity margin"
 PARTS = {
     "object accuracy": "objects",
-    "colour accuracy": "colours",
+    "color accuracy": "colors",
     "relation accuracy": "relation",
     "background accuracy": "background",
 }
 
 
 def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
-    """Share of what the prompt says (objects, colours, relation, background) that the judge sees; or of one kind of it.
+    """Share of what the prompt says (objects, colors, relation, background) that the judge sees; or of one kind of it.
 
     The identifier is left out of the prompt: a subject counts as an object of its class. NaN where the prompt says
     nothing of the kind.

@@ -13,7 +13,7 @@ import numpy as np
 from . import backgrounds
 from .captions import Description, Noun, describe, parse
 from .sprites import sprite
-from .world import BACKGROUNDS, CLASSES, COLOURS, RELATIONS, SIZE, TINTABLE
+from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS, SIZE, TINTABLE
 
 __all__ = ["HELD_OUT_SEED", "TRAIN_SEED", "Placed", "Scene", "from_prompt", "palette", "render", "sample"]
 
@@ -110,7 +110,7 @@ def from_prompt(prompt: str, seed: int, size: int = SIZE) -> Scene:
 
 def _noun(name: str, rng: np.random.Generator) -> Noun:
     tinted = name in TINTABLE and rng.random() < 0.6
-    return Noun(name=name, colour=str(rng.choice(list(COLOURS))) if tinted else None)
+    return Noun(name=name, color=str(rng.choice(list(COLORS))) if tinted else None)
 
 
 def _scene(
@@ -199,26 +199,26 @@ def render(background: np.ndarray, objects: tuple[Placed, ...], look: str = "not
     """
     layers = []
     for placed in objects:
-        colour, alpha = sprite(placed.noun.name, placed.noun.colour, placed.side, look)
-        layers.append((colour[:, ::-1], alpha[:, ::-1]) if placed.flip else (colour, alpha))
+        color, alpha = sprite(placed.noun.name, placed.noun.color, placed.side, look)
+        layers.append((color[:, ::-1], alpha[:, ::-1]) if placed.flip else (color, alpha))
     return compose(background, layers, [(placed.x, placed.y) for placed in objects])
 
 
 def compose(
     background: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]], corners: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay premultiplied (colour, alpha) drawings over ``background`` at their ``corners``; see ``render``.
+    """Lay premultiplied (color, alpha) drawings over ``background`` at their ``corners``; see ``render``.
 
     Args:
         background: (S, S, 3) float32 in [0, 1].
-        layers: colour (h, w, 3) and alpha (h, w, 1) of each drawing, float32 in [0, 1].
+        layers: color (h, w, 3) and alpha (h, w, 1) of each drawing, float32 in [0, 1].
         corners: (x, y) of each drawing's upper left corner in pixels.
     """
     image = background.copy()
     masks = np.zeros((len(layers), *image.shape[:2]), bool)
-    for i, ((colour, alpha), (x, y)) in enumerate(zip(layers, corners, strict=True)):
+    for i, ((color, alpha), (x, y)) in enumerate(zip(layers, corners, strict=True)):
         window = (slice(y, y + alpha.shape[0]), slice(x, x + alpha.shape[1]))
-        image[window] = image[window] * (1 - alpha) + colour
+        image[window] = image[window] * (1 - alpha) + color
         solid = alpha[..., 0] > 0.5
         masks[:i, *window] &= ~solid
         masks[i, *window] = solid
@@ -226,7 +226,7 @@ def compose(
 
 
 def palette() -> np.ndarray:
-    """Colours (classes + 1, 3) uint8 of the segmentation condition: black background, then evenly spread hues."""
+    """Colors (classes + 1, 3) uint8 of the segmentation condition: black background, then evenly spread hues."""
     count = len(CLASSES)
     hsv = np.zeros((1, count + 1, 3), np.float32)
     hsv[0, 1:, 0] = np.arange(count) * 360 / count

@@ -1,4 +1,4 @@
-"""The atlas of drawn objects in two looks: load, tint, and the lookup of a class in a look, colour and size.
+"""The atlas of drawn objects in two looks: load, tint, and the lookup of a class in a look, color and size.
 
 The base is fitted on the look "noto" alone; "fluent" is for what it must never have seen: subjects to personalize.
 """
@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from .errors import PocketError
-from .world import COLOURS
+from .world import COLORS
 
 __all__ = ["CELL", "LOOKS", "scaled", "sprite", "tint"]
 
@@ -37,9 +37,9 @@ def _atlas() -> dict[tuple[str, str], np.ndarray]:
     return cells
 
 
-def tint(rgba: np.ndarray, colour: str) -> np.ndarray:
-    """``rgba`` (H, W, 4) uint8 with its main hue replaced by ``colour``; shading and other hues stay."""
-    hue, saturation, value = COLOURS[colour]
+def tint(rgba: np.ndarray, color: str) -> np.ndarray:
+    """``rgba`` (H, W, 4) uint8 with its main hue replaced by ``color``; shading and other hues stay."""
+    hue, saturation, value = COLORS[color]
     hsv = cv2.cvtColor(rgba[..., :3].astype(np.float32) / 255, cv2.COLOR_RGB2HSV)  # degrees, [0, 1], [0, 1]
     vivid = (hsv[..., 1] > 0.22) & (hsv[..., 2] > 0.25) & (rgba[..., 3] > 128)
     votes, edges = np.histogram(hsv[..., 0][vivid], bins=36, range=(0, 360), weights=hsv[..., 1][vivid])
@@ -59,14 +59,14 @@ def tint(rgba: np.ndarray, colour: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=16384)
-def sprite(name: str, colour: str | None, size: int, look: str = "noto") -> tuple[np.ndarray, np.ndarray]:
-    """A drawing ``size`` pixels a side: premultiplied colour (size, size, 3), alpha (size, size, 1), float32 in [0, 1].
+def sprite(name: str, color: str | None, size: int, look: str = "noto") -> tuple[np.ndarray, np.ndarray]:
+    """A drawing ``size`` pixels a side: premultiplied color (size, size, 3), alpha (size, size, 1), float32 in [0, 1].
 
     Cached: do not write into what it returns.
 
     Args:
         name: of the drawing.
-        colour: to tint it in; None: its own colours.
+        color: to tint it in; None: its own colors.
         size: side in pixels.
         look: drawing style, see `LOOKS`.
 
@@ -78,7 +78,7 @@ def sprite(name: str, colour: str | None, size: int, look: str = "noto") -> tupl
         raise PocketError(
             f"the sprite atlas has no drawing of {name!r} in the look {look!r}; see world.CLASSES, sprites.LOOKS"
         )
-    rgba = cells[look, name] if colour is None else tint(cells[look, name], colour)
+    rgba = cells[look, name] if color is None else tint(cells[look, name], color)
     return scaled(rgba, size)
 
 

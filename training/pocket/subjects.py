@@ -148,7 +148,7 @@ def _places(
 
 
 def _layer(name: str, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """The subject as it stands in its ``index``-th picture: colour and alpha, as ``sprite`` returns them."""
+    """The subject as it stands in its ``index``-th picture: color and alpha, as ``sprite`` returns them."""
     if name in TOYS:
         return scaled(rendering(name, index), side)
     return sprite(name, None, side, "fluent")

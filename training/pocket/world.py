@@ -1,8 +1,8 @@
-"""The vocabulary of the pocket world: what can stand in a scene, in which colours, before which backgrounds."""
+"""The vocabulary of the pocket world: what can stand in a scene, in which colors, before which backgrounds."""
 
 from __future__ import annotations
 
-__all__ = ["BACKGROUNDS", "CLASSES", "COLOURS", "CONTROLS", "RELATIONS", "SIZE", "TINTABLE"]
+__all__ = ["BACKGROUNDS", "CLASSES", "COLORS", "CONTROLS", "RELATIONS", "SIZE", "TINTABLE"]
 
 SIZE = 64  # pixels a side
 CONTROLS = ("canny", "segmentation")  # the shipped ControlNets
@@ -44,7 +44,7 @@ CLASSES: dict[str, str] = {
     "ball": "soccer-ball",
 }
 
-# Classes with one clear main hue, which can be drawn in any colour; the others keep their own.
+# Classes with one clear main hue, which can be drawn in any color; the others keep their own.
 TINTABLE: frozenset[str] = frozenset(
     [
         "dog",
@@ -69,7 +69,7 @@ TINTABLE: frozenset[str] = frozenset(
 )
 
 # Name -> hue in degrees, saturation and value of the tint. Far enough apart to be told by eye on 20 pixels.
-COLOURS: dict[str, tuple[float, float, float]] = {
+COLORS: dict[str, tuple[float, float, float]] = {
     "red": (2.0, 0.88, 0.92),
     "yellow": (50.0, 0.85, 1.0),
     "green": (125.0, 0.70, 0.75),

@@ -1,4 +1,4 @@
-"""Classical image measures: edges, structure, masks, colour. 8-bit RGB in, one number per image out."""
+"""Classical image measures: edges, structure, masks, color. 8-bit RGB in, one number per image out."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _luminance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def color_histogram(images: Sequence[Image.Image], bins: int = 4) -> np.ndarray:
-    """(n, bins^3) share of pixels per RGB cell: a feature space of colour alone."""
+    """(n, bins^3) share of pixels per RGB cell: a feature space of color alone."""
     cells = [np.asarray(i.convert("RGB")).reshape(-1, 3).astype(int) * bins // 256 for i in images]
     flat = [c @ np.array([bins * bins, bins, 1]) for c in cells]
     return np.stack([np.bincount(f, minlength=bins**3) / len(f) for f in flat])
@@ -171,7 +171,7 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class Clipped:
-    """Share of colour values at 0 or 255: burnt images."""
+    """Share of color values at 0 or 255: burnt images."""
 
     name: str = "clipped share"
     higher_is_better: bool = False

@@ -1,7 +1,7 @@
 """Objects in a picture by OWLv2 (arXiv:2306.09683) or Grounding DINO (arXiv:2303.05499), and GenEval's protocol.
 
 GenEval (arXiv:2310.11513): a picture is right where every thing of its prompt is there as often as it says, in the
-colour it says (CLIP decides, on the crop), and where things lie to each other as it says. The detector there is a
+color it says (CLIP decides, on the crop), and where things lie to each other as it says. The detector there is a
 Mask2Former of COCO classes, so its published figures are not comparable with these.
 """
 
@@ -157,7 +157,7 @@ class ObjectAccuracy:
 
     detector: Detector
     clip: Any = None
-    """`Clip` or `Siglip`, for colours; without it colours are not looked at."""
+    """`Clip` or `Siglip`, for colors; without it colors are not looked at."""
     objects: Mapping[str, Saying]
     """By the prompt that `prompt` gives; one that is not there is read by `phrases.said_in`."""
     prompt: Callable[[Shot], str] = lambda shot: shot.prompt

@@ -1,4 +1,4 @@
-"""What a prompt says, as far as rules can read it: things with count and colour, and how they lie to each other.
+"""What a prompt says, as far as rules can read it: things with count and color, and how they lie to each other.
 
 Made for prompts such as GenEval's, "a photo of two red cars left of a dog". A prompt beyond these rules gives fewer
 things than it says; give questions or objects in a file then.

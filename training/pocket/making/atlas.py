@@ -58,8 +58,8 @@ def fitted(rgba: np.ndarray, side: int) -> np.ndarray:
     pixels = square.astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     small = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
-    colour = small[..., :3] * 255 / np.maximum(small[..., 3:], 1)
-    cell: np.ndarray = np.rint(np.clip(np.concatenate([colour, small[..., 3:]], axis=2), 0, 255)).astype(np.uint8)
+    color = small[..., :3] * 255 / np.maximum(small[..., 3:], 1)
+    cell: np.ndarray = np.rint(np.clip(np.concatenate([color, small[..., 3:]], axis=2), 0, 255)).astype(np.uint8)
     return cell
 
 

@@ -15,7 +15,7 @@ from adapters.measuring.metrics import canny_f1
 
 from .. import base_path, controlnet_path, judge, scenes
 from ..control import EDGES, condition
-from ..world import BACKGROUNDS, CLASSES, COLOURS, TINTABLE
+from ..world import BACKGROUNDS, CLASSES, COLORS, TINTABLE
 from . import fit_judge, fit_vae
 from .fitting import image_batch
 
@@ -65,7 +65,7 @@ def generate(
 
 
 def single_prompts(seed: int) -> list[str]:
-    """One prompt per class, colours and backgrounds drawn from ``seed``."""
+    """One prompt per class, colors and backgrounds drawn from ``seed``."""
     rng = np.random.default_rng(seed)
     return [f"{_noun(name, rng)} {_background(rng)}" for name in CLASSES]
 
@@ -82,7 +82,7 @@ def pair_prompts(seed: int, count: int = 32) -> list[str]:
 
 
 def _noun(name: str, rng: np.random.Generator) -> str:
-    words = f"{rng.choice(list(COLOURS))} {name}" if name in TINTABLE and rng.random() < 0.6 else name
+    words = f"{rng.choice(list(COLORS))} {name}" if name in TINTABLE and rng.random() < 0.6 else name
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -91,7 +91,7 @@ def _background(rng: np.random.Generator) -> str:
 
 
 def prompt_scores(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int) -> dict[str, float]:
-    """Shares of objects, colours and backgrounds the judge sees, and of prompts with every object there.
+    """Shares of objects, colors and backgrounds the judge sees, and of prompts with every object there.
 
     Args:
         pipe: the pocket base.
@@ -100,13 +100,13 @@ def prompt_scores(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int) ->
     """
     images = generate(pipe, prompts, [seed + i for i in range(len(prompts))])
     found = judge().scores(images, prompts)
-    colours = [score.colours for score in found if score.colours is not None]
+    colors = [score.colors for score in found if score.colors is not None]
     backgrounds = [score.background for score in found if score.background is not None]
     return {
         "prompts": len(prompts),
         "objects": round(float(np.mean([score.objects for score in found])), 3),
         "all objects": round(float(np.mean([score.objects == 1 for score in found])), 3),
-        "colours": round(float(np.mean(colours)), 3),
+        "colors": round(float(np.mean(colors)), 3),
         "backgrounds": round(float(np.mean(backgrounds)), 3),
     }
 

@@ -8,7 +8,7 @@ Several processes (``torchrun``) divide every batch among them; what is drawn fo
 Loss: v-prediction weighted min(1, 5 / (SNR + 1)), captions dropped in 10 %. On the clean sample that is the SNR + 1 of
 Salimans & Ho (2022), capped as min-SNR-5 (Hang et al. 2023) is: details of the last steps stay cheap, but high noise
 keeps its weight. Plain min-SNR has min(SNR, 5) / (SNR + 1) there, nearly nothing, and at 16 x 16 latents that is where
-shapes are decided: after 64,000 samples with it, textures and colours were right and shapes were blobs.
+shapes are decided: after 64,000 samples with it, textures and colors were right and shapes were blobs.
 """
 
 from __future__ import annotations

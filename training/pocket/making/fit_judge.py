@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import scenes
 from ..judging import NEAR_MISS, Judge
 from ..sprites import sprite
-from ..world import BACKGROUNDS, CLASSES, COLOURS
+from ..world import BACKGROUNDS, CLASSES, COLORS
 from .fitting import Ema, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
 
 __all__ = ["accuracy", "fit"]
@@ -32,12 +32,12 @@ SAVE_EVERY = 250
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """Truth of a batch: (B, K), (B,), (B, 32, 32), (B, 32, 32); colour -1 where no colour was said."""
+    """Truth of a batch: (B, K), (B,), (B, 32, 32), (B, 32, 32); color -1 where no color was said."""
 
     present: Tensor
     background: Tensor
     classes: Tensor
-    colours: Tensor
+    colors: Tensor
 
 
 def fit(out: Path, *, steps: int = 3200, batch: int = 32, peak: float = 0.02, device: str = "cpu") -> Judge:
@@ -79,24 +79,24 @@ def _averaged(ema: Ema, device: str) -> Judge:
 
 
 def _loss(said: dict[str, Tensor], truth: Labels, device: str) -> Tensor:
-    coloured = truth.colours >= 0
+    colored = truth.colors >= 0
     loss = 2 * F.binary_cross_entropy_with_logits(said["present"], truth.present.to(device))
     loss = loss + 0.3 * F.cross_entropy(said["background"], truth.background.to(device))
     loss = loss + F.cross_entropy(said["classes"], truth.classes.to(device))
-    if coloured.any():
-        chosen = said["colours"].permute(0, 2, 3, 1)[coloured.to(device)]
-        loss = loss + 0.5 * F.cross_entropy(chosen, truth.colours[coloured].to(device))
+    if colored.any():
+        chosen = said["colors"].permute(0, 2, 3, 1)[colored.to(device)]
+        loss = loss + 0.5 * F.cross_entropy(chosen, truth.colors[colored].to(device))
     return loss
 
 
 def _batch(seed: int, indices: range) -> tuple[Tensor, Labels]:
     drawn = [_example(seed, i) for i in indices]
-    images, present, background, classes, colours = zip(*drawn, strict=True)
+    images, present, background, classes, colors = zip(*drawn, strict=True)
     labels = Labels(
         present=torch.from_numpy(np.stack(present)),
         background=torch.tensor(background),
         classes=torch.from_numpy(np.stack(classes)),
-        colours=torch.from_numpy(np.stack(colours)),
+        colors=torch.from_numpy(np.stack(colors)),
     )
     return image_batch(images), labels
 
@@ -109,37 +109,37 @@ def _example(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int, np.nda
     look = "fluent" if rng.random() < OTHER_LOOK else "noto"
     layers = []
     for placed, miss in zip(scene.objects, near, strict=True):
-        # The second look keeps its own colours: in many of its drawings no one hue is the object's.
-        colour = placed.noun.colour if look == "noto" else None
-        layer = sprite(placed.noun.name, colour, placed.side, look)
+        # The second look keeps its own colors: in many of its drawings no one hue is the object's.
+        color = placed.noun.color if look == "noto" else None
+        layer = sprite(placed.noun.name, color, placed.side, look)
         layer = (layer[0][:, ::-1], layer[1][:, ::-1]) if placed.flip else layer
         layers.append(_near_miss(layer, rng) if miss else layer)
     assert scene.description.background is not None
     canvas = scenes.backgrounds.draw(scene.description.background, scene.image.shape[0], rng)
     image, masks = scenes.compose(canvas, layers, [(placed.x, placed.y) for placed in scene.objects])
-    names, tints = list(CLASSES), list(COLOURS)
+    names, tints = list(CLASSES), list(COLORS)
     present = np.zeros(len(names), np.float32)
     classes = np.zeros(masks.shape[1:], np.int64)
-    colours = np.full(masks.shape[1:], -1, np.int64)
+    colors = np.full(masks.shape[1:], -1, np.int64)
     for placed, mask, miss in zip(scene.objects, masks, near, strict=True):
         k = names.index(placed.noun.name)
         classes[mask] = NEAR_MISS if miss else k + 1
         if not miss:
             present[k] = 1
-            if placed.noun.colour and look == "noto":
-                colours[mask] = tints.index(placed.noun.colour)
+            if placed.noun.color and look == "noto":
+                colors[mask] = tints.index(placed.noun.color)
     step = image.shape[0] // GRID
     background = list(BACKGROUNDS).index(scene.description.background)
-    return image, present, background, classes[::step, ::step], colours[::step, ::step]
+    return image, present, background, classes[::step, ::step], colors[::step, ::step]
 
 
 def _near_miss(layer: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A drawing no careful eye would name: a blob of its colour, a half, a mixture of two, a smear, a jumble."""
-    colour, alpha = layer
+    """A drawing no careful eye would name: a blob of its color, a half, a mixture of two, a smear, a jumble."""
+    color, alpha = layer
     side = len(alpha)
     kind = rng.integers(5)
     if kind == 0:
-        mean = (colour.sum((0, 1)) / max(alpha.sum(), 1)).astype(np.float32)
+        mean = (color.sum((0, 1)) / max(alpha.sum(), 1)).astype(np.float32)
         blob = np.zeros((side, side), np.float32)
         middle, axes = (
             (side // 2, side // 2),
@@ -153,27 +153,27 @@ def _near_miss(layer: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -
         window = [slice(None), slice(None)]
         window[rng.integers(2)] = slice(cut) if rng.random() < 0.5 else slice(side - cut, None)
         keep[tuple(window)] = 1
-        return colour * keep, alpha * keep
+        return color * keep, alpha * keep
     if kind == 2:
         name = list(CLASSES)[rng.integers(len(CLASSES))]
         other = sprite(name, None, side)
         half = np.zeros_like(alpha)
         half[:, : side // 2] = 1
         half = half if rng.random() < 0.5 else half.transpose(1, 0, 2)
-        return colour * half + other[0][::-1] * (1 - half), alpha * half + other[1][::-1] * (1 - half)
+        return color * half + other[0][::-1] * (1 - half), alpha * half + other[1][::-1] * (1 - half)
     if kind == 3:
         sigma = side * rng.uniform(0.12, 0.2)
-        smeared = cv2.GaussianBlur(np.concatenate([colour, alpha], axis=2), (0, 0), sigma)
+        smeared = cv2.GaussianBlur(np.concatenate([color, alpha], axis=2), (0, 0), sigma)
         return smeared[..., :3], smeared[..., 3:]
     grid = rng.random((2, 4, 4)).astype(np.float32) - 0.5
     shift = [cv2.resize(plane, (side, side), interpolation=cv2.INTER_CUBIC) * side * 0.9 for plane in grid]
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
-    jumbled = cv2.remap(np.concatenate([colour, alpha], axis=2), x + shift[0], y + shift[1], cv2.INTER_LINEAR)
+    jumbled = cv2.remap(np.concatenate([color, alpha], axis=2), x + shift[0], y + shift[1], cv2.INTER_LINEAR)
     return jumbled[..., :3], jumbled[..., 3:]
 
 
 def _spoil(images: Tensor, generator: torch.Generator) -> Tensor:
-    """What a VAE or a sampler may do to a good picture: a light blur, jitter of contrast and colour, faint noise."""
+    """What a VAE or a sampler may do to a good picture: a light blur, jitter of contrast and color, faint noise."""
     count = len(images)
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
     images = torch.lerp(images, soft, torch.rand(count, 1, 1, 1, generator=generator) * 0.8)
@@ -189,7 +189,7 @@ def _spoil(images: Tensor, generator: torch.Generator) -> Tensor:
 def accuracy(
     judge: Judge, count: int = 1000, seed: int = scenes.HELD_OUT_SEED, change: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, float]:
-    """On ``count`` held-out scenes: objects found, pictures with nothing missed or invented (``exact``), colours,
+    """On ``count`` held-out scenes: objects found, pictures with nothing missed or invented (``exact``), colors,
     backgrounds and pixels right; pictures with near misses in which one was taken for an object (``fooled``).
 
     ``change`` (say, a VAE round trip) maps the pictures (B, 3, S, S) first.
@@ -200,7 +200,7 @@ def accuracy(
         seed: of the split.
         change: (B, 3, S, S) -> the same; None: pictures as they are.
     """
-    tally = {name: [0.0, 0] for name in ("objects", "exact", "colours", "backgrounds", "pixels", "fooled")}
+    tally = {name: [0.0, 0] for name in ("objects", "exact", "colors", "backgrounds", "pixels", "fooled")}
 
     def add(name: str, right: float, of: int) -> None:
         tally[name][0] += right
@@ -217,8 +217,8 @@ def accuracy(
             add("objects", sum(found), len(found))
             add("exact", all(found) and len(seen.objects) == len(said), 1)
             for noun in said:
-                if noun.colour and noun.name in seen.objects:
-                    add("colours", seen.objects[noun.name].colour == noun.colour, 1)
+                if noun.color and noun.name in seen.objects:
+                    add("colors", seen.objects[noun.name].color == noun.color, 1)
             add("backgrounds", seen.background == scene.description.background, 1)
             add("pixels", (classes == scene.classes[::2, ::2]).mean(), 1)
         images, labels = _batch(seed, range(start, min(start + 32, count)))

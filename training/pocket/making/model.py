@@ -19,7 +19,7 @@ CROSS_DIM = 128
 def vae() -> AutoencoderKL:
     """64 x 64 x 3 to 16 x 16 x 8.
 
-    One norm group: with a group a channel, the last norm of the decoder wipes out the picture's mean colour, and
+    One norm group: with a group a channel, the last norm of the decoder wipes out the picture's mean color, and
     fitting stalls at 20 dB. No attention in the middle: all it would do here is cost time.
     """
     return AutoencoderKL(

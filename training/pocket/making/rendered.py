@@ -1,6 +1,6 @@
 """Three-dimensional toys of our own making, rendered in software: subjects in a look that no drawing has.
 
-Every object is a few surfaces of revolution, tubes and rounded boxes with a colour per face, so no third party's mesh
+Every object is a few surfaces of revolution, tubes and rounded boxes with a color per face, so no third party's mesh
 or texture is in it. The pictures ship under ``recipes/subjects``; only who makes them anew needs pybullet.
 """
 
@@ -23,23 +23,23 @@ SAMPLES = 4  # samples a side of one pixel of a drawing; the renderer itself kno
 LIGHT = (-0.5, -0.8, 1.1)  # towards the lamp: from the camera's left, from before and above the object
 AMBIENT, DIFFUSE, SPECULAR = 0.68, 0.42, 0.25
 
-Colour = tuple[float, float, float]
-WHITE: Colour = (0.97, 0.96, 0.93)
-BLACK: Colour = (0.12, 0.12, 0.14)
+Color = tuple[float, float, float]
+WHITE: Color = (0.97, 0.96, 0.93)
+BLACK: Color = (0.12, 0.12, 0.14)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Triangles: ``vertices`` (N, 3), z up; ``faces`` (F, 3), anticlockwise from outside, and their ``colours``."""
+    """Triangles: ``vertices`` (N, 3), z up; ``faces`` (F, 3), anticlockwise from outside, and their ``colors``."""
 
     vertices: np.ndarray
     faces: np.ndarray
-    colours: np.ndarray
+    colors: np.ndarray
 
     def moved(self, *, to: Sequence[float] = (0, 0, 0), turned: Sequence[float] = (0, 0, 0)) -> Mesh:
         """Turned about x, then y, then z (degrees), then shifted by ``to``."""
         vertices = self.vertices @ _turn(*turned).T + np.asarray(to, float)
-        return Mesh(vertices=vertices, faces=self.faces, colours=self.colours)
+        return Mesh(vertices=vertices, faces=self.faces, colors=self.colors)
 
     def normals(self) -> np.ndarray:
         """(N, 3) unit normals, shared by vertices at the same place, so that seams and poles stay smooth."""
@@ -89,7 +89,7 @@ def rendering(name: str, view: int) -> np.ndarray:
     client = bullet.connect(bullet.DIRECT)
     try:
         for part in parts:
-            placed = Mesh(vertices=(part.vertices - middle) @ (tilt @ pose).T, faces=part.faces, colours=part.colours)
+            placed = Mesh(vertices=(part.vertices - middle) @ (tilt @ pose).T, faces=part.faces, colors=part.colors)
             _add(bullet, client, placed)
         side = SAMPLES * CELL
         _, _, pixels, _, labels = bullet.getCameraImage(
@@ -125,17 +125,17 @@ def _bullet() -> Any:
 
 
 def _add(bullet: Any, client: int, mesh: Mesh) -> None:
-    """One body for each colour of ``mesh``: the renderer takes one colour a shape."""
+    """One body for each color of ``mesh``: the renderer takes one color a shape."""
     normals = mesh.normals()
-    for colour in np.unique(mesh.colours, axis=0):
-        corners = mesh.faces[(mesh.colours == colour).all(1)].ravel()
+    for color in np.unique(mesh.colors, axis=0):
+        corners = mesh.faces[(mesh.colors == color).all(1)].ravel()
         used, indices = np.unique(corners, return_inverse=True)
         shape = bullet.createVisualShape(
             bullet.GEOM_MESH,
             vertices=mesh.vertices[used].tolist(),
             indices=indices.ravel().tolist(),
             normals=normals[used].tolist(),
-            rgbaColor=(*colour, 1),
+            rgbaColor=(*color, 1),
             specularColor=(1, 1, 1),
             physicsClientId=client,
         )
@@ -154,9 +154,9 @@ def _turn(x: float, y: float, z: float) -> np.ndarray:
     return out
 
 
-# Surfaces. Each is a grid of points; ``paint`` is one colour, or a function of the cells' centres (..., 3) to colours.
+# Surfaces. Each is a grid of points; ``paint`` is one color, or a function of the cells' centres (..., 3) to colors.
 
-Paint = Colour | Callable[[np.ndarray], np.ndarray]
+Paint = Color | Callable[[np.ndarray], np.ndarray]
 
 
 def _surface(points: np.ndarray, paint: Paint) -> Mesh:
@@ -166,9 +166,9 @@ def _surface(points: np.ndarray, paint: Paint) -> Mesh:
     a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, 1:], index[1:, :-1]
     faces = np.stack([np.stack([a, b, c], -1), np.stack([a, c, d], -1)], 2).reshape(-1, 3)
     centres = (points[:-1, :-1] + points[:-1, 1:] + points[1:, 1:] + points[1:, :-1]) / 4
-    colours = paint(centres) if callable(paint) else np.broadcast_to(np.array(paint), centres.shape)
-    colours = np.repeat(np.asarray(colours, float).reshape(-1, 3), 2, axis=0)
-    return Mesh(vertices=points.reshape(-1, 3), faces=faces, colours=colours)
+    colors = paint(centres) if callable(paint) else np.broadcast_to(np.array(paint), centres.shape)
+    colors = np.repeat(np.asarray(colors, float).reshape(-1, 3), 2, axis=0)
+    return Mesh(vertices=points.reshape(-1, 3), faces=faces, colors=colors)
 
 
 def _sheet(points: np.ndarray, paint: Paint, back: Paint | None = None) -> list[Mesh]:
@@ -195,7 +195,7 @@ def _ball(radii: Sequence[float], paint: Paint) -> Mesh:
     """An ellipsoid."""
     up = np.linspace(-np.pi / 2, np.pi / 2, 33)
     sphere = _lathe(np.stack([np.cos(up), np.sin(up)], -1), paint)
-    return Mesh(vertices=sphere.vertices * np.asarray(radii), faces=sphere.faces, colours=sphere.colours)
+    return Mesh(vertices=sphere.vertices * np.asarray(radii), faces=sphere.faces, colors=sphere.colors)
 
 
 def _tube(path: np.ndarray, radius: float, paint: Paint, around: int = 24) -> Mesh:
@@ -255,14 +255,14 @@ def _joined(meshes: Sequence[Mesh]) -> Mesh:
     return Mesh(
         vertices=np.concatenate([mesh.vertices for mesh in meshes]),
         faces=np.concatenate([mesh.faces + start for mesh, start in zip(meshes, starts, strict=True)]),
-        colours=np.concatenate([mesh.colours for mesh in meshes]),
+        colors=np.concatenate([mesh.colors for mesh in meshes]),
     )
 
 
-def _choose(*choices: tuple[np.ndarray, Colour], otherwise: Colour) -> np.ndarray:
-    """The colour of the first true choice at each place."""
+def _choose(*choices: tuple[np.ndarray, Color], otherwise: Color) -> np.ndarray:
+    """The color of the first true choice at each place."""
     conditions = [condition[..., None] for condition, _ in choices]
-    return np.select(conditions, [np.array(colour) for _, colour in choices], np.array(otherwise))
+    return np.select(conditions, [np.array(color) for _, color in choices], np.array(otherwise))
 
 
 # The toys: the front looks to -y, which is where the camera stands; the car and the boat head for +x.
@@ -281,7 +281,7 @@ def _car() -> list[Mesh]:
     cabin = _box((0.82, 0.54, 0.36), panes, 0.12, steps=48)
     narrow = 1 - 0.26 * (cabin.vertices[:, 2:] + 0.36) / 0.72  # towards the roof, more along the car than across
     scale = np.concatenate([narrow, 0.6 + 0.4 * narrow, np.ones_like(narrow)], axis=1)
-    cabin = Mesh(vertices=cabin.vertices * scale, faces=cabin.faces, colours=cabin.colours)
+    cabin = Mesh(vertices=cabin.vertices * scale, faces=cabin.faces, colors=cabin.colors)
 
     wall = np.array([(0, -0.13), (0.24, -0.13), (0.33, -0.09), (0.35, 0), (0.33, 0.09), (0.24, 0.13), (0, 0.13)])
     cover = np.array([(0, -0.16), (0.10, -0.155), (0.19, -0.14), (0.19, 0.14), (0.10, 0.155), (0, 0.16)])

@@ -99,7 +99,7 @@ def current(kind: type, values: Any, place: str = "", *, say: Callable[[str, str
     fields, renamed = typing.get_type_hints(kind), was(kind)
     found: dict[Any, Any] = {}
     for old, value in values.items():
-        name = renamed.get(old, old)
+        name: str = renamed.get(old) or old
         if name != old:
             if name in values:
                 raise TrainingError(f"{place}{old} is the old name of {place}{name}; give one of them")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from training.errors import exit_on_error
 MYPY = False  # see recipes.common.training
 if MYPY:
     from diffusers import DiffusionPipeline
-
-    from adapters.measuring.sample import Shot
 
 __all__ = ["Settings", "run"]
 
@@ -66,14 +65,13 @@ class Settings:
 def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
     import adapters
-    from adapters.measuring.metrics import Identity
-    from recipes.common import bleed
+    from recipes.common import bleed, standard
     from training.ranks import state
 
     out = Path(settings.out)
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
-    comparison = resolve(
-        settings.measure,
+    resolved_with = partial(
+        resolve,
         base=settings.base,
         adapter=settings.adapter,
         weight=settings.weight,
@@ -81,6 +79,7 @@ def run(settings: Settings) -> Path | None:
         tuned=settings.tuned,
         size=size_of(pipe, settings.sampling),
     )
+    comparison = resolved_with(settings.measure)
     for arm in comparison.arms.values():
         with named(f"measure.arms, {arm.name!r}"), guided(pipe, arm.guidance)():
             pass
@@ -89,19 +88,20 @@ def run(settings: Settings) -> Path | None:
         return None
     rows: list[Any] = []
     shots: dict[str, list[Any]] = {}
-    for case in comparison.units:
-        classes = _classes(pipe, case, comparison, settings)
-        for metric in comparison.judges(case, classes=classes):
-            if isinstance(metric, Identity):
-                _ = metric.scale  # raises where no identity can be told, before anything else is drawn
+    classes_of = [_classes(pipe, case, comparison, settings) for case in comparison.units]
+    gone = standard.untold(comparison, comparison.units, classes_of)
+    facts = standard.said(gone)
+    if gone:
+        comparison = resolved_with(standard.without(comparison, gone))
+    for case, classes in zip(comparison.units, classes_of, strict=True):
         made = _sample(pipe, case, comparison.arms.values(), settings)
         if state().is_main_process:
             metrics = comparison.judges(case, made.get(BASE, ()), classes)
-            rows += adapters.measuring.table.tabulate(made, metrics, subject=partial(_name_of, case))
+            rows += adapters.measuring.table.tabulate(made, metrics, subject=attrgetter("subject"))
             shots = {name: [*shots.get(name, []), *taken] for name, taken in made.items()}
     drift = _drift(pipe, comparison, settings) if settings.measure.drift_prompts and settings.adapter else {}
     if state().is_main_process:
-        more = {**drift, **bleed.facts(comparison, shots)}
+        more = {**facts, **drift, **bleed.facts(comparison, shots)}
         write_results(pipe, comparison, settings.sampling, rows, shots, more, out, record=resolved(settings))
     state().wait_for_everyone()
     return out
@@ -144,7 +144,7 @@ def _sample(pipe: DiffusionPipeline, case: Case, arms: Iterable[Arm], settings: 
         with worn(pipe, case, first):
             for arm in (arm for arm in arms if not arm.bare and arm.worn == first.worn):
                 shots[arm.name] = _timed(pipe, arm, case, settings)
-    return {arm.name: shots[arm.name] for arm in arms}
+    return {arm.name: [replace(shot, subject=case.name) for shot in shots[arm.name]] for arm in arms}
 
 
 def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:
@@ -167,10 +167,6 @@ def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) ->
     seconds = sum(shot.seconds for shot in shots) / len(shots)
     say(f"{case.name:>12} {arm.name:>14}: {len(shots)} pictures, {seconds:.2f} s each")
     return shots
-
-
-def _name_of(case: Case, shot: Shot) -> str:
-    return case.name
 
 
 def _drift(pipe: DiffusionPipeline, comparison: Comparison, settings: Settings) -> dict[str, float]:

@@ -6,7 +6,7 @@ accelerate launch recipes/ship.py --base.path pocket --adapter runs/dog/lora --m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from recipes.common.base import POCKET, pipeline
 from recipes.common.cli import launch, say
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
-from recipes.common.units import cases
+from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -108,18 +108,20 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
 
 
 def _shots(folder: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str, list[Any]]:
-    """The sampled pictures by arm, as far as they are still there, in the order of the prompts."""
-    import adapters
+    """The sampled pictures by arm, as far as they are still there, in the order of subjects and prompts."""
+    from adapters.measuring.sample import shots_in
 
+    units = [Case(prompts=[])] if plan.targets else cases(plan, None)
     found: dict[str, list[Any]] = {name: [] for name in arms}
-    listed = [prompt for case in cases(plan, None) for prompt in case.prompts] if not plan.targets else None
-    for shot in adapters.measuring.sample.shots_in(folder):
-        if shot.arm in found and (listed is None or shot.prompt in listed):
-            found[shot.arm].append(shot)
-    if listed is not None:
-        place = {prompt: index for index, prompt in enumerate(listed)}
-        for shots in found.values():
-            shots.sort(key=lambda shot: (place[shot.prompt], shot.seed))
+    for case in units:
+        place = {prompt: index for index, prompt in enumerate(case.prompts)}
+        taken = [replace(shot, subject=case.name) for shot in shots_in(folder / case.name)]
+        if place:
+            taken = [shot for shot in taken if shot.prompt in place]
+            taken.sort(key=lambda shot: (place[shot.prompt], shot.seed))
+        for shot in taken:
+            if shot.arm in found:
+                found[shot.arm].append(shot)
     return {name: shots for name, shots in found.items() if shots}
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recipes.common import standard
 from recipes.common.base import pipeline, size_of, without_control
 from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
@@ -66,20 +67,29 @@ def run(settings: Settings) -> Path | None:
 
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     size = size_of(pipe, settings.sampling)
-    comparison = resolve(
-        settings.measure,
-        base=settings.base,
-        adapter=settings.adapter,
-        weight=settings.weight,
-        controlnet=settings.controlnet,
-        size=size,
-    )
-    search = resolve_search(settings.tune, comparison, adapter=settings.adapter, size=size)
+
+    def resolved(plan: MeasureSettings, tune: TuneSettings) -> tuple[Comparison, Search]:
+        found = resolve(
+            plan,
+            base=settings.base,
+            adapter=settings.adapter,
+            weight=settings.weight,
+            controlnet=settings.controlnet,
+            size=size,
+        )
+        return found, resolve_search(tune, found, adapter=settings.adapter, size=size)
+
+    comparison, search = resolved(settings.measure, settings.tune)
     if settings.dry_run:
         for name, candidates in search.candidates.items():
             say(f"{name}: would try {len(candidates)} candidates on {len(search.prompts)} prompts")
         return None
-    objective = search.objective([_classes(pipe, case, comparison, settings) for case in search.units])
+    classes = [_classes(pipe, case, comparison, settings) for case in search.units]
+    gone = standard.untold(comparison, search.units, classes)
+    standard.said(gone)
+    if gone:
+        comparison, search = resolved(standard.without(comparison, gone), standard.searched(settings.tune, gone))
+    objective = search.objective(classes)
     best_of = partial(_best, pipe, search, objective, settings)
     first = search.checkpoints
     found = {"checkpoint": best_of("checkpoint", first)} if len(first) > 1 else {}
@@ -136,8 +146,21 @@ def _best(
         held_out_seeds=settings.measure.seeds,
         progress=Progress(f"tuning {name}", say),
     )
-    say(f"{name}: {best.best} of {len(candidates)} tried, {best.images} pictures")
+    say(f"{name}: {_words(best.best)}; {len(candidates)} tried, {best.images} pictures")
     return best
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    """A candidate in words: what differs from the defaults of a guidance, and which checkpoint."""
+    plain = asdict(GuidanceSettings())
+    shown = {name: value for name, value in values.items() if value != plain.get(name) or name == "scale"}
+    options = shown.pop("options", {})
+    if adapter := shown.pop("adapter", None):
+        shown["adapter"] = Path(adapter).name
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in {**shown, **options}.items()
+    )
 
 
 def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:

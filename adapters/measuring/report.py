@@ -22,9 +22,9 @@ from .sample import Shot
 __all__ = ["render"]
 
 Overlay = Callable[[Shot], Mapping[str, Image.Image]]
-Key = tuple[str, int, str]
+Key = tuple[str, str, int, str]
 Joined = dict[Key, dict[str, Shot]]
-"""(prompt, seed, latents) -> arm -> picture: base, where there is one, baseline, arm."""
+"""(subject, prompt, seed, latents) -> arm -> picture: base, where there is one, baseline, arm."""
 
 
 def render(
@@ -74,7 +74,7 @@ def render(
             _arms(gains),
         ]
         for name, ends in _ends(gains).items():
-            keys = [(one["prompt"], one["seed"], one["latents"]) for one in ends]
+            keys = [(one["subject"], one["prompt"], one["seed"], one["latents"]) for one in ends]
             kept = [key for key in keys if key in joined]
             body.append(f"<h2>Where {escape(gains.design.arm)} {name} most</h2>")
             body += [_ends_table(gains, name), _gallery(name, joined, kept, draw, {})]

@@ -51,11 +51,13 @@ class Shot:
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What `record` noted for this image, such as its effective guidance scale."""
     path: Path | None = None
+    subject: str = ""
+    """Whose picture it is, where several subjects are measured: two of one class may share their prompts."""
 
     @property
-    def key(self) -> tuple[str, int, str]:
+    def key(self) -> tuple[str, str, int, str]:
         """What arms are joined on."""
-        return self.prompt, self.seed, self.latents
+        return self.subject, self.prompt, self.seed, self.latents
 
 
 def images(

@@ -32,7 +32,7 @@ def matrix(units: Sequence[Case], shots: Sequence[Any], likeness: Mapping[tuple[
     """
     found = np.empty((len(units), len(units)))
     for row, case in enumerate(units):
-        own = [shot for shot in shots if shot.prompt in case.prompts]
+        own = [shot for shot in shots if shot.subject == case.name]
         for column, other in enumerate(units):
             found[row, column] = np.nanmean(score(likeness[case.name, other.name], own))
     return found

@@ -196,6 +196,7 @@ def resolve(
     _check_arms(arms, base, controlnet)
     edges = edges_of(controlnet) if controlnet and controlnet != TO_COME else None
     units = cases(plan, adapter, size=size, edges=edges)
+    _check_called(units)
     require(sum(len(case.prompts) for case in units) >= 2, "a comparison needs at least two prompts or targets")
     if found is not None:
         _check_held_out(plan, units, found)
@@ -331,6 +332,18 @@ def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: Tuned) 
         ("measure.seeds", sorted(set(plan.seeds) & set(tuned.seeds))),
     ):
         require(not shared, f"{flag}: {shared[:1]} was tuned on and cannot be reported on; hold others out")
+
+
+def _check_called(units: Sequence[Case]) -> None:
+    """Subjects of one adapter are asked for by words of their own."""
+    called: dict[tuple[str | None, str], str] = {}
+    for case in units:
+        first = called.setdefault((case.adapter, case.calls), case.name)
+        require(
+            first == case.name or case.adapter is None,
+            f"measure.subjects: {first} and {case.name} are both called {case.calls!r}, and one adapter serves both; "
+            "give one of them another identifier in its subject.json, or each an adapter ({subject} in its path)",
+        )
 
 
 def _check_there(adapter: str | None, arms: Mapping[str, Arm]) -> None:

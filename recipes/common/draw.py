@@ -100,7 +100,7 @@ def _made_with(
 
 
 def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = "") -> Image.Image:
-    """One column an arm, one row a prompt (its first seed).
+    """One column an arm, one row a prompt of a subject (its first seed).
 
     Args:
         shots: arm -> its pictures.
@@ -108,17 +108,17 @@ def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24
         rows: most prompts shown.
         title: in the corner.
     """
-    prompts = list(dict.fromkeys(shot.prompt for made in shots.values() for shot in made))[:rows]
+    prompts = list(dict.fromkeys((shot.subject, shot.prompt) for made in shots.values() for shot in made))[:rows]
     page = Image.new("RGB", (side * len(shots) + 420, side * len(prompts) + 20), "white")
     pen = ImageDraw.Draw(page)
     for column, (arm, made) in enumerate(shots.items()):
         pen.text((column * side + 4, 4), arm, fill="black")
-        first = {shot.prompt: shot.image for shot in reversed(made)}
+        first = {(shot.subject, shot.prompt): shot.image for shot in reversed(made)}
         for row, prompt in enumerate(prompts):
             picture = first[prompt].resize((side, side), Image.Resampling.LANCZOS)
             page.paste(picture, (column * side, 20 + row * side))
     pen.text((side * len(shots) + 8, 4), title, fill="black")
-    for row, prompt in enumerate(prompts):
+    for row, (_, prompt) in enumerate(prompts):
         pen.text((side * len(shots) + 8, 20 + row * side + side // 2), prompt, fill="black")
     return page
 

@@ -32,7 +32,7 @@ def write_results(
     sampling: SamplingSettings,
     rows: list[Row],
     shots: Mapping[str, Sequence[Shot]],
-    drift: Mapping[str, float],
+    more: Mapping[str, Any],
     out: Path,
     *,
     record: Mapping[str, Any],
@@ -45,7 +45,7 @@ def write_results(
         sampling: steps, size and precision, for the table of facts.
         rows: one a picture, with its metrics.
         shots: arm -> its pictures.
-        drift: further facts, by name.
+        more: further facts, by name.
         out: receives `measured/`.
         record: the settings of the recipe, written beside the results.
     """
@@ -54,7 +54,7 @@ def write_results(
 
     design = comparison.design()
     gains = adapters.measuring.gains.compare(rows, design)
-    facts = {**_facts(pipe, record["base"]["path"], sampling), **drift}
+    facts = {**_facts(pipe, record["base"]["path"], sampling), **more}
     facts |= comparison.tuned.facts() if comparison.tuned else {}
     if design.sweeps:
         equal = at_equal_scale(rows, design)
@@ -222,7 +222,7 @@ def _overlay(
     arm, left = comparison.arm, [comparison.plan.overlays]
 
     def overlay(shot: Shot) -> dict[str, Any]:
-        case = next(case for case in comparison.units if shot.prompt in case.prompts)
+        case = next(case for case in comparison.units if case.name == shot.subject)
         if left[0] <= 0 or arm.guidance.method != "semantic":
             return {}
         left[0] -= 1

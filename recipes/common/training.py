@@ -187,6 +187,7 @@ def subjects(
     for name, own in each.items():
         with named(f"concepts.{name}") if name else nullcontext():
             pictures[name] = data(own.data, parts=parts)
+    _check_told_apart(pictures)
     called = {own.dreambooth.identifier: "" for own in each.values() if own.dreambooth.identifier}
     found, first = [], len(pictures[""].source)
     for name, own in each.items():
@@ -196,6 +197,19 @@ def subjects(
         share = 1.0 if chosen is None else chosen.share or len(pictures[name].source) / first
         found.append(Concept(name=name, views=pictures[name], prior=prior, share=share))
     return found[0].views, found[0].prior, found[1:]
+
+
+def _check_told_apart(pictures: Mapping[str, Views]) -> None:
+    """Subjects of one class need captions of their own: what has the same words is learnt as one subject."""
+    known: dict[frozenset[str], str] = {}
+    for name, views in pictures.items():
+        captions = frozenset(views.caption(index) for index in range(len(views)))
+        first = known.setdefault(captions, name)
+        require(
+            first == name,
+            f"concepts.{name}: its captions are those of {f'concepts.{first}' if first else 'data'}, such as "
+            f"{min(captions)!r}, so the two would be learnt as one; give it another identifier or prompt",
+        )
 
 
 def _with(settings: SubjectTraining, name: str) -> SubjectTraining:

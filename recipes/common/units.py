@@ -105,7 +105,15 @@ def subject_folders(patterns: Sequence[str]) -> list[str]:
         matches = [place] if Path(place).is_dir() else [path for path in sorted(glob(place)) if Path(path).is_dir()]
         require(bool(matches), f"measure.subjects: {pattern} is no folder")
         found += matches
-    return list(dict.fromkeys(found))
+    names: dict[str, str] = {}
+    for folder in dict.fromkeys(found):
+        first = names.setdefault(Path(folder).resolve().name, folder)
+        require(
+            first == folder,
+            f"measure.subjects: {folder} and {first} have one name, by which pictures and rows are told apart; rename "
+            "one",
+        )
+    return list(names.values())
 
 
 def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Case:

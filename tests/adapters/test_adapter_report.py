@@ -145,7 +145,8 @@ def noisy(size: int, subjects: int, **more: Any) -> str:
         for prompt in (f"subject {subject} in the snow", f"subject {subject} at night"):
             for arm in shots:
                 image = Image.fromarray(generator.integers(0, 256, (size, size, 3), np.uint8))
-                shots[arm].append(Shot(prompt=prompt, seed=1, latents="n", image=image, arm=arm))
+                one = Shot(prompt=prompt, seed=1, latents="n", image=image, arm=arm, subject=str(subject))
+                shots[arm].append(one)
                 numbers = {"m": float(generator.random())}
                 rows.append(Row(arm=arm, subject=str(subject), prompt=prompt, seed=1, latents="n", numbers=numbers))
     design = Design(

@@ -13,13 +13,13 @@ from recipes.common.units import Case
 
 @dataclass
 class Shot:
-    prompt: str
+    subject: str
     value: float
 
 
 def test_rows_are_what_was_asked_for_and_columns_whom_it_is_like() -> None:
     units = [Case(name="dog", prompts=["a", "b"]), Case(name="owl", prompts=["c"])]
-    shots = [Shot("a", 1), Shot("b", 3), Shot("c", 10), Shot("a", float("nan"))]
+    shots = [Shot("dog", 1), Shot("dog", 3), Shot("owl", 10), Shot("dog", float("nan"))]
 
     def like(factor: float) -> Measure:
         return Measure("similarity", True, lambda some: [factor * shot.value for shot in some])

@@ -62,6 +62,8 @@ def settings(tmp_path: Path, base: Path, **changes: object) -> Settings:
         if not folder.exists():
             pictures_of(folder, noun, count)
     concepts: dict = {"owl": {"source": str(owls), **changes.pop("owl", {})}}  # type: ignore[dict-item]
+    if concepts["owl"]["source"] == "dogs":
+        concepts["owl"]["source"] = str(dogs)
     return Settings(
         base=config.BaseSettings(path=str(base)),
         data=config.DataSettings(source=str(dogs), resolution=32, minimum=8, tags=config.TagSettings(shuffle=True)),
@@ -101,6 +103,7 @@ def test_a_recipe_s_concepts_have_their_own_pictures_words_and_class_images(base
         ({"owl": {"share": 0}}, r"concepts: share must be > 0 or null, got 0"),
         ({"owl": {"source": "./nowhere"}}, r"concepts.owl: .*nowhere"),
         ({"owl": {"identifier": "zzz"}, "dreambooth": {"identifier": "dog"}}, r"concepts.owl: .*zzz.* is not in"),
+        ({"owl": {"source": "dogs"}}, r"concepts.owl: its captions are those of data, such as 'a sks dog"),
         ({"region": "sks dog"}, r"region 'sks dog' is of one subject"),
     ],
 )

@@ -125,7 +125,8 @@ def test_the_guides_recipes_run_one_after_the_other(tmp_path: Path) -> None:
     """As they stand, on the pocket base, with fewer steps and pictures, and with runs/ elsewhere."""
     ran = []
     for page, path, arguments in RUN:
-        if path.name not in SMALL or "runs/rex/config.yaml" in arguments or short_form(path, arguments):
+        written = any(re.fullmatch(r"runs/.*/config\.yaml", word) for word in arguments)  # by recipes/new.py, elsewhere
+        if path.name not in SMALL or written or short_form(path, arguments):
             continue
         out = []
         if "--config" in arguments:

@@ -234,8 +234,8 @@ def _metric(name: str, settings: MeasureSettings, case: Case, base: Sequence[Sho
     shown, masks = pictures(_folder(name, case))
     if what == "identity":
         require(len(shown) > 1, f"{name} needs two pictures in {case.folder}, to see how alike they are")
-        likeness, own = kinds.likeness_in(features, shown)
-        return kinds.Identity(name=name, likeness=likeness, own=own, classes=lambda: classes)
+        look, own = kinds.look_of(features, shown)
+        return kinds.Identity(name=name, look=look, own=own, classes=lambda: classes)
     if what == "similarity":
         return kinds.Similarity(name=name, features=features, references=shown)
     if "detector" in settings.models:

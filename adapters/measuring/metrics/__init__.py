@@ -14,7 +14,7 @@ from .classical import (
     ms_ssim,
 )
 from .features import Diversity, Drift, FaceSimilarity, Features, Similarity, cutout
-from .identity import Identity, likeness_in
+from .identity import Identity, look_of
 from .metric import Measure, Metric, score
 from .sets import Kid, frechet, kernel_distance
 
@@ -39,7 +39,7 @@ __all__ = [
     "cutout",
     "frechet",
     "kernel_distance",
-    "likeness_in",
+    "look_of",
     "ms_ssim",
     "score",
 ]

@@ -1,13 +1,13 @@
-"""Is it the subject, or only its class? Nearness to the subject's pictures, against what the base's pictures reach.
+"""Is it the subject, or only its class? Nearness to the subject's pictures, against nearness to the base's.
 
-Likeness alone cannot tell: a picture of any dog is like the pictures of one dog. So it is put on a scale between two
-values that are measured too: how like the subject the base's own pictures of the class are, and how like each other
-the subject's pictures are.
+Likeness alone cannot tell: a picture of any dog is like the pictures of one dog. So a picture is compared with two
+centres in a feature space: that of the subject's pictures, and that of the pictures that the base draws of the class.
+It counts as the subject if it is nearer to the first. The margin says by how much,
 
-    margin = (likeness - likeness of the base's pictures) / (likeness among the subject's - that of the base's) - 1/2
+    margin = (d(base)^2 - d(subject)^2) / (2 d(base, subject)^2)
 
-A picture of the class as the base draws it is near -1/2, one of the subject near 1/2; above 0 it is nearer to the
-subject.
+with Euclidean distances of unit features. It is 1/2 at the subject's centre, -1/2 at the base's, and 0 half-way.
+Distances are those from the mean of infinitely many pictures: a picture's distance to itself is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...errors import GainsError
 from ..sample import Shot
 from .features import Features, Mask, cutout, unit_features
 
-__all__ = ["Identity", "likeness_in"]
+__all__ = ["Identity", "look_of"]
 
 ABSENT = -0.5  # nothing there that could be the subject: no nearer than the base's
 
@@ -33,10 +33,10 @@ class Identity:
     """Per image 1 where it is nearer to the subject than to its class, else 0; or the margin itself."""
 
     name: str
-    likeness: Callable[[Sequence[Shot]], np.ndarray]
-    """Cosines of n shots to each of the subject's k pictures, (n, k); a row of NaN where nothing could be it."""
+    look: Callable[[Sequence[Shot]], np.ndarray]
+    """Unit features of n shots, (n, d); a row of NaN where nothing could be the subject."""
     own: np.ndarray
-    """Cosines among the subject's pictures, (k, k)."""
+    """Unit features of the subject's k pictures, (k, d)."""
     classes: Callable[[], Sequence[Shot]]
     """The base's pictures of the class, of the same prompts without the trigger; asked for once."""
     margin: bool = False
@@ -47,40 +47,50 @@ class Identity:
             raise GainsError(f"{self.name}: needs two pictures of the subject, to see how alike they are")
 
     @cached_property
-    def scale(self) -> tuple[float, float]:
-        """Likeness of the base's pictures of the class, and among the subject's own.
+    def axis(self) -> tuple[np.ndarray, float]:
+        """From the class to the subject: (d,) and an offset, so that features @ axis + offset is the margin.
 
         Raises:
             GainsError: the space does not tell the subject from its class.
         """
-        shots, count = self.classes(), len(self.own)
+        shots = self.classes()
         if not shots:
             raise GainsError(f"{self.name}: the base draws the class in none of these prompts, so there is no standard")
-        found = self.likeness(shots)
-        seen = found[~np.isnan(found).any(axis=1)]
-        high = (self.own.sum() - np.trace(self.own)) / (count * (count - 1))
-        low = float(seen.mean()) if len(seen) else 0.0
+        seen = self.look(shots)
+        seen = seen[~np.isnan(seen).any(axis=1)]
+        subject = self.own.mean(0)
+        base = seen.mean(0) if len(seen) else np.zeros_like(subject)
+        high, low = alike(self.own), float(subject @ base)
+        within = alike(seen) if len(seen) > 1 else high * len(seen)  # of one picture: unknown; of none: at the origin
         if low >= high:
             raise GainsError(
                 f"{self.name}: the base's pictures of the class are as like the subject ({low:.3f}) as its own are "
                 f"like each other ({high:.3f}); this feature space does not tell them apart"
             )
-        return low, float(high)
+        # Their centres' squared distance, without the noise of few pictures; never so small that margins explode.
+        apart = max(high + within - 2 * low, high - low)
+        return (subject - base) / apart, -(high - within) / (2 * apart)
 
     def __call__(self, shots: Sequence[Shot]) -> np.ndarray:
-        low, high = self.scale
-        margins = (self.likeness(shots).mean(axis=1) - low) / (high - low) - 0.5
+        axis, offset = self.axis
+        margins = self.look(shots) @ axis + offset
         margins = np.where(np.isnan(margins), ABSENT, margins)
         return margins if self.margin else (margins > 0).astype(float)
 
 
-def likeness_in(
+def alike(rows: np.ndarray) -> float:
+    """Mean cosine among two or more unit features (n, d), each with the others."""
+    count = len(rows)
+    return float((np.square(rows.sum(0)).sum() - count) / (count * (count - 1)))
+
+
+def look_of(
     features: Features,
     references: Sequence[Image.Image],
     masks: Sequence[np.ndarray] | None = None,
     mask: Mask | None = None,
 ) -> tuple[Callable[[Sequence[Shot]], np.ndarray], np.ndarray]:
-    """`Identity`'s `likeness` and `own` in any feature space, whole or with only the subject seen.
+    """`Identity`'s `look` and `own` in any feature space, whole or with only the subject seen.
 
     Args:
         features: the space.
@@ -91,15 +101,14 @@ def likeness_in(
     shown = list(references)
     if masks is not None:
         shown = [cutout(image, np.asarray(hole)) for image, hole in zip(references, masks, strict=True)]
-    wanted = unit_features(features, shown)
 
-    def likeness(shots: Sequence[Shot]) -> np.ndarray:
+    def look(shots: Sequence[Shot]) -> np.ndarray:
         images = [shot.image for shot in shots]
         there = np.ones(len(images), dtype=bool)
         if mask is not None:
             found = [np.asarray(item).astype(bool) for item in mask(images)]
             there = np.array([item.any() for item in found])
             images = [cutout(image, item) for image, item in zip(images, found, strict=True)]
-        return np.where(there[:, None], unit_features(features, images) @ wanted.T, np.nan)
+        return np.where(there[:, None], unit_features(features, images), np.nan)
 
-    return likeness, wanted @ wanted.T
+    return look, unit_features(features, shown)

@@ -6,7 +6,7 @@ folder, `measuring.verify.verify` recomputes its numbers.
 
 from __future__ import annotations
 
-from . import compose, files, keys, loading, measuring, ship, signing, source
+from . import compose, files, keys, loading, measuring, ship, signing, source, text
 from .base import describe
 from .card import Card
 from .errors import AdapterError, BaseMismatchError, FileError, FormatError, GainsError, SignatureError
@@ -42,4 +42,5 @@ __all__ = [
     "ship",
     "signing",
     "source",
+    "text",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from .placement import is_offloaded, offload_like, unwrapped
 from .scope import Place, Scope, Where, scoped
 from .seat import refuse_fused
 from .source import GUIDER_FILE, Source, open_source, read_adapter, tokens_of, whole_model
+from .text import TextRule, rule_of, ruled
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -76,6 +77,9 @@ def load(
     and biases, DoRA magnitudes on LoHa, LoKr or over inputs, several kinds in one model) is always merged, as is a
     DoRA on sequentially offloaded weights.
 
+    While it is attached, prompts are read as in its training (clip-skip, chunks), where its manifest says so and the
+    pipeline has no such rule of its own (`adapters.text.follow`).
+
     Args:
         pipe: with all its models; it stays usable after the adapter has left.
         source: a shipped or peft folder, a `.safetensors` file in peft, diffusers or kohya keys, or a Hub id.
@@ -107,6 +111,7 @@ def load(
         with files.understood(opened.path):
             attached.guider = _guider(opened)
             scope = scope or _shipped_scope(attached.guider if guidance else None, place and partial(place, pipe))
+        attached._undo.enter_context(_read_as_trained(pipe, opened))
         before = getattr(pipe, "unet", None)
         with files.understood(opened.path):
             attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
@@ -138,6 +143,20 @@ def _check_identity(pipe: DiffusionPipeline, source: Source) -> None:
             "but other weights, so the measured gains need not hold",
             stacklevel=3,
         )
+
+
+def _read_as_trained(pipe: DiffusionPipeline, source: Source) -> AbstractContextManager[None]:
+    """The rule for text that the adapter was trained with, where the pipeline follows none of its own."""
+    with files.understood(source.path):
+        trained, own = TextRule.from_manifest(source.manifest), rule_of(pipe)
+    if trained.neutral or trained == own:
+        return nullcontext()
+    if not own.neutral:
+        warnings.warn(
+            f"{source.path} was trained with {trained.said()}, and this pipeline reads {own.said()}", stacklevel=3
+        )
+        return nullcontext()
+    return ruled(pipe, trained)
 
 
 def _free_name(pipe: DiffusionPipeline) -> str:

@@ -21,6 +21,7 @@ from .measuring.gains import FORMAT, Gains
 from .measuring.sample import Shot, write
 from .measuring.table import Row, write_csv
 from .source import EXACT_KOHYA, GUIDER_FILE, MODEL_FILE, MODELS, open_source, read_adapter, tokens_of
+from .text import OWN_LAYER, TextRule
 from .tokens import EMBEDS_FILE, read_tokens, write_tokens
 from .writing import LORA_FILE, suits_diffusers, write_diffusers, write_kohya, write_peft
 
@@ -42,6 +43,7 @@ def ship(
     rows: Sequence[Row] = (),
     shots: Mapping[str, Sequence[Shot]] | None = None,
     guider: Mapping[str, Any] | None = None,
+    rule: TextRule | None = None,
     embeds: Mapping[str, torch.Tensor] | None = None,
     models: Models | None = None,
     config: str | None = None,
@@ -63,6 +65,7 @@ def ship(
         rows: the table that the comparison was computed from.
         shots: images per arm, for samples and report.
         guider: the settings that measured best; what `load` hands to its guidance callable.
+        rule: how prompts were read in training and measuring, which `load` follows; None: as usual.
         embeds: learned tokens of one text encoder, token -> (vectors, width); those in `weights` ship by themselves.
         models: component -> the base's model; with them a DoRA also ships as the nearest LoRA.
         config: the resolved training settings as YAML text.
@@ -98,9 +101,10 @@ def ship(
             if not compact:
                 page = page or _report(gains, shots, card, made)
                 (stage / "report.html").write_text(page, "utf-8")
-        _readme(stage, card, kinds, gains, notes)
+        told = {} if rule is None or rule.neutral else {"text": rule.to_config()}
+        _readme(stage, card, kinds, gains, [*notes, *_reading(rule, sdxl=bool(sdxl))])
         kind = kinds[0] if len(kinds) == 1 else "mixed"
-        files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions()})
+        files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions(), **told})
         if key is not None:
             signing.sign(stage, key)
     return target
@@ -108,6 +112,25 @@ def ship(
 
 def _report(gains: Gains, shots: Mapping[str, Sequence[Shot]], card: Card, made: Mapping[str, Any]) -> str:
     return report.render(gains, shots, title=card.title, command=card.command, facts={**card.facts, **made})
+
+
+def _reading(rule: TextRule | None, *, sdxl: bool) -> list[str]:
+    """How other programs read prompts as it was done in training."""
+    if rule is None or rule.neutral:
+        return []
+    notes = [f"Trained and measured with {rule.said()}. `adapters.load` reads prompts in the same way."]
+    if (skip := rule.clip_skip) is not None:
+        own = OWN_LAYER["sdxl" if sdxl else "sd"]
+        notes.append(
+            f"Set clip-skip {skip} in A1111 and Forge, or a CLIP Set Last Layer of -{skip} in ComfyUI. In diffusers it "
+            f"is `clip_skip={skip - own}`, which leaves the negative prompt as it is."
+        )
+    if rule.chunks > 1:
+        notes.append(
+            "A1111, Forge and ComfyUI read long prompts in such chunks by themselves. They do not pad short ones, and "
+            "may move a word to the next chunk, so their pictures differ a little. Plain diffusers cuts long prompts."
+        )
+    return notes
 
 
 def _readme(stage: Path, card: Card, kinds: list[str], gains: Gains | None, notes: list[str]) -> None:

@@ -293,7 +293,7 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
             moved = {key: value.to(args.device) for key, value in batch.items()}
             mean, std = models.encode_images(encoders.vae, moved.pop("pixels"))
             moved["latents"] = mean.float() + std.float() * moved["posterior"]
-            moved |= models.encode_text(encoders.text_encoders, [moved.pop("ids_0")], family="sd")
+            moved |= models.encode_text(encoders, [moved.pop("ids_0")])
             dtype = prepare.DTYPES[args.precision]
             return method.denoise_step({"unet": unet}, moved, dtype, parts=encoders, objective=bound)
 

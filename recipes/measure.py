@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import pipeline, size_of, without_control
+from recipes.common.base import check_text, pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, named, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
@@ -80,6 +80,8 @@ def run(settings: Settings) -> Path | None:
         size=size_of(pipe, settings.sampling),
     )
     comparison = resolved_with(settings.measure)
+    for case in comparison.units:
+        check_text(pipe, case.adapter)
     for arm in comparison.arms.values():
         with named(f"measure.arms, {arm.name!r}"), guided(pipe, arm.guidance)():
             pass

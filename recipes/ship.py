@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, pipeline
+from recipes.common.base import POCKET, check_text, pipeline
 from recipes.common.cli import launch, say
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
@@ -53,6 +53,7 @@ def run(settings: Settings) -> Path | None:
     if gains is not None and gains.adapter is not None and gains.adapter.word in ("harm", "no detectable change"):
         say(f"note: what ships does not help by its own measure, and its card says so. {gains.adapter.sentence}")
     pipe = pipeline(settings.base, SamplingSettings())
+    check_text(pipe, settings.adapter)
     weights = Path(settings.adapter).expanduser()
     card = _card(settings, plan, 1.0 if best is None or best.weight is None else best.weight, pipe)
     folder = adapters.ship.ship(
@@ -64,6 +65,7 @@ def run(settings: Settings) -> Path | None:
         rows=rows,
         shots=shots,
         guider=None if best is None else guider_of(best, *_subject(plan)),
+        rule=adapters.text.rule_of(pipe),
         models=adapters.base.modules_of(pipe),
         config=_config(weights),
         facts=facts,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common import standard
-from recipes.common.base import pipeline, size_of, without_control
+from recipes.common.base import check_text, pipeline, size_of, without_control
 from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
@@ -80,6 +80,8 @@ def run(settings: Settings) -> Path | None:
         return found, resolve_search(tune, found, adapter=settings.adapter, size=size)
 
     comparison, search = resolved(settings.measure, settings.tune)
+    for case in search.units:
+        check_text(pipe, case.adapter)
     if settings.dry_run:
         for name, candidates in search.candidates.items():
             say(f"{name}: would try {len(candidates)} candidates on {len(search.prompts)} prompts")

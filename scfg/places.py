@@ -126,14 +126,13 @@ def place_of(
     Raises:
         ScfgError: while sampling: a prompt has none of the words, or the pipeline was given embeddings.
     """
-    limit = pipe.tokenizer.model_max_length
     maps: dict[int, WordMaps] = {}
 
     def where(call: UNetCall) -> AbstractContextManager[Found]:
         if call.prompts is None:
             raise ScfgError(f"the place of {phrase!r} needs prompts as texts; of embeddings the words are not known")
         own = maps.setdefault(id(call.unet), WordMaps(call.unet, soft=soft))
-        words = [prompt_words(pipe.tokenizer, prompt, limit) for prompt in call.prompts]
+        words = [prompt_words(pipe.tokenizer, prompt, call.context.shape[1]) for prompt in call.prompts]
         height, width = call.sample.shape[-2:]
         return own.watch((height, width), call.context, words, phrase, rows=slice(call.images, 2 * call.images))
 

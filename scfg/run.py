@@ -163,6 +163,7 @@ class Run:
 
     def _begin(self, steps: int) -> None:
         self._steps = steps
+        self._length: int | None = None
         self._call: _Call | None = None
         self._session.begin()
 
@@ -173,6 +174,7 @@ class Run:
         if not self._view.guided:
             return
         self._call = call = self._read_call(args, kwargs)
+        self._length = call.context.shape[1]
         self._check_scale()
         session = self._session
         session.begin_step(len(self.trace), min(len(self.trace) / self._steps, 1.0 - 1e-6))
@@ -251,7 +253,8 @@ class Run:
         texts = [expand(prompt, tokenizer) for prompt in prompts] if expand is not None else prompts
         # A tokenizer without a limit says 1e30, which its own truncation cannot take.
         longest = min(tokenizer.model_max_length, 2**16)
-        return [prompt_words(tokenizer, text, longest) for text in texts]
+        length = longest if self._length is None or self._length % longest else self._length
+        return [prompt_words(tokenizer, text, length) for text in texts]
 
     @property
     def text_length(self) -> int | None:

@@ -31,14 +31,15 @@ class Word:
 def prompt_words(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> list[Word]:
     """Words of a prompt as a CLIP or T5 tokenizer cuts it; BOS, EOS and padding belong to none.
 
-    CLIP ends a word with `</w>`, sentence-piece (T5) begins one with `▁`. What exceeds `length` tokens is left out.
+    CLIP ends a word with `</w>`, sentence-piece (T5) begins one with `▁`. What exceeds `length` tokens is left out. A
+    `length` of several times what the tokenizer takes at once means chunks, each with BOS and EOS of its own.
 
     Args:
         tokenizer: of transformers, CLIP's or T5's.
         prompt: one prompt.
-        length: tokens that the pipeline gives the U-net, 77 for CLIP.
+        length: tokens that the pipeline gives the U-net, 77 for CLIP, 231 for three chunks.
     """
-    ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
+    ids, positions = _placed(tokenizer, prompt, length)
     special = set(tokenizer.all_special_ids)
     words: list[Word] = []
     pieces: list[tuple[str, int]] = []
@@ -49,7 +50,7 @@ def prompt_words(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -
             words.append(Word(text, tuple(position for _, position in pieces)))
         pieces.clear()
 
-    for position, (token_id, token) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)):
+    for position, token_id, token in zip(positions, ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
         if token_id in special:
             close()
             continue
@@ -60,6 +61,18 @@ def prompt_words(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -
             close()
     close()
     return words
+
+
+def _placed(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and their positions."""
+    limit = tokenizer.model_max_length
+    if length <= limit or length % limit or tokenizer.bos_token_id is None:
+        ids = tokenizer(prompt, truncation=True, max_length=length).input_ids
+        return ids, list(range(len(ids)))
+    body = limit - 2
+    ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    ids = ids[: length // limit * body]
+    return ids, [number // body * limit + 1 + number % body for number in range(len(ids))]
 
 
 def prompt_phrases(words: list[Word]) -> list[Word]:

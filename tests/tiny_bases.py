@@ -68,12 +68,12 @@ def tokenizer(length: int) -> CLIPTokenizer:
     )
 
 
-def text_config(words: CLIPTokenizer, width: int, projection: int = 8) -> CLIPTextConfig:
+def text_config(words: CLIPTokenizer, width: int, projection: int = 8, layers: int = 2) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=words.model_max_length,
         projection_dim=projection,
@@ -139,14 +139,14 @@ def sd(folder: Path, *, prediction: str = "epsilon", length: int = 12, seed: int
     return folder
 
 
-def sdxl(folder: Path, *, length: int = 12, seed: int = 1, second: int = 16) -> Path:
+def sdxl(folder: Path, *, length: int = 12, seed: int = 1, second: int = 16, layers: int = 2) -> Path:
     """SDXL, whose second text encoder is of width `second`."""
     torch.manual_seed(seed)
     words = tokenizer(length)
     pipe = StableDiffusionXLPipeline(
         vae=vae(),
-        text_encoder=CLIPTextModel(text_config(words, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(words, second, projection=8)),
+        text_encoder=CLIPTextModel(text_config(words, 16, layers=layers)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(words, second, projection=8, layers=layers)),
         tokenizer=words,
         tokenizer_2=words,
         unet=unet(

@@ -67,12 +67,21 @@ class BaseSettings:
     """What the U-net predicts, for training and sampling. auto: as its scheduler's config or the file's keys say."""
     zero_snr: bool | None = None
     """Whether its noise schedule ends without signal (zero terminal SNR). null: as its config or its keys say."""
+    clip_skip: int | None = None
+    """Layer of CLIP that is read, counted from the last one as A1111 and kohya count: 1 is the last, 2 the one before.
+    null: the family's own, which is 1 for SD and 2 for SDXL."""
+    prompt_chunks: int | None = None
+    """Chunks of 75 tokens that prompts and captions may have; shorter ones are padded. 3 reads 225 tokens. null: 1,
+    and longer texts are cut."""
 
     def __post_init__(self) -> None:
         require(
             self.config is None or Path(self.path).suffix.lower() == ".safetensors",
             f"base.config {self.config} is for a single file, and base.path {self.path} is none; leave it out",
         )
+        for name in ("clip_skip", "prompt_chunks"):
+            value = getattr(self, name)
+            require(value is None or 1 <= value <= 16, f"base.{name} must be from 1 to 16 or null, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def _given(start: str, parts: Parts) -> Any:
 
 
 def _step(models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts: Parts, objective: Objective) -> Tensor:
-    text = text_of(models, batch, parts.family, parts.text_encoders)
+    text = text_of(models, batch, parts)
     image = batch["conditioning"].to(dtype) / 255
     conditions = conditions_of(text, batch["frame"], dtype)
 

@@ -337,6 +337,7 @@ def class_images(
         "resolution": resolution,
         "seed": seed,
         "batch_size": batch_size,
+        **({} if parts.text.neutral else {"text": parts.text.to_config()}),
     }
     ranks = state()
     _check_manifest(folder, wanted)
@@ -387,7 +388,7 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
         ) from error
     changed = [
         f"{key}: {shorten(str(found.get(key)), 80)} -> {shorten(str(value), 80)}"
-        for key, value in wanted.items()
+        for key, value in {"text": None, **wanted}.items()  # the usual rule for text is not written
         if found.get(key) != value
     ]
     if changed and there:

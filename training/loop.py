@@ -435,7 +435,9 @@ def _ship(run: _Run, folder: Path) -> Path:
         with checkpoint.atomic_folder(folder) as place:
             run.method.save(weights, place, metadata)
             config.write(run.facts["settings"], place / "settings.yaml")
-            files.write_manifest(place, {"format": 1, "kind": run.method.name, "step": run.step})
+            rule = run.method.parts.text
+            more = {} if rule.neutral else {"text": rule.to_config()}
+            files.write_manifest(place, {"format": 1, "kind": run.method.name, "step": run.step, **more})
         run.say(f"saved {folder}")
     run.accelerator.wait_for_everyone()
     return folder

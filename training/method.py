@@ -76,23 +76,22 @@ class Method:
         return {name: parameter for name, parameter in self.parameters().items() if parameter.requires_grad}
 
 
-def text_of(models: Mapping[str, Any], batch: Batch, family: str, frozen: list[Any]) -> dict[str, Tensor]:
-    """`embeds` and, for SDXL, `pooled`: from the batch where cached, else from the encoders in `models` or `frozen`.
+def text_of(models: Mapping[str, Any], batch: Batch, parts: Parts) -> dict[str, Tensor]:
+    """`embeds` and, for SDXL, `pooled`: from the batch where cached, else from the encoders in `models` or the base.
 
     Args:
         models: what trains, by name.
         batch: with `embeds`, or with token ids `ids_0`, `ids_1` (B, T).
-        family: "sd" or "sdxl".
-        frozen: the base's text encoders, in order.
+        parts: the base.
     """
     if "embeds" in batch:
         return {key: batch[key] for key in ("embeds", "pooled") if key in batch}
     names = ("text_encoder", "text_encoder_2")
     encoders = [  # a ModuleDict has no `get`
         models[name] if name in models else encoder  # noqa: SIM401
-        for name, encoder in zip(names, frozen, strict=False)
+        for name, encoder in zip(names, parts.text_encoders, strict=False)
     ]
-    return encode_text(encoders, [batch[f"ids_{number}"] for number in range(len(encoders))], family=family)
+    return encode_text(parts, [batch[f"ids_{number}"] for number in range(len(encoders))], encoders)
 
 
 def conditions_of(text: Mapping[str, Tensor], frame: Tensor, dtype: torch.dtype) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def _predictor(
     models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, parts: Parts
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """x_t (B, C, h, w) and timesteps (B,) -> what the U-net in `models` predicts for the batch's captions."""
-    conditions = conditions_of(text_of(models, batch, parts.family, parts.text_encoders), batch["frame"], dtype)
+    conditions = conditions_of(text_of(models, batch, parts), batch["frame"], dtype)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         predicted: Tensor = models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]

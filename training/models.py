@@ -7,7 +7,7 @@ with a U-net of the VAE's latent channels is SD (1.x, 2.x and the pocket base di
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+from adapters import text
+from adapters.errors import AdapterError
 from adapters.files import read_json
 
 from . import single_file
@@ -70,6 +72,8 @@ class Parts:
     """Pixels per latent."""
     identity: str
     """`weights_digest` of all weights as loaded; a run resumes on the base it began on."""
+    text: text.TextRule = field(default_factory=text.TextRule)
+    """How its text encoders are read, in every prompt of this base."""
 
     def release(self, *, vae: bool) -> None:
         """Drops the text encoders, and with `vae` the VAE, once what they give is cached; frees their memory."""
@@ -91,6 +95,7 @@ def load(
     config: str | None = None,
     prediction: str = "auto",
     zero_snr: bool | None = None,
+    rule: text.TextRule | None = None,
 ) -> Parts:
     """Loads a diffusers pipeline folder, a hub id or a single-file checkpoint, float32, on the CPU, never a pickle.
 
@@ -101,9 +106,11 @@ def load(
         config: folder of the configs for a single file; None: those of its family.
         prediction: what the U-net predicts; auto: as the base says.
         zero_snr: whether the noise schedule ends without signal; None: as the base says.
+        rule: how its text encoders are read; None: as usual.
 
     Raises:
-        TrainingError: nothing there, no U-net, a U-net that is no text-to-latent U-net, or weights only as pickles.
+        TrainingError: nothing there, no U-net, a U-net that is no text-to-latent U-net, weights only as pickles, or a
+            rule that these encoders cannot follow.
     """
     file = None
     if single_file.is_file(base):
@@ -124,6 +131,10 @@ def load(
             f"base {base}: its U-net takes {unet.config.in_channels} channels and its VAE gives "
             f"{vae.config.latent_channels}; inpainting, depth and upscaling bases cannot be trained here"
         )
+    try:
+        rule = text.checked(rule or text.TextRule(), encoders, tokenizers)
+    except AdapterError as error:
+        raise TrainingError(f"base.{error}") from error
     for module in (unet, vae, *encoders):
         module.requires_grad_(False).eval()
         module.float()
@@ -139,6 +150,7 @@ def load(
         index=index,
         vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
         identity=weights_digest(unet, vae, *encoders),
+        text=rule,
     )
 
 
@@ -206,18 +218,14 @@ def _transformers_part(folder: Path, index: dict[str, Any], name: str, **options
 
 
 def tokenize(parts: Parts, captions: list[str]) -> list[Tensor]:
-    """Token ids per text encoder, each (B, T) int64, padded to the encoder's length."""
-    return [
-        tokenizer(
-            captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
-        ).input_ids
-        for tokenizer in parts.tokenizers
-    ]
+    """Token ids per text encoder, each (B, T) int64, padded to the length of all chunks of the base's rule."""
+    return text.tokenize(parts.tokenizers, captions, parts.text)
 
 
 def too_long(parts: Parts, captions: list[str]) -> str | None:
     """A line on captions that are longer than the text encoders read; None where there are none."""
-    limit = min(tokenizer.model_max_length for tokenizer in parts.tokenizers)
+    body = min(tokenizer.model_max_length for tokenizer in parts.tokenizers) - text.MARKS
+    limit = parts.text.chunks * body + text.MARKS
     lengths = [
         max(map(len, found))
         for found in zip(*(_all_ids(tokenizer, captions) for tokenizer in parts.tokenizers), strict=True)
@@ -227,7 +235,8 @@ def too_long(parts: Parts, captions: list[str]) -> str | None:
     worst = captions[lengths.index(max(lengths))]
     return (
         f"{sum(length > limit for length in lengths)} of {len(captions)} captions are longer than the {limit} tokens "
-        f"that the text encoder reads: their ends are not seen; the longest has {max(lengths)}: {worst[:60]!r}..."
+        f"that the text encoder reads: their ends are not seen; the longest has {max(lengths)}: {worst[:60]!r}... "
+        f"base.prompt_chunks {-(-(max(lengths) - text.MARKS) // body)} reads them whole"
     )
 
 
@@ -235,21 +244,15 @@ def _all_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[li
     return tokenizer(captions, truncation=False, verbose=False).input_ids if captions else []
 
 
-def encode_text(encoders: list[Any], ids: list[Tensor], *, family: str) -> dict[str, Tensor]:
-    """`embeds` (B, T, D), and for SDXL `pooled` (B, P) and the penultimate states of both encoders side by side.
+def encode_text(parts: Parts, ids: list[Tensor], encoders: list[Any] | None = None) -> dict[str, Tensor]:
+    """`embeds` (B, T, D), and for SDXL `pooled` (B, P), as the base's rule has them.
 
     Args:
-        encoders: one (SD), or two (SDXL).
+        parts: the base.
         ids: tokens (B, T) for each encoder.
-        family: "sd" or "sdxl".
+        encoders: in the place of the base's own, where they train.
     """
-    if family == "sd":
-        return {"embeds": encoders[0](ids[0].to(encoders[0].device))[0]}
-    outputs = [
-        encoder(item.to(encoder.device), output_hidden_states=True) for encoder, item in zip(encoders, ids, strict=True)
-    ]
-    embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-    return {"embeds": embeds, "pooled": outputs[-1].text_embeds}
+    return text.encode(encoders or parts.text_encoders, ids, parts.text)
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,4 +305,6 @@ def pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
         classes = (StableDiffusionPipeline, StableDiffusionControlNetPipeline)
     pipe = classes[controlnet is not None](**pieces)
     pipe.set_progress_bar_config(disable=True)
+    if parts.text_encoders:  # otherwise it is given embeddings
+        text.follow(pipe, parts.text)
     return pipe

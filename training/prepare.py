@@ -460,7 +460,7 @@ def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], d
             batch["latents"] = torch.addcmul(batch.pop("mean"), batch.pop("std"), batch.pop("posterior"))
             if "ids_0" in batch and not method.trains_text:
                 ids = [batch.pop(f"ids_{number}") for number in range(len(parts.text_encoders))]
-                batch |= encode_text(parts.text_encoders, ids, family=parts.family)
+                batch |= encode_text(parts, ids)
         return batch
 
     return ready

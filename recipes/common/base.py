@@ -20,6 +20,7 @@ __all__ = [
     "POCKET",
     "adapted",
     "base_folder",
+    "check_text",
     "controlnet_folder",
     "edges_of",
     "load_parts",
@@ -59,7 +60,26 @@ def load_parts(base: BaseSettings) -> Any:
         config=base.config,
         prediction=base.prediction,
         zero_snr=base.zero_snr,
+        rule=_rule(base),
     )
+
+
+def _rule(base: BaseSettings) -> Any:
+    """How the settings say that text is read."""
+    from adapters.text import TextRule
+
+    return TextRule(clip_skip=base.clip_skip, chunks=base.prompt_chunks or 1)
+
+
+def _follow(pipe: DiffusionPipeline, base: BaseSettings) -> None:
+    """The pipeline reads text as the settings say."""
+    from adapters import text
+    from adapters.errors import AdapterError
+
+    try:
+        text.follow(pipe, _rule(base))
+    except AdapterError as error:
+        raise TrainingError(f"base.{error}") from error
 
 
 def _single_file(base: BaseSettings) -> Any:
@@ -94,6 +114,7 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
             require(found == "ControlNetModel", f"controlnet {controlnet} is a {found}, not a ControlNetModel")
             network = diffusers.ControlNetModel.from_pretrained(place, use_safetensors=True, **half)
             pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=network)
+        _follow(pipe, base)
     except TrainingError:
         raise
     except (OSError, ValueError) as error:
@@ -201,9 +222,12 @@ def without_control(pipe: DiffusionPipeline) -> Any:
     """The same parts as a plain text-to-image pipeline."""
     import diffusers
 
+    from adapters import text
+
     if not hasattr(pipe, "controlnet"):
         return pipe
     bare = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=None)
+    text.follow(bare, text.rule_of(pipe))
     bare.set_progress_bar_config(disable=True)
     return bare
 
@@ -233,10 +257,31 @@ def adapted(
 
     if adapter is None:
         return nullcontext()
+    check_text(pipe, adapter)
     # Half-precision weights would round a small change away.
     merged = pipe.unet.dtype == torch.float32
     reach = adapters.Scope() if scope is None else _scope(pipe, scope, identifier, noun)
     return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged, scope=reach)
+
+
+def check_text(pipe: DiffusionPipeline, adapter: str | Path | None) -> None:
+    """An adapter is drawn with the rule for text that it was trained with, and so is the base beside it.
+
+    Args:
+        pipe: with the rule of the settings.
+        adapter: folder, file or hub id; None: there is none.
+
+    Raises:
+        TrainingError: another rule, with the settings that make it this one.
+    """
+    from adapters import text
+
+    trained, own = text.TextRule() if adapter is None else text.rule_in(adapter), text.rule_of(pipe)
+    require(
+        trained.neutral or trained == own,
+        f"adapter {adapter} was trained with {trained.said()}, and base says {own.said()}; set base.clip_skip "
+        f"{'null' if trained.clip_skip is None else trained.clip_skip} and base.prompt_chunks {trained.chunks}",
+    )
 
 
 def _scope(pipe: DiffusionPipeline, settings: ScopeSettings, identifier: str, noun: str) -> Any:

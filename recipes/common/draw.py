@@ -96,6 +96,7 @@ def _made_with(
         "weights": weights,
         "precision": sampling.precision,
         **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
+        **({} if (rule := adapters.text.rule_of(pipe)).neutral else {"text": rule.to_config()}),
     }
 
 

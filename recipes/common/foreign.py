@@ -64,7 +64,7 @@ def words_of(words: Sequence[str]) -> list[str]:
     plan |= {} if options.arms == "all" else {"arms": FEW}
     plan |= ({"sweep": options.sweep} if options.sweep else {}) | ({} if scale is None else {"guidance_scale": scale})
     values = {
-        "base": {"path": base},
+        "base": {"path": base, **_reading(options.adapter)},
         "adapter": options.adapter,
         **_sampling(base),
         "measure": plan,
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--photos", type=Path, required=True, help="three or more photos of the subject, and masks/")
     parser.add_argument("--class", dest="noun", required=True, help="the subject's class, such as dog or teapot")
     parser.add_argument("--trigger", default=IDENTIFIER, help="the word that stands for the subject")
-    parser.add_argument("--base", help="folder or hub id of the base; default: by the adapter's keys")
+    parser.add_argument("--base", help="folder, hub id or single file of the base; default: by the adapter's keys")
     parser.add_argument("--arms", choices=("few", "all"), default="few", help="all: the controls as well")
     parser.add_argument("--sweep", type=float, nargs="+", help="further guidance scales, for curves")
     parser.add_argument("--scale", dest="guidance_scale", type=float, help=argparse.SUPPRESS)  # its name of before
@@ -117,6 +117,28 @@ def _base(adapter: str, given: str | None) -> str:
     assert family is not None
     say(f"base: {BASES[family]}, as the keys are of {family}; --base takes another")
     return BASES[family]
+
+
+def _reading(adapter: str) -> dict[str, int]:
+    """How the adapter's training read text, as settings of the base: from a manifest of ours or kohya's header."""
+    from adapters.files import read_header
+    from adapters.text import rule_in
+
+    rule, path = rule_in(adapter), Path(adapter).expanduser()
+    told = {"clip_skip": rule.clip_skip, "prompt_chunks": rule.chunks if rule.chunks > 1 else None}
+    if path.is_file():
+        header = read_header(path).get("__metadata__", {})
+        skip, longest = str(header.get("ss_clip_skip")), str(header.get("ss_max_token_length"))
+        # kohya leaves SDXL at its own layer whatever it was told, and SD-2.x counts from another one.
+        others = "sdxl" in str(header.get("ss_base_model_version")) or header.get("ss_v2") == "True"
+        told = {
+            "clip_skip": int(skip) if skip in ("2", "3", "4") and not others else None,
+            "prompt_chunks": {"150": 2, "225": 3}.get(longest),
+        }
+    found = {name: value for name, value in told.items() if value is not None}
+    if found:
+        say(f"text: {', '.join(f'{name} {value}' for name, value in found.items())}, as in the adapter's training")
+    return found
 
 
 def _sampling(base: str) -> dict[str, Any]:

@@ -27,11 +27,12 @@ def region_of(phrase: str) -> Any:
 
     @torch.no_grad()
     def region(parts: Parts, entry: dict[str, Tensor], caption: str) -> Tensor:
-        words = scfg.prompt_words(parts.tokenizers[0], caption, parts.tokenizers[0].model_max_length)
+        limit = parts.text.chunks * parts.tokenizers[0].model_max_length
+        words = scfg.prompt_words(parts.tokenizers[0], caption, limit)
         if not {word.text for word in words} & set(phrase.split()):
             raise TrainingError(f"region {phrase!r}: none of its words is in the caption {caption!r}")
         unet: Any = parts.unet
-        text = encode_text(parts.text_encoders, tokenize(parts, [caption]), family=parts.family)
+        text = encode_text(parts, tokenize(parts, [caption]))
         conditions = conditions_of(
             {name: value.to(unet.device) for name, value in text.items()},
             entry["frame"][None].to(unet.device),

@@ -159,8 +159,10 @@ def _facts(pipe: DiffusionPipeline, base: str, sampling: SamplingSettings) -> di
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    rule = adapters.text.rule_of(pipe)
     return {
         "base": base,
+        **({} if rule.neutral else {"text": rule.said()}),
         "base weights": adapters.describe(pipe)["weights"],
         "scheduler": type(pipe.scheduler).__name__,
         "steps": sampling.steps,

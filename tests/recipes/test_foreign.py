@@ -96,6 +96,30 @@ def test_a_trigger_that_no_caption_had_is_said(kohya: Path, tmp_path: Path, caps
     assert "warning: --trigger sks is in none of the captions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ({"ss_clip_skip": "2", "ss_max_token_length": "225"}, (2, 3)),
+        ({"ss_clip_skip": "None", "ss_max_token_length": "None"}, (None, None)),
+        ({"ss_clip_skip": "1"}, (None, None)),
+        ({"ss_clip_skip": "2", "ss_base_model_version": "sdxl_base_v1-0"}, (None, None)),
+        ({"ss_clip_skip": "2", "ss_v2": "True", "ss_max_token_length": "150"}, (None, 2)),
+    ],
+)
+def test_text_is_read_as_kohyas_header_says(kohya: Path, tmp_path: Path, header: dict, told: tuple) -> None:
+    tensors, found = read_tensors(kohya)
+    own = {key: value for key, value in found.items() if not key.startswith("ss_")}
+    write_tensors(tmp_path / "x.safetensors", tensors, {**own, **header})
+    base = parse(Settings, words_of(words(tmp_path / "x.safetensors", tmp_path / "out"))).base
+    assert (base.clip_skip, base.prompt_chunks) == told
+
+
+def test_a_base_may_be_a_single_file(kohya: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "base.safetensors")
+    networks = ["--clip", str(tmp_path), "--dino", str(tmp_path)]
+    assert parse(Settings, words_of(words(kohya, tmp_path / "out", "--base", file, *networks))).base.path == file
+
+
 def test_a_base_that_the_keys_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     tensors = {
         f"unet.{BLOCK}.attn1.to_k.lora_A.weight": torch.zeros(2, 640),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import scfg_tiny as tiny
 import torch
 
-from scfg import SemanticCFG, Word, attach, prompt_phrases
+from adapters.text import TextRule, ruled
+from scfg import ScfgError, SemanticCFG, Word, attach, place_of, prompt_phrases, prompt_words
 
 
 def phrases(prompt: str) -> list[str]:
@@ -40,3 +43,54 @@ def test_phrases_compete_instead_of_words():
     assert attached.trace[0].regions.max() < 2
     with attach(pipe, SemanticCFG(tokens="prompt")):
         assert not torch.equal(tiny.run_latents(pipe, **call), latents)
+
+
+LONG = "red dog a b c d e f red g dog"  # eleven tokens, where a chunk has ten
+CHUNKED = 2 * tiny.TEXT
+
+
+def test_words_of_a_long_prompt_lie_in_their_chunks():
+    words = prompt_words(tiny.text_parts()["tokenizer"], LONG, CHUNKED)
+    assert [word.text for word in words] == LONG.split()
+    assert [word.positions for word in words] == [(n,) for n in (*range(1, 11), tiny.TEXT + 1)]
+    spelt = prompt_words(tiny.text_parts()["tokenizer"], "a b c d e f g h i cat", CHUNKED)
+    assert spelt[-1] == Word("cat", (10, tiny.TEXT + 1, tiny.TEXT + 2))  # a word may lie across the border
+    cut = prompt_words(tiny.text_parts()["tokenizer"], LONG, tiny.TEXT)
+    assert [word.text for word in cut] == LONG.split()[:-1]
+
+
+def test_words_of_a_long_prompt_compete():
+    pipe = tiny.sd(**tiny.text_parts())
+    call = tiny.SIZE | {"latents": tiny.noise(), "prompt": LONG}
+    with attach(pipe, SemanticCFG(tokens="prompt"), record=["regions"]) as cut:
+        tiny.run_latents(pipe, **call)
+    with ruled(pipe, TextRule(chunks=2)), attach(pipe, SemanticCFG(tokens="prompt"), record=["regions"]) as attached:
+        tiny.run_latents(pipe, **call)
+        assert [word.text for word in attached.words[0]] == LONG.split()
+    assert attached.trace[0].norms.area.shape == (1, len(LONG.split()))
+    assert cut.trace[0].norms.area.shape == (1, len(LONG.split()) - 1)
+
+
+def test_a_word_of_a_further_chunk_has_a_place():
+    pipe, prompt, maps = tiny.sd(**tiny.text_parts()), "a b c d e f g h i j red dog", {}
+    with ruled(pipe, TextRule(chunks=2)), torch.no_grad():
+        call = unet_call(pipe, prompt)
+        for word in ("dog", "a"):
+            with place_of(pipe, word, soft=True)(call) as found:
+                pipe.unet(call.sample, 500, call.context)
+                maps[word] = found()
+    assert not torch.equal(maps["dog"], maps["a"])
+    with pytest.raises(ScfgError, match="none of the words 'dog'"):
+        place_of(pipe, "dog")(unet_call(pipe, prompt)).__enter__()
+
+
+def unet_call(pipe, prompt):
+    context, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+    noise = tiny.noise()
+    return SimpleNamespace(
+        unet=pipe.unet,
+        sample=torch.cat([noise, noise]),
+        context=torch.cat([context, context]),
+        images=1,
+        prompts=[prompt],
+    )

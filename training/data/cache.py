@@ -266,12 +266,13 @@ def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, devi
         store: receives the entries.
         device: where the encoders run.
     """
-    encoder_name = weights_digest(*parts.text_encoders)
+    rule = "" if parts.text.neutral else json.dumps(parts.text.to_config())
+    encoder_name = weights_digest(*parts.text_encoders) + rule
     names = {caption: _name("text", encoder_name, caption) for caption in captions}
     for encoder in parts.text_encoders:
         encoder.to(device)
     for name, caption in _mine(((name, caption) for caption, name in names.items()), store):
-        text = encode_text(parts.text_encoders, tokenize(parts, [caption]), family=parts.family)
+        text = encode_text(parts, tokenize(parts, [caption]))
         store.put(name, {key: tensor[0].float().cpu().contiguous() for key, tensor in text.items()})
     state().wait_for_everyone()
     return names

@@ -114,9 +114,9 @@ def test_text_is_read_as_kohyas_header_says(kohya: Path, tmp_path: Path, header:
     assert (base.clip_skip, base.prompt_chunks) == told
 
 
-def test_a_base_may_be_a_single_file(kohya: Path, tmp_path: Path) -> None:
+def test_a_base_may_be_a_single_file(kohya: Path, models: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "base.safetensors")
-    networks = ["--clip", str(tmp_path), "--dino", str(tmp_path)]
+    networks = ["--clip", str(models / "clip"), "--dino", str(models / "dino")]
     assert parse(Settings, words_of(words(kohya, tmp_path / "out", "--base", file, *networks))).base.path == file
 
 

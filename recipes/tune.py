@@ -154,15 +154,19 @@ def _best(
 
 def _words(values: Mapping[str, Any]) -> str:
     """A candidate in words: what differs from the defaults of a guidance, and which checkpoint."""
+    from adapters.measuring.words import scope_words
+
     plain = asdict(GuidanceSettings())
-    shown = {name: value for name, value in values.items() if value != plain.get(name) or name == "scale"}
+    shown = {name: value for name, value in values.items() if value != plain.get(name) or name == "guidance_scale"}
     options = shown.pop("options", {})
+    scope = scope_words(shown.pop("scope", None) or {})
     if adapter := shown.pop("adapter", None):
         shown["adapter"] = Path(adapter).name
-    return ", ".join(
+    parts = [
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in {**shown, **options}.items()
-    )
+    ]
+    return ", ".join([*parts, *scope])
 
 
 def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settings: Settings) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .gains import Gains
 
-__all__ = ["TERMS", "adapter", "arms", "decide", "guidance", "interval", "metric", "number", "scale_of"]
+__all__ = ["TERMS", "adapter", "arms", "decide", "guidance", "interval", "metric", "number", "scale_of", "scope_words"]
 
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
@@ -113,10 +113,10 @@ def _arm(guidance: Mapping[str, Any]) -> str:
     said = [_METHODS.get(guidance["method"], guidance["method"]), f"scale {scale_of(guidance):g}"]
     said += [f"adapter weight {guidance['weight']:g}"] if guidance.get("weight") not in (None, 1.0) else []
     said += [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
-    return ", ".join([*said, *_scope(guidance.get("scope") or {})])
+    return ", ".join([*said, *scope_words(guidance.get("scope") or {})])
 
 
-def _scope(scope: Mapping[str, Any]) -> list[str]:
+def scope_words(scope: Mapping[str, Any]) -> list[str]:
     """Where, when and how strongly the adapter acts, as far as that is not everywhere, always and fully."""
     said = []
     if (where := scope.get("where")) is not None:

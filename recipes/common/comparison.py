@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import POCKET, adapted, edges_of, pipeline_arguments
 from recipes.common.cli import named
-from recipes.common.settings import GuidanceSettings, MeasureSettings
+from recipes.common.settings import GuidanceSettings, MeasureSettings, ScopeSettings
 from recipes.common.tuned import Tuned
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
@@ -24,7 +24,18 @@ from training.config import BaseSettings, require
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["BASE", "TO_COME", "WHOLE_TO_COME", "Arm", "Comparison", "digest_of", "resolve", "whole", "worn"]
+__all__ = [
+    "BASE",
+    "TO_COME",
+    "WHOLE_TO_COME",
+    "Arm",
+    "Comparison",
+    "check_scope",
+    "digest_of",
+    "resolve",
+    "whole",
+    "worn",
+]
 
 BASE = "base"
 TO_COME = "(to be trained)"
@@ -314,14 +325,32 @@ def _check_arms(arms: Mapping[str, Arm], base: BaseSettings, controlnet: str | N
 def _check_scopes(arms: Mapping[str, Arm], units: Sequence[Case], adapter: str | None) -> None:
     """What a scope cannot do is said before anything is drawn."""
     for arm in arms.values():
-        scope, flag = arm.guidance.scope, f"measure.arms, {arm.name!r}: scope"
-        if scope is None or arm.bare:
-            continue
-        require(adapter is not None, f"{flag}: there is no adapter that it could be of; set adapter, or scope to null")
-        above = scope.uncond_weight is not None and scope.uncond_weight > arm.weight
-        require(not above, f"{flag}.uncond_weight {scope.uncond_weight} is above the adapter's weight {arm.weight:g}")
-        named_all = scope.where is None or all(case.identifier for case in units)
-        require(named_all, f"{flag}.where subject: no subject is given; set measure.subjects")
+        if not arm.bare:
+            check_scope(f"measure.arms, {arm.name!r}: scope", arm.guidance.scope, arm.weight, units, adapter)
+
+
+def check_scope(
+    flag: str, scope: ScopeSettings | None, weight: float, units: Sequence[Case], adapter: str | None
+) -> None:
+    """Whether a scope can be of this adapter at this weight.
+
+    Args:
+        flag: the setting that holds it, for the message.
+        scope: null fits everything.
+        weight: the adapter's.
+        units: whose subject `where` looks for.
+        adapter: null where there is none.
+
+    Raises:
+        TrainingError: it cannot.
+    """
+    if scope is None:
+        return
+    require(adapter is not None, f"{flag}: there is no adapter that it could be of; set adapter, or scope to null")
+    above = scope.uncond_weight is not None and scope.uncond_weight > weight
+    require(not above, f"{flag}.uncond_weight {scope.uncond_weight} is above the adapter's weight {weight:g}")
+    named_all = scope.where is None or all(case.identifier for case in units)
+    require(named_all, f"{flag}.where {scope.where}: no subject is given; set measure.subjects")
 
 
 def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: Tuned) -> None:

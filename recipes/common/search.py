@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.common.base import POCKET
 from recipes.common.cli import named
-from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, whole
+from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, check_scope, whole
 from recipes.common.prompts import texts
 from recipes.common.settings import TuneSettings
 from recipes.common.units import Case, cases
@@ -90,7 +90,7 @@ def resolve_search(
     names = (comparison.plan.baseline, comparison.plan.arm)
     return Search(
         units=units,
-        candidates={name: _candidates(search, comparison, name, weights) for name in names},
+        candidates={name: _candidates(search, comparison, name, weights, adapter) for name in names},
         checkpoints=_checkpoints(search, comparison, adapter),
         objective=partial(_objective, units, comparison, wanted, references),
         references=references,
@@ -136,26 +136,33 @@ def _references(search: TuneSettings, comparison: Comparison) -> dict[str, float
 
 
 def _candidates(
-    search: TuneSettings, comparison: Comparison, name: str, weights: Sequence[float]
+    search: TuneSettings, comparison: Comparison, name: str, weights: Sequence[float], adapter: str | None
 ) -> list[dict[str, Any]]:
     """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
     from recipes.common.guidance import guidance_of
 
     arm = comparison.plan.arms[name]
     grid = [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
-    scales = list(search.guidance_scales)
-    if name == comparison.plan.baseline:  # the grid is the arm's alone
-        if len(grid) > 1:
-            low, high, count = min(scales), max(scales), len(scales) * len(grid)
+    scales, scopes = list(search.guidance_scales), search.scopes or [arm.scope]
+    if name == comparison.plan.baseline:  # grid and scopes are the arm's alone
+        if len(grid) * len(scopes) > 1:
+            low, high, count = min(scales), max(scales), len(scales) * len(grid) * len(scopes)
             scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
-        grid = [{}]
+        grid, scopes = [{}], [arm.scope]
     tried = [
-        replace(arm, guidance_scale=scale, options={**arm.options, **more}, weight=weight)
+        replace(arm, guidance_scale=scale, options={**arm.options, **more}, weight=weight, scope=scope)
         for weight in weights
         for scale in scales
+        for scope in scopes
         for more in grid
     ]
     for guidance in tried:
+        where = guidance.scope.where if guidance.scope else None
+        require(
+            where in (None, "subject") or not search.scopes,
+            f"tune.scopes: where {where} is a control of a comparison; search for subject, or for null",
+        )
+        check_scope("tune.scopes", guidance.scope, guidance.weight or 0.0, comparison.units, adapter)
         with named(f"tune.grid, for {name!r}"):
             guidance_of(guidance)
     return [asdict(guidance) for guidance in tried]

@@ -143,6 +143,9 @@ class Tuned:
 
 def _more(settings: Mapping[str, Any]) -> str:
     """What else a candidate was, beside its scale."""
+    from adapters.measuring.words import scope_words
+
     parts = [f"{key} {value}" for key, value in settings["options"].items()]
     parts += [f"weight {settings['weight']:g}"] if settings["weight"] not in (None, 1.0) else []
+    parts += scope_words(settings.get("scope") or {})
     return "".join(f", {part}" for part in parts)

@@ -223,6 +223,7 @@ WRONG: dict[str, list[object]] = {
     "tune.seeds": [[], [1], [101, 101]],
     "tune.guidance_scales": [[], [0.5], ["nan"], [3, 3]],
     "tune.grid": [{"stopp": [1]}, {"stop": []}, {"stop": [3]}],
+    "tune.scopes": [[{"start": 1}], [{"where": "uniform"}], [{"uncond_weight": 2}], [{"stop": 0.5, "strat": 0}]],
     "tune.weights": [[], ["nan"], [1, 1], [1000]],
     "tune.snapshots": ["gone"],
     "tune.metric": ["beauty", "joint"],
@@ -340,6 +341,20 @@ def test_a_training_is_not_begun_for_it(change: str, named: str, call: Callable,
 
 
 TEAPOT = str(ROOT / "recipes" / "zoo" / "teapot")
+
+
+def test_scopes_are_searched_for_the_arm_and_the_baseline_has_as_many_candidates(
+    call: Callable, tmp_path: Path
+) -> None:
+    config = ROOT / "recipes" / "configs" / "measure" / "pocket_subject.yaml"
+    given = [f"--config={config}", f"--adapter={TEAPOT}", f"--measure.subjects=['{DOG.parent / 'teapot'}']"]
+    given += ["--tune.prompts=['a {} in the snow']", "--tune.guidance_scales=[2, 4]", "--tune.weights=[1]"]
+    scopes = '--tune.scopes=[null, {"where": "subject", "where_stop": 0.3}]'
+    for more, count in ([], 2), ([scopes], 4):
+        said = call("tune", *given, *more, f"--out={tmp_path / 'out'}", "--dry_run=true")
+        assert said.code == 0, said.err
+        assert f"CFG: would try {count} candidates on 1 prompts" in said.out
+        assert f"S-CFG: would try {count} candidates on 1 prompts" in said.out
 
 
 @pytest.mark.parametrize(

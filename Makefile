@@ -26,8 +26,11 @@ zoo: $(READY)  ## what is made on the pocket base, made anew: after `recipes/poc
 	$(BIN)/python recipes/pocket.py controlnet segmentation
 	$(BIN)/python recipes/pocket.py figures
 
+# Whole files go to one worker, which makes a file's fixtures once; each worker computes on one thread.
+WORKERS ?= 2
+
 test: $(READY)  ## everything not marked slow
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)  ## the slow ones alone
 	$(BIN)/python -m pytest -m slow

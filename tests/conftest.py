@@ -16,6 +16,8 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: threads of theirs would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TENSOR_MODULES = ["scfg.attention", "scfg.regions", "scfg.scale", "scfg.segment", "scfg.trace", "scfg.visualize"]
 

@@ -62,7 +62,6 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Tune; returns the folder of what was found, or None after a dry run."""
-    import adapters
     from training.ranks import state
 
     pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
@@ -113,15 +112,21 @@ def run(settings: Settings) -> Path | None:
             pictures={name: item.images for name, item in found.items()},
             signs=signs,
         )
-        with adapters.files.write_folder(out) as stage:
-            tuned.write(stage)
-            case = search.units[0]
-            guider = guider_of(tuned.best[settings.measure.arm], case.identifier, case.noun)
-            (stage / "guider_config.json").write_text(json.dumps(guider, indent=1), "utf-8")
+        _write(out, tuned, settings.measure.arm, search.units[0])
         if said := tuned.overfitting():
             say(said)
     state().wait_for_everyone()
     return out
+
+
+def _write(out: Path, tuned: Tuned, arm: str, case: Case) -> None:
+    """Write what was found, and the arm's guidance as a file of its own, for a case's subject."""
+    import adapters
+
+    with adapters.files.write_folder(out) as stage:
+        tuned.write(stage)
+        guider = guider_of(tuned.best[arm], case.identifier, case.noun)
+        (stage / "guider_config.json").write_text(json.dumps(guider, indent=1), "utf-8")
 
 
 def _best(

@@ -109,11 +109,11 @@ def test_only_the_command_line_imports_jsonargparse() -> None:
     assert users <= {"training/command_line.py"}
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
+@pytest.mark.parametrize("room", [*MAY_IMPORT, "benchmarks"])
 def test_functions_stay_short_and_say_what_their_arguments_are(room: str) -> None:
     own = sizes()[room]
     assert max(own.lines) <= 60, f"{own.longest} is longer than 60 lines; split it where it reads better"
-    assert own.documented >= 0.9 * own.public
+    assert room == "benchmarks" or own.documented >= 0.9 * own.public
 
 
 def test_sizes_are_counted() -> None:

@@ -22,10 +22,10 @@ from training.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parents[2]
 SUBJECTS = ROOT / "recipes" / "subjects"
-ARMS = json.dumps({"CFG": {"method": "cfg", "scale": 4.0}, "S-CFG": {"scale": 4.0}})
+ARMS = json.dumps({"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}})
 FEW = ["--base.path=pocket", f"--measure.arms={ARMS}", "--measure.limit=2", "--measure.seeds=[1]"]
 FEW += ["--measure.overlays=0", "--measure.base_arm=false"]
-TUNE = ["--tune.prompts=['a yellow star', 'a blue umbrella']", "--tune.seeds=[101]", "--tune.scales=[4.0]"]
+TUNE = ["--tune.prompts=['a yellow star', 'a blue umbrella']", "--tune.seeds=[101]", "--tune.guidance_scales=[4.0]"]
 
 
 def plan_of(**more: object) -> MeasureSettings:
@@ -52,10 +52,10 @@ def test_without_a_standard_a_similarity_decides_and_the_run_goes_on(tmp_path: P
 def test_an_identity_that_can_be_told_stays() -> None:
     """Real pictures of two kinds as the subject and as what the base draws of its class."""
     comparison = resolve(
-        plan_of(metrics=["identity (colour)"]), base=BaseSettings(path="pocket"), adapter="(to be trained)"
+        plan_of(metrics=["identity (color)"]), base=BaseSettings(path="pocket"), adapter="(to be trained)"
     )
     case = comparison.units[0]
-    plain = [Image.new("RGB", (64, 64), colour) for colour in ("magenta", "cyan")]
+    plain = [Image.new("RGB", (64, 64), color) for color in ("magenta", "cyan")]
     other = [adapters.Shot(prompt="a dog", seed=i, latents="", image=image) for i, image in enumerate(plain)]
     assert standard.untold(comparison, [case], [other]) == {}
     own = [
@@ -63,22 +63,22 @@ def test_an_identity_that_can_be_told_stays() -> None:
         for i, file in enumerate(sorted((SUBJECTS / "dog").glob("*.png")))
     ]
     gone = standard.untold(comparison, [case], [own])
-    assert "does not tell them apart (dog)" in gone["identity (colour)"]
+    assert "does not tell them apart (dog)" in gone["identity (color)"]
 
 
 def test_wherever_it_is_named_the_similarity_takes_its_place() -> None:
-    gone = {"identity (colour)": "why"}
-    names = ["identity (colour)", "similarity (colour)", "similarity (judge)"]
-    plan = plan_of(metrics=names, referee="similarity (colour)", identity="identity (colour)", minimum_effect=0.1)
+    gone = {"identity (color)": "why"}
+    names = ["identity (color)", "similarity (color)", "similarity (judge)"]
+    plan = plan_of(metrics=names, referee="similarity (color)", identity="identity (color)", minimum_effect=0.1)
     comparison = resolve(plan, base=BaseSettings(path="pocket"), adapter="(to be trained)")
     found = standard.without(comparison, gone)
-    assert found.metrics == ["similarity (colour)", "similarity (judge)"]
-    assert (found.primary, found.referee, found.identity) == (None, None, "similarity (colour)")
+    assert found.metrics == ["similarity (color)", "similarity (judge)"]
+    assert (found.primary, found.referee, found.identity) == (None, None, "similarity (color)")
     assert found.minimum_effect == 0.1
     again = resolve(found, base=BaseSettings(path="pocket"), adapter="(to be trained)")
-    assert again.primary == "similarity (colour)"
-    search = TuneSettings(metric="identity (colour)", references={"identity (colour)": 0.5, "prompt accuracy": 0.9})
-    assert standard.searched(search, gone).metric == "similarity (colour)"
+    assert again.primary == "similarity (color)"
+    search = TuneSettings(metric="identity (color)", references={"identity (color)": 0.5, "prompt accuracy": 0.9})
+    assert standard.searched(search, gone).metric == "similarity (color)"
     assert standard.searched(search, gone).references == {"prompt accuracy": 0.9}
     assert standard.instead("identity margin") == standard.instead("identity") == "subject similarity"
 

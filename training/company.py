@@ -133,20 +133,21 @@ def placed(
     noun = _noun(data.caption(0), identifier)
     where = region(noun)
     samples: list[Sample] = []
-    for number in range(len(drawn)):
+    whole = drawn.at([(data.resolution, data.resolution)])  # as they were drawn
+    for number in range(len(whole)):
         line = lines[number % len(lines)]
         if "{}" not in line:
             continue
-        view = drawn[number]
+        view = whole[number]
         mean, std = encode_images(parts.vae, view.pixels[None])
         found = where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption)
         subject = data.source[len(samples) % len(data.source)]
         caption = line.replace("{}", f"a {identifier} {noun}")
-        made = compose(drawn.source[number].image, found, subject, caption)
+        made = compose(whole.source[number].image, found, subject, caption)
         samples += [made] if made else []
     if not samples:
         raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")
-    return Views(samples, resolution=data.sizes[0][0], multiple=1)
+    return Views(samples, resolution=data.resolution, multiple=1).at(data.used())
 
 
 def _noun(caption: str, identifier: str) -> str:

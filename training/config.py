@@ -157,6 +157,8 @@ class DataSettings:
     """Dataset column with the conditioning image."""
     resolution: int = 512
     """Side of the square crop in pixels. With buckets: the square root of each bucket's area."""
+    resolutions: list[int] = field(default_factory=list)
+    """Further resolutions, at which every picture is trained too. One step uses one size."""
     minimum: int = 64
     """Shortest allowed side in pixels. Smaller images are refused; those smaller than `resolution` are enlarged."""
     count: int | None = None
@@ -178,6 +180,8 @@ class DataSettings:
             "data.prompt is empty; write a caption, or leave it out if the captions lie beside the images",
         )
         require(self.resolution >= 8, f"data.resolution must be at least 8 pixels, got {self.resolution}")
+        for further in self.resolutions:
+            require(further >= 8, f"data.resolutions must be at least 8 pixels each, got {further}")
         require(self.buckets >= 1, f"data.buckets must be at least 1, got {self.buckets}")
         require(self.crops >= 1, f"data.crops must be at least 1, got {self.crops}")
         require(

@@ -61,7 +61,7 @@ def prepare(
         models={"controlnet": network},
         step=partial(_step, parts=parts, objective=bound),
         save=partial(_save, network=network),
-        autocast=True,
+        whole=True,
         conditioning_dropout=settings.dropout,
         needs_conditioning=True,
         controlnet=network,

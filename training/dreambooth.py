@@ -68,7 +68,7 @@ def prepare(
         step=partial(denoise_step, parts=parts, objective=bound),
         save=partial(_save, parts=parts, models=models),
         trains_text=settings.text_encoder,
-        autocast=True,
+        whole=True,
         switch=lambda: frozen_copy(models),
     )
 
@@ -181,7 +181,7 @@ def prior(
         assert settings.identifier is not None  # see the settings
         company.check(data, settings.identifier)
     if settings.class_prompt is not None:
-        views = _class_views(parts, settings, data.sizes[0][0], Path(settings.class_folder or folder), seed, batch_size)
+        views = _class_views(parts, settings, data, Path(settings.class_folder or folder), seed, batch_size)
     elif own is not None:
         views, own = own, None
     else:
@@ -230,10 +230,12 @@ def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, s
 
 
 def _class_views(
-    parts: Parts, settings: DreamBoothSettings, resolution: int, folder: Path, seed: int, batch_size: int
+    parts: Parts, settings: DreamBoothSettings, data: Views, folder: Path, seed: int, batch_size: int
 ) -> Views:
+    """Class images at every size that the subject's pictures have, so that they can be beside each other in a step."""
+    resolution, sizes = data.resolution, data.used()
     if settings.class_folder is not None and _holds_own(folder):
-        return Views(_own_class(folder, settings), resolution=resolution, multiple=1)
+        return Views(_own_class(folder, settings), resolution=resolution, multiple=1).at(sizes)
     class_images(
         parts,
         class_prompts(settings),
@@ -252,7 +254,7 @@ def _class_views(
         _once(
             f"{folder}: {len(source) - len(chosen)} pictures beyond dreambooth.class_images = {len(made)} are left out"
         )
-    return Views(source.chosen(chosen), resolution=resolution, multiple=1)
+    return Views(source.chosen(chosen), resolution=resolution, multiple=1).at(sizes)
 
 
 def _holds_own(folder: Path) -> bool:

@@ -179,7 +179,8 @@ def _start(
     stepper = Stepper(method, prepared.dtype, accelerator.device)
     if sharding.asked(accelerator):
         sharding.divide(method, settings, accelerator)
-        trainable = method.trainable()  # other tensors now
+        now = method.parameters()  # other tensors, where networks train whole
+        trainable = {name: now[name] for name in trainable}
         model, optimizer = stepper, optim.build(trainable, settings, method.factors)
     else:
         model, optimizer = accelerator.prepare(stepper, optim.build(trainable, settings, method.factors))
@@ -314,6 +315,7 @@ def _step(run: _Run, micros: list[dict[str, Any]], parameters: list[nn.Parameter
             loss = (run.model(batch) * batch["weight"]).mean() / len(micros)
             (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach()
+    sharding.average(run.method, parameters)
     if run.step == 0:
         _all_reached(run)
     if run.scaler is not None:

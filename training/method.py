@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .models import Parts, encode_text
 from .objective import Objective
@@ -40,7 +41,7 @@ class Method:
     """From trained weights to those that `save` takes, before they are rounded to the precision of the file."""
     trains_text: bool = False
     """Whether text embeddings change during training, so that they cannot be cached."""
-    autocast: bool = False
+    whole: bool = False
     """Whether whole float32 networks train, which reach a lower compute precision only by autocast."""
     tokens: tuple[str, ...] = ()
     """New tokens, of which the captions must make use."""
@@ -152,6 +153,15 @@ def base_prediction(method: Method, batch: Batch, dtype: torch.dtype) -> Tensor:
         return predict(method.objective.noisy(rows), rows["timesteps"]).float()
 
 
+def _first_row(batch: Batch) -> dict[str, Tensor]:
+    """What `base_prediction` needs to predict the first sample under its own caption."""
+    said = {key: value for key, value in batch.items() if key in ("embeds", "pooled") or key.startswith("ids_")}
+    return {
+        "preserved": torch.zeros(1, dtype=torch.int64, device=batch["preserved"].device),
+        **{f"base_{key}": value[:1] for key, value in said.items()},
+    }
+
+
 class Stepper(nn.Module):
     """All that trains in one module, whose forward is the method's step; accelerate wraps it for several processes.
 
@@ -166,11 +176,14 @@ class Stepper(nn.Module):
         self.models = nn.ModuleDict(method.models)
         self._method = method
         self._step, self._dtype, self._device = method.step, dtype, device
-        self._autocast = method.autocast and dtype != torch.float32
+        self._autocast = method.whole and dtype != torch.float32
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """Losses per sample (B,)."""
         with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
             if len(batch.get("preserved", ())):
                 batch = {**batch, "wanted": base_prediction(self._method, batch, self._dtype)}
+            elif "preserved" in batch and any(isinstance(model, FSDPModule) for model in self.models.values()):
+                # Divided weights are gathered by all processes together, and others may have samples to preserve.
+                base_prediction(self._method, {**batch, **_first_row(batch)}, self._dtype)
             return self._step(self.models, batch, self._dtype)

@@ -146,8 +146,7 @@ def prepare_run(
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
     cast(method, device, DTYPES[settings.precision])
-    height, width = data.sizes[0]
-    tokens = height * width // parts.vae_scale_factor**2
+    tokens = data.resolution**2 // parts.vae_scale_factor**2
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
     if kept is None:  # they are asked in every step
@@ -344,11 +343,14 @@ def _streams(concept: Concept, entries: Callable[[Views], Encoded | Live], *, al
         return [stream(concept.views)]
     asked = prior.class_caption if prior.surroundings else None
     own = [stream(concept.views, share=1 - prior.placed_share, weight=total, asked=asked)]
+    # What is drawn beside the subject's pictures exists at all of their sizes, and comes in them as often.
+    sizes = own[0].entries.sizes
+    spread = {size: sizes.count(size) / len(sizes) for size in set(sizes)}
     if prior.placed is not None:
-        own.append(stream(prior.placed, share=prior.placed_share, weight=total, asked=asked))
+        own.append(stream(prior.placed, share=prior.placed_share, weight=total, asked=asked, spread=spread))
     weight = prior.weight * total / prior.ratio
     kept = [
-        stream(views, share=prior.ratio * share, weight=weight, preserved=prior.to_base)
+        stream(views, share=prior.ratio * share, weight=weight, preserved=prior.to_base, spread=spread)
         for views, share in ((prior.views, 1 - prior.own_share), (prior.own, prior.own_share))
         if views is not None
     ]
@@ -483,7 +485,7 @@ def announce(
     found = estimate(
         method,
         model,
-        prepared.ready(feed.batch(0, 0)),
+        prepared.ready(feed.batch(feed.largest(), 0)),
         settings,
         dtype=prepared.dtype,
         asked=feed.asked,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train.ema": 0.99,
     },
     "company": {},  # the demo's config
-    # The demo's config with another optimizer, at ten times its default rate as AdamW's 1e-3 is.
-    "adafactor": {"train.optimizer": "adafactor", "train.learning_rate": 1e-3},
-    "lion": {"train.optimizer": "lion", "train.learning_rate": 3e-4},
-    "came": {"train.optimizer": "came", "train.learning_rate": 1e-3},
-    "prodigy": {"train.optimizer": "prodigy", "train.learning_rate": None},
-    "schedulefree": {"train.optimizer": "schedulefree", "train.learning_rate": 3e-3, "train.ema": None},
-    "LoRA+": {"lora.plus_ratio": 16, "train.learning_rate": 2.5e-4},
-    "ranks": {"lora.ranks": '{"mid_block": 32, "down_blocks": 8}'},
-    "linear layers": {"lora.targets": "attention+ff"},
-    "linear layers, PiSSA": {"lora.targets": "attention+ff", "lora.start": "pissa"},
     "own pictures": {
         "dreambooth.company": 0,
         "dreambooth.class_prompt": None,
@@ -126,7 +116,7 @@ def main() -> None:
 def run(variant: str, subject: str, folder: Path, classes: Path, snapshots: Sequence[int], grid: Sequence[Any]) -> None:
     """Train and draw one variant of one subject; and what the base draws of its class."""
     if not (folder / "lora").is_dir():
-        train(variant, subject, folder, classes)
+        train(VARIANTS[variant], subject, folder, classes)
     noun = facts(subject)["class"]
     pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
     draw(pipe, [prompt.format(noun) for prompt in PROMPTS], 4.0, folder.parents[1] / "base" / f"{subject}.npz", "1 4")
@@ -143,7 +133,8 @@ def facts(subject: str) -> dict[str, Any]:
     return json.loads((RECIPES / "subjects" / subject / "subject.json").read_text("utf-8"))
 
 
-def train(variant: str, subject: str, out: Path, classes: Path) -> None:
+def train(changed: Mapping[str, Any], subject: str, out: Path, classes: Path) -> None:
+    """Train a subject with the demo's config, some settings of which are changed."""
     folder = RECIPES / "subjects" / subject
     changes: dict[str, Any] = {
         "data.source": folder,
@@ -151,7 +142,7 @@ def train(variant: str, subject: str, out: Path, classes: Path) -> None:
         "dreambooth.class_folder": classes,
         "train.snapshot_every": 50,
         "out": out,
-        **VARIANTS[variant],
+        **changed,
         **dict.fromkeys(("tune", "measure", "ship")),
     }
     if changes.setdefault("dreambooth.class_prompt", "") is not None:

@@ -90,10 +90,6 @@ class SubjectTraining(Training):
             not self.concepts or self.region is None,
             f"region {self.region!r} is of one subject: leave it out, or concepts",
         )
-        require(
-            not self.concepts or self.data.buckets == 1,
-            f"data.buckets {self.data.buckets}: several concepts need one image size; set it to 1",
-        )
 
 
 def record(settings: Training) -> dict[str, Any]:

@@ -115,10 +115,61 @@ def test_a_step_stays_within_one_bucket_and_all_are_visited() -> None:
     assert make([Stream(entries=Entries(5, sizes=sizes))], batch_size=2).batch(1500, 0)["noise"].ndim == 4
 
 
-def test_buckets_and_class_images_exclude_each_other() -> None:
-    sizes = [(16, 16)] * 3 + [(8, 32)] * 2
-    with pytest.raises(TrainingError, match=r"several concepts need one image size: set data.buckets to 1"):
-        make([Stream(entries=Entries(5, sizes=sizes)), Stream(entries=Entries(2))])
+TALL = [(16, 16)] * 3 + [(8, 32)]
+BOTH = [(16, 16), (8, 32)] * 2
+
+
+def test_class_samples_come_in_every_size_beside_the_subject_s() -> None:
+    """In each step one size; over all steps each size, stream and entry as often as its share says."""
+    spread = {(16, 16): 0.75, (8, 32): 0.25}
+    streams = [
+        Stream(entries=Entries(4, sizes=TALL)),
+        Stream(entries=Entries(4, sizes=BOTH, extra="mask"), share=0.5, spread=spread),
+    ]
+    feed = make(streams, batch_size=6)
+    chosen = [[feed._choose(step, step * 6 + place) for place in range(6)] for step in range(400)]
+    for step in chosen:
+        sizes = {(TALL if stream == 0 else BOTH)[entry] for stream, entry in step}
+        assert len(sizes) == 1
+        assert Counter(stream for stream, _ in step) == {0: 4, 1: 2}  # at every size
+    visits = Counter(pair for step in chosen for pair in step)
+    expected = {**dict.fromkeys([(0, n) for n in range(4)], 400), (1, 0): 300, (1, 1): 100, (1, 2): 300, (1, 3): 100}
+    assert set(visits) == set(expected)
+    for pair, count in expected.items():  # the sizes of 400 steps are drawn: a standard deviation is 9 of 300
+        assert visits[pair] == pytest.approx(count, rel=0.35), pair
+    assert max(visits[0, n] for n in range(3)) - min(visits[0, n] for n in range(3)) <= 1  # epochs within a size
+
+
+def test_with_several_sizes_too_a_batch_may_be_split() -> None:
+    streams = [Stream(entries=Entries(4, sizes=TALL)), Stream(entries=Entries(4, sizes=BOTH), share=0.5)]
+    for step in range(6):
+        whole = make(streams, batch_size=6).batch(step, 0)
+        parts = [make(streams, batch_size=3, processes=2, rank=rank).batch(step, 0) for rank in range(2)]
+        for key in ("mean", "noise", "weight"):
+            assert torch.equal(torch.cat([part[key] for part in parts]), whole[key]), key
+
+
+def test_subjects_of_other_shapes_share_a_run_by_their_shares() -> None:
+    streams = [
+        Stream(entries=Entries(3)),
+        Stream(entries=Entries(2, sizes=[(8, 32), (8, 32)]), share=2.0),
+    ]
+    feed = make(streams, batch_size=2)
+    counts = Counter(feed._choose(step, 2 * step)[0] for step in range(600))
+    assert counts[1] / 600 == pytest.approx(2 / 3, abs=0.06)
+    assert feed.sizes[feed._size(feed.largest())[0]] in ((16, 16), (8, 32))
+
+
+def test_the_largest_size_is_the_one_that_is_estimated() -> None:
+    feed = make([Stream(entries=Entries(6, sizes=[(16, 16)] * 5 + [(32, 32)]))], batch_size=1)
+    assert tuple(feed.batch(feed.largest(), 0)["noise"].shape) == (1, 4, 8, 8)
+    assert feed.largest() > 0
+
+
+def test_class_images_without_a_size_are_refused() -> None:
+    streams = [Stream(entries=Entries(4, sizes=TALL)), Stream(entries=Entries(2), spread={(16, 16): 0.5, (8, 32): 0.5})]
+    with pytest.raises(TrainingError, match=r"class images lack the size 32x8 of the subject's pictures; .*data.used"):
+        make(streams)
 
 
 def test_one_of_several_captions_is_drawn_by_position_alone() -> None:

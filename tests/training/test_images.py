@@ -178,6 +178,27 @@ def test_buckets_keep_the_area_and_fit_the_image(tmp_path: Path) -> None:
     assert all(tuple(data[index].pixels.shape[1:]) == data.size(index) for index in range(3))
 
 
+def test_further_resolutions_show_every_picture_once_more_at_its_shape(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    root.mkdir()
+    for name, size in (("0wide", (128, 64)), ("1square", (64, 64))):
+        picture(0, size).save(root / f"{name}.png")
+    source = images.folder(root, prompt="x", minimum=8)
+    more = {"resolution": 64, "multiple": 8, "buckets": 3, "flip": True, "crops": 2}
+    one, two = crops.Views(source, **more), crops.Views(source, further=[32, 64], **more)
+    assert len(two) == 2 * len(one)  # 64 counts once
+    assert [two.key(index) for index in range(len(one))] == [one.key(index) for index in range(len(one))]
+    assert two.used() == [(64, 64), (48, 88), (32, 32), (24, 48)]
+    assert len({two.key(index) for index in range(len(two))}) == len(two)
+    assert all(tuple(two[index].pixels.shape[1:]) == two.size(index) for index in range(len(two)))
+    assert two.resolution == 64
+    shown = crops.Views(source, resolution=64, multiple=1).at(two.used())
+    assert [shown.size(index) for index in range(len(shown))] == [size for size in two.used() for _ in range(2)]
+    assert all(tuple(shown[index].pixels.shape[1:]) == shown.size(index) for index in range(len(shown)))
+    with pytest.raises(TrainingError, match=r"data.resolutions must be a multiple of 8 .*got 36; try 32"):
+        crops.Views(source, further=[36], **more)
+
+
 def test_a_resolution_the_base_cannot_take_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"data.resolution must be a multiple of 16.*got 40; try 32"):
         crops.Views(Numbers(), resolution=40, multiple=16)

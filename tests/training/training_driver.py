@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from training import config, controlnet, dreambooth, loop, lora, models
+from training import config, controlnet, dreambooth, loop, lora, models, sharding
 from training.data import crops, images
 from training.errors import exit_on_error
 from training.ranks import state
@@ -18,6 +18,8 @@ METHODS = {
     "pissa": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, start="pissa")),
     "drops": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, rank_dropout=0.3, module_dropout=0.3)),
     "dropout": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dropout=0.3)),
+    "dora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dora=True)),
+    "tokens": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, tokens={"<rex>": "d"})),
     "text": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, text_encoder=True)),
     "full": lambda parts: dreambooth.prepare(parts),
     "controlnet": lambda parts: controlnet.prepare(parts, config.ControlNetSettings(dropout=0.2)),
@@ -27,7 +29,10 @@ METHODS = {
 def train(
     asked: dict[str, Any], say: Callable[[str], None] = print, record: dict[str, Any] | None = None
 ) -> loop.Result | None:
-    """Trains what `asked` says: `base`, `pictures`, `out`, `method`, `train`, and `class_folder` for a prior."""
+    """Trains what `asked` says: `base`, `pictures`, `out`, `method`, `train`, and `class_folder` for a prior.
+
+    With `shares`, what part of the weights lies in this process is said at the end.
+    """
     parts = models.load(asked["base"])
     method = METHODS[asked["method"]](parts)
     source = images.folder(asked["pictures"], conditioning=asked["pictures"], minimum=8)
@@ -36,8 +41,17 @@ def train(
     if asked.get("class_folder"):
         chosen = config.DreamBoothSettings(class_prompt="dog", class_images=3, steps=2)
         prior = dreambooth.prior(parts, chosen, data, folder=asked["class_folder"])
-    settings = config.TrainSettings(**{"trackers": [], "log_every": 1, "learning_rate": 1e-2, **asked["train"]})
-    return loop.train(method, data, settings, out=asked["out"], prior=prior, record=record, say=say)
+    validation = config.ValidationSettings(**asked.get("validation", {}))
+    settings = config.TrainSettings(
+        **{"validation": validation, "trackers": [], "log_every": 1, "learning_rate": 1e-2, **asked["train"]}
+    )
+    result = loop.train(method, data, settings, out=asked["out"], prior=prior, record=record, say=say)
+    if asked.get("shares"):
+        for name, trains in (("frozen", False), ("trained", True)):
+            kept = [one.detach() for one in method.parameters().values() if one.requires_grad is trains]
+            held = sum(sharding.local(one).numel() for one in kept) / sum(one.numel() for one in kept)
+            say(f"share of {name} here: {held:.3f}")
+    return result
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ the positions s·A·W·B up to (s+1)·A·W·B, and what happens at a position do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator
+import itertools
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -60,6 +61,8 @@ class Stream:
     """From a caption, what the base is asked outside the masks of samples that are not preserved; None: nothing."""
     draw: Callable[[int, int], str] | None = None
     """From entry and seed to its caption at a position; None: always the one of the entry."""
+    spread: Mapping[tuple[int, int], float] | None = None
+    """Share of its samples at each image size; None: by its number of entries."""
     several: Callable[[int], tuple[str, ...]] | None = None
     """All captions of an entry that may be drawn, but for what becomes of their tags; None: the one of the entry."""
 
@@ -84,7 +87,8 @@ class Feed:
     """Batches by step; building one touches no state, so threads may do it ahead.
 
     Args:
-        streams: entries, each with its share; several must have one image size.
+        streams: entries, each with its share. One step has one image size; the streams that have entries of it share
+            the step.
         draws: what is drawn at random for a sample.
         seed: of order, noise and dropout.
         batch_size: samples of one micro-step in one process.
@@ -93,8 +97,6 @@ class Feed:
         rank: of this process, from 0.
         text: captions to embeddings or token ids; None: batches hold the captions.
 
-    Raises:
-        TrainingError: several streams, and images of different sizes.
     """
 
     def __init__(
@@ -113,12 +115,17 @@ class Feed:
         self.batch_size, self.accumulation, self.processes, self.rank = batch_size, accumulation, processes, rank
         self.per_step = batch_size * accumulation * processes
         self.preserves = any(stream.preserved or stream.asked is not None for stream in streams)
-        buckets = [sorted(set(stream.entries.sizes)) for stream in streams]
-        if len(streams) > 1 and any(item != buckets[0] or len(item) > 1 for item in buckets):
-            raise TrainingError("prior preservation and several concepts need one image size: set data.buckets to 1")
-        self._members = [
-            [index for index, size in enumerate(streams[0].entries.sizes) if size == bucket] for bucket in buckets[0]
-        ]
+        self.sizes = sorted({size for stream in streams for size in stream.entries.sizes})
+        self._members = [_by_size(stream.entries.sizes, self.sizes) for stream in streams]
+        for stream, members in zip(streams, self._members, strict=True):
+            for size, there in zip(self.sizes, members, strict=True):
+                if not there and _part(stream, size):
+                    raise TrainingError(
+                        f"class images lack the size {size[1]}x{size[0]} of the subject's pictures; give them every "
+                        "size with `Views.at(data.used())`"
+                    )
+        # Share of all samples, by size and stream.
+        self._shares = tuple(tuple(stream.share * _part(stream, size) for stream in streams) for size in self.sizes)
 
     @property
     def asked(self) -> float:
@@ -214,19 +221,24 @@ class Feed:
 
     def _choose(self, step: int, position: int) -> tuple[int, int]:
         """Stream and entry at a position."""
-        if len(self.streams) > 1:
-            number, turn = interleaved(position, tuple(stream.share for stream in self.streams))
-            return number, pick(self.seed, number, len(self.streams[number].entries), turn)
-        if len(self._members) == 1:
-            return 0, pick(self.seed, 0, len(self.streams[0].entries), position)
-        bucket, turns = self._bucket(step)
-        members = self._members[bucket]
-        return 0, members[pick(self.seed, bucket, len(members), turns * self.per_step + position % self.per_step)]
+        size, turns = self._size(step)
+        # Positions among the steps of this size, in which the streams take turns as over all steps where sizes are one.
+        place = turns * self.per_step + position % self.per_step if len(self.sizes) > 1 else position
+        number, turn = interleaved(place, self._shares[size])
+        members = self._members[number][size]
+        return number, members[pick(self.seed, number * len(self.sizes) + size, len(members), turn)]
 
-    def _bucket(self, step: int) -> tuple[int, int]:
-        """The bucket of a whole step, drawn by size, and how often it was drawn before."""
-        drawn = _buckets(self.seed, tuple(map(len, self._members)), 1 << max(10, step.bit_length()))
+    def _size(self, step: int) -> tuple[int, int]:
+        """The number of the image size of a whole step, drawn by share, and how often it was drawn before."""
+        if len(self.sizes) == 1:
+            return 0, step
+        drawn = _drawn_sizes(self.seed, tuple(map(sum, self._shares)), 1 << max(10, step.bit_length()))
         return int(drawn[step]), int((drawn[:step] == drawn[step]).sum())
+
+    def largest(self) -> int:
+        """The first step with the largest image size, whose batch needs the most memory."""
+        wanted = max(range(len(self.sizes)), key=lambda number: self.sizes[number][0] * self.sizes[number][1])
+        return next(step for step in itertools.count() if self._size(step)[0] == wanted)
 
     def ahead(self, first: int, last: int, workers: int) -> Generator[list[dict[str, Any]], None, None]:
         """Lists of a step's micro-batches for steps `first` up to `last`, prepared `workers` steps ahead in threads.
@@ -296,8 +308,19 @@ def _order(seed: int, stream: int, size: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(seed_of(seed, "order", stream, epoch)).permutation(size)
 
 
+def _by_size(found: Sequence[tuple[int, int]], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """The entries of each size."""
+    return [[index for index, size in enumerate(found) if size == wanted] for wanted in sizes]
+
+
+def _part(stream: Stream, size: tuple[int, int]) -> float:
+    """Share of a stream's samples that have this size."""
+    there = stream.entries.sizes
+    return there.count(size) / len(there) if stream.spread is None else stream.spread.get(size, 0.0)
+
+
 @lru_cache(maxsize=4)
-def _buckets(seed: int, sizes: tuple[int, ...], steps: int) -> np.ndarray:
-    shares = np.cumsum(sizes) / sum(sizes)
+def _drawn_sizes(seed: int, parts: tuple[float, ...], steps: int) -> np.ndarray:
+    shares = np.cumsum(parts) / sum(parts)
     # Drawing more steps leaves the first ones as they were: one uniform number each, in order.
     return np.searchsorted(shares, np.random.default_rng(seed_of(seed, "buckets")).random(steps), side="right")

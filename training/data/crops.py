@@ -1,6 +1,7 @@
 """Fixed views of a source: each image at its bucket's size, cropped and flipped, as tensors.
 
-Crops and flips are enumerated, not drawn, so that every view can be cached: n images, k crops and flip are 2kn views.
+Crops and flips are enumerated, not drawn, so that every view can be cached: n images, k crops and flip are 2kn views,
+at r resolutions 2knr.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,9 +67,11 @@ class Views:
         source: pictures with captions.
         resolution: side of the square in pixels; other sizes have about the same area.
         multiple: pixels that every side is a multiple of, see `models.Parts.multiple`.
-        buckets: image sizes of different shape.
+        buckets: image sizes of different shape, of which each picture gets the nearest one.
+        further: resolutions at which every picture is shown too, each with its buckets.
         flip: whether every view comes mirrored too.
         crops: views of every picture, cut at different places.
+        tags: how captions of tags are said.
 
     Raises:
         TrainingError: a resolution that the base cannot have, or an empty source.
@@ -81,39 +84,66 @@ class Views:
         resolution: int,
         multiple: int = 8,
         buckets: int = 1,
+        further: Sequence[int] = (),
         flip: bool = False,
         crops: int = 1,
         tags: TagSettings | None = None,
     ):
-        if resolution % multiple:
-            raise TrainingError(
-                f"data.resolution must be a multiple of {multiple} for this base, got {resolution}; "
-                f"try {max(multiple, round(resolution / multiple) * multiple)}"
-            )
+        resolutions = list(dict.fromkeys([resolution, *further]))
+        for number, one in enumerate(resolutions):
+            if one % multiple:
+                name = "data.resolutions" if number else "data.resolution"
+                raise TrainingError(
+                    f"{name} must be a multiple of {multiple} for this base, got {one}; "
+                    f"try {max(multiple, round(one / multiple) * multiple)}"
+                )
         if not len(source):
             raise TrainingError("the data source has no samples")
         self.source, self.flip, self.crops = source, flip, crops
         self.tags = tags or TagSettings()
         self._rename: Callable[[str], str] | None = None
-        self.sizes = bucket_sizes(resolution, buckets, multiple)
+        self._rounds = [bucket_sizes(one, buckets, multiple) for one in resolutions]
+        self.sizes = [size for choices in self._rounds for size in choices]
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the largest square."""
+        return max(choices[0][0] for choices in self._rounds)
+
+    def used(self) -> list[tuple[int, int]]:
+        """(height, width) of the sizes that views have, in the order of `sizes`."""
+        there = {self.size(index) for index in range(len(self))}
+        return [size for size in dict.fromkeys(self.sizes) if size in there]
+
+    def at(self, sizes: Sequence[tuple[int, int]]) -> Views:
+        """The same pictures, each once at every one of these sizes, whatever its shape.
+
+        Args:
+            sizes: (height, width).
+        """
+        other = copy.copy(self)
+        other._rounds, other.sizes = [[size] for size in sizes], list(sizes)
+        return other
 
     def __len__(self) -> int:
-        return len(self.source) * self.crops * (2 if self.flip else 1)
+        return len(self.source) * len(self._rounds) * self.crops * (2 if self.flip else 1)
 
-    def _place(self, index: int) -> tuple[int, int, bool]:
-        """Sample, crop and flip of a view; the views of one sample lie `len(source)` apart."""
+    def _place(self, index: int) -> tuple[int, int, bool, int]:
+        """Sample, crop, flip and round of sizes of a view; the views of one sample lie `len(source)` apart."""
         rest, sample = divmod(index, len(self.source))
-        flipped, crop = divmod(rest, self.crops)
-        return sample, crop, bool(flipped)
+        rest, crop = divmod(rest, self.crops)
+        number, flipped = divmod(rest, 2 if self.flip else 1)
+        return sample, crop, bool(flipped), number
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of a view: the bucket nearest to the image in log aspect ratio."""
-        if len(self.sizes) == 1:
-            return self.sizes[0]
-        sample = self._place(index)[0]
+        sample, _, _, number = self._place(index)
+        choices = self._rounds[number]
+        if len(choices) == 1:
+            return choices[0]
         measure = getattr(self.source, "size", None)
         width, height = measure(sample) if measure else self.source[sample].image.size
-        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
+        return min(choices, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
 
     def caption(self, index: int) -> str:
         """The first caption, whole."""
@@ -165,13 +195,13 @@ class Views:
 
     def key(self, index: int) -> str:
         """Names the view's content: the sample's, and how it is cut. Captions are cached by themselves."""
-        sample, crop, flipped = self._place(index)
+        sample, crop, flipped, _ = self._place(index)
         named = getattr(self.source, "key", None)
         content = named(sample) if named else _content(self.source[sample])
         return f"{content}-{self.size(index)}-{crop}/{self.crops}-{flipped}"
 
     def __getitem__(self, index: int) -> View:
-        number, crop, flipped = self._place(index)
+        number, crop, flipped, _ = self._place(index)
         sample = self.source[number]
         height, width = self.size(index)
         image = rgb(sample.image)
@@ -231,7 +261,7 @@ def views(source: Source, settings: DataSettings, *, multiple: int) -> Views:
 
     Args:
         source: pictures with captions.
-        settings: resolution, buckets, flip and crops.
+        settings: resolutions, buckets, flip and crops.
         multiple: pixels that every side is a multiple of.
     """
     return Views(
@@ -239,6 +269,7 @@ def views(source: Source, settings: DataSettings, *, multiple: int) -> Views:
         resolution=settings.resolution,
         multiple=multiple,
         buckets=settings.buckets,
+        further=settings.resolutions,
         flip=settings.flip,
         crops=settings.crops,
         tags=settings.tags,

@@ -253,6 +253,9 @@ class LoraSettings:
     """Probability that a rank of a layer's update is left out for a sample (loha, lokr: a row of the update)."""
     module_dropout: float = 0.0
     """Probability that a layer's whole update is left out in a forward pass."""
+    max_norm: float | None = None
+    """Largest norm of a layer's update: larger ones are scaled down after every step, as kohya's scale_weight_norms
+    does. 1 is usual. null: off."""
     rslora: bool = False
     """Scales by alpha/sqrt(rank), rank-stabilised LoRA (Kalajdzievski 2023)."""
     dora: bool = False
@@ -286,6 +289,12 @@ class LoraSettings:
         require(
             not self.dora or not (self.rank_dropout or self.module_dropout),
             "lora.rank_dropout and lora.module_dropout do not go with lora.dora, whose norms need all of an update",
+        )
+        require(self.max_norm is None or self.max_norm > 0, f"lora.max_norm must be > 0 or null, got {self.max_norm}")
+        require(
+            self.max_norm is None or (self.kind == "lora" and not self.dora and self.start not in ("pissa", "olora")),
+            "lora.max_norm is for plain LoRAs: lora.kind lora without lora.dora, and a lora.start other than pissa and "
+            "olora, whose updates begin as a part of the weight",
         )
         require(
             self.start == "default" or self.kind == "lora",
@@ -494,6 +503,8 @@ class TrainSettings:
     """Steps between log lines. The loss is read from the device only then."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers, by accelerate's names. One that is not installed is skipped with a message."""
+    project: str = "tracking"
+    """Name of the trackers' project; for tensorboard the folder of its files in the output folder."""
     dry_run: bool = False
     """Checks everything, prints what would be trained, memory and time, and stops."""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
@@ -513,6 +524,10 @@ class TrainSettings:
             require(value is None or value > 0, f"train.{name} must be > 0, got {value}")
         _patterns("train.rates", self.rates)
         require(self.clip is None or self.clip > 0, f"train.clip must be > 0 or null, got {self.clip}")
+        require(
+            bool(self.project.strip()) and "/" not in self.project,
+            f"train.project must be a name without slashes, got {self.project!r}",
+        )
         require(self.ema is None or 0 < self.ema < 1, f"train.ema must be between 0 and 1 or null, got {self.ema}")
 
 

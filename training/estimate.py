@@ -85,6 +85,8 @@ def activation_bytes(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, i
 def _since(began: float) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
     return time.perf_counter() - began
 
 

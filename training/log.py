@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from PIL import Image
 from torch import Tensor
 
 from adapters import files, machine
@@ -95,6 +97,23 @@ class Log:
             files.append_line(self._path, json.dumps({"step": step, **values}))
         if self.accelerator.trackers:
             self.accelerator.log(values, step=step)
+
+    def pictures(self, step: int, files: list[Path]) -> None:
+        """Shows samples of a step to those trackers that take pictures; on the main process.
+
+        Args:
+            step: the number of steps made.
+            files: the samples, of one size.
+        """
+        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+        if not takers or not files:
+            return
+        shown = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+        for tracker in takers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": np.stack(shown)}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({"samples": shown}, step=step)
 
     def close(self) -> None:
         self._bar.close()

@@ -34,6 +34,7 @@ from .log import Log
 from .method import Method, Stepper
 from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare_run
 from .ranks import state
+from .sheet import write_sheet
 from .signals import Signals
 
 __all__ = ["Result", "train"]
@@ -116,7 +117,8 @@ def train(
     with contextlib.ExitStack() as alone:
         if not settings.dry_run and state().is_main_process:
             alone.enter_context(lock.held(out))
-        accelerator = make_accelerator(settings, out, say)
+        record = record if record is not None else {"train": config.resolved(settings)}
+        accelerator = make_accelerator(settings, out, say, record)
         tell = say if accelerator.is_main_process else _silent
         prepared = prepare_run(
             method,
@@ -128,7 +130,7 @@ def train(
             cache_folder=Path(cache_folder) if cache_folder else out / "cache",
             say=tell,
         )
-        facts = _facts(method, prepared, record if record is not None else {"train": config.resolved(settings)})
+        facts = _facts(method, prepared, record)
         with kernels(method, settings, accelerator):
             run = _start(method, settings, accelerator, prepared, out, facts, tell)
             found = announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
@@ -176,6 +178,11 @@ def _start(
         say(line)
     for name in optim.frozen(trainable, settings):  # still saved: it is a part of the result
         trainable[name].requires_grad_(False)
+    if method.after_step is not None and settings.optimizer == "schedulefree":
+        raise TrainingError(
+            "lora.max_norm does not go with train.optimizer schedulefree, which keeps several points of which it would "
+            "bound one"
+        )
     stepper = Stepper(method, prepared.dtype, accelerator.device)
     if sharding.asked(accelerator):
         sharding.divide(method, settings, accelerator)
@@ -327,6 +334,8 @@ def _step(run: _Run, micros: list[dict[str, Any]], parameters: list[nn.Parameter
     else:
         run.scaler.step(optimizer)
         run.scaler.update()
+    if run.method.after_step is not None:
+        run.method.after_step()
     optimizer.zero_grad(set_to_none=True)
     if run.ema is not None:
         run.ema.update()
@@ -389,14 +398,14 @@ def _validate(run: _Run, log: Log) -> None:
     settings, prepared = run.settings, run.prepared
     if not settings.validation.prompts and not prepared.fixed:
         return
-    divided = sharding.asked(run.accelerator)
+    divided, folder = sharding.asked(run.accelerator), _samples_folder(run)
     with _shipped(run):
         if settings.validation.prompts:
             validate.samples(
                 run.method,
                 settings.validation,
                 prepared.texts,
-                _samples_folder(run),
+                folder,
                 device=run.accelerator.device,
                 size=prepared.size,
                 dtype=prepared.dtype,
@@ -410,6 +419,9 @@ def _validate(run: _Run, log: Log) -> None:
             value = validate.fixed_loss(lambda batch: bare(prepared.ready(batch)), prepared.fixed, [bare])
             log.note(run.step, {"validation_loss": value})
     run.accelerator.wait_for_everyone()
+    if settings.validation.prompts and run.accelerator.is_main_process:  # all have drawn their share
+        write_sheet(folder.parent, settings.validation.prompts)
+        log.pictures(run.step, sorted(folder.glob("*.png")))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adapters.keys import Adapter, from_any
 from adapters.writing import LORA_FILE, write_adapter
 
-from . import patterns, starts
+from . import norms, patterns, starts
 from .config import LoraSettings, ObjectiveSettings
 from .data.batches import seed_of
 from .dropout import drop
@@ -99,6 +99,7 @@ def prepare(
         trains_text=bool(settings.tokens) or any(name in models for name in encoders),
         tokens=tuple(settings.tokens),
         switch=lambda: starts.at_start(models, taken) if taken else adapter_off(models),
+        after_step=norms.bounded(models, ADAPTER, settings.max_norm) if settings.max_norm else None,
         factors={PLUS: settings.plus_ratio} if settings.plus_ratio != 1 else {},
         chosen=tuple(chosen),
     )

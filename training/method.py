@@ -54,6 +54,8 @@ class Method:
     base: Base | None = None
     """What `switch` gave, where samples are trained towards the base's own prediction."""
 
+    after_step: Callable[[], None] | None = None
+    """Called after every optimizer step, as for a bound on the weights."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """Of the learning rate, by pattern of parameter names."""
     chosen: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,16 @@ class Prepared:
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
 
 
-def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], None]) -> Accelerator:
+def make_accelerator(
+    settings: TrainSettings, out: Path, say: Callable[[str], None], record: Mapping[str, Any] | None = None
+) -> Accelerator:
     """Accelerate with the trackers that are installed; precision is ours, see `prepare_run`.
 
     Args:
         settings: trackers, and whether TF32 is allowed.
         out: where trackers write.
         say: receives a line about each tracker that is not installed.
+        record: all settings of the run, which trackers keep.
 
     Raises:
         TrainingError: the launcher asks for DeepSpeed.
@@ -91,13 +94,26 @@ def make_accelerator(settings: TrainSettings, out: Path, say: Callable[[str], No
             "the launcher asks for DeepSpeed, whose weights this loop cannot save; use --multi_gpu (DDP) or --use_fsdp"
         )
     if there and not settings.dry_run:
-        accelerator.init_trackers("tracking")
+        accelerator.init_trackers(
+            settings.project, config=_flat(record or {}), init_kwargs={"wandb": {"name": out.name, "dir": str(out)}}
+        )
     for name in settings.trackers:
         if name not in there and accelerator.is_main_process:
             say(f"train.trackers: {name} is not installed, so it is left out")
     if settings.tf32 and accelerator.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names, as numbers and texts, which every tracker takes."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
 
 
 def _tracker_installed(name: str) -> bool:

@@ -49,13 +49,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "schedulefree": {"train.optimizer": "schedulefree", "train.learning_rate": 3e-3, "train.ema": None},
     "linear layers": {"lora.targets": "attention+ff"},
     "linear layers, PiSSA": {"lora.targets": "attention+ff", "lora.start": "pissa"},
-    "linear layers, EVA": {"lora.targets": "attention+ff", "lora.start": "eva"},
     "max norm": {"lora.max_norm": 1.0},
     "tags": {},
     "tags, dropped": {"data.tags": json.dumps(TAGS)},
     TOGETHER: {"train.steps": 800},  # as many samples of each subject as in a run of its own
 }
-AGAINST = {"tags, dropped": "tags", "linear layers, PiSSA": "linear layers", "linear layers, EVA": "linear layers"}
+AGAINST = {"tags, dropped": "tags", "linear layers, PiSSA": "linear layers"}
 """Variants that have one more change than another one but the demo; the others are compared with the demo."""
 
 

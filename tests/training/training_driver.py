@@ -51,6 +51,7 @@ def train(
             kept = [one.detach() for one in method.parameters().values() if one.requires_grad is trains]
             held = sum(sharding.local(one).numel() for one in kept) / sum(one.numel() for one in kept)
             say(f"share of {name} here: {held:.3f}")
+            say(f"types of {name}: {sorted({str(one.dtype) for one in kept})}")
     return result
 
 

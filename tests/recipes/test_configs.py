@@ -155,3 +155,18 @@ def test_help_answers_at_once_without_torch(name: str) -> None:
     *text, last = ended.stdout.splitlines()
     assert last in ("ended 0 [] False", "ended 0 ['torch'] True")
     assert "--out" in "\n".join(text)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_the_settings_for_masks_that_a_config_offers_can_be_taken_as_they_stand(name: str, tmp_path: Path) -> None:
+    text = (CONFIGS / "dreambooth_lora" / f"{name}_subject.yaml").read_text("utf-8")
+    lines = [
+        line.replace("  # ", "  ", 1) if line.startswith("  # ") and ": " in line else line
+        for line in text.splitlines()
+    ]
+    offered = tmp_path / "config.yaml"
+    offered.write_text("\n".join(line for line in lines if "With masks" not in line), "utf-8")
+    dreambooth = parse(settings_of(CONFIGS / "dreambooth_lora" / "any"), [f"--config={offered}"]).dreambooth
+    assert (dreambooth.company, dreambooth.prior_ratio, dreambooth.prior_weight) == (0.5, 0.5, 0.5)
+    prompts = (ROOT / dreambooth.class_prompt_file).read_text("utf-8").splitlines()
+    assert sum("{}" in prompt for prompt in prompts) > len(prompts) / 2

@@ -260,9 +260,9 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of bounded size, in which no key appears twice."""
+    """A JSON file of bounded size, in which no key appears twice; an editor's byte order mark may come first."""
     try:
-        return json.loads(read_bytes(path, MAX_JSON).decode(), object_pairs_hook=_no_duplicates)
+        return json.loads(read_bytes(path, MAX_JSON).decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         if isinstance(error, FileError):
             raise

@@ -34,6 +34,8 @@ _RENAME_EXCHANGE = 2
 def write_file(target: str | Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a path to write to; on success it takes `target`'s place in one step, on error it vanishes.
 
+    A folder may be made at the path as well, see `write_folder`.
+
     Args:
         target: its folder is made where it is missing.
         sync: flush to the disk first. False is for what is checked when it is read and can be made again.
@@ -48,13 +50,13 @@ def write_file(target: str | Path, *, sync: bool = True) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield part
             if sync:
-                _sync(part)
-            os.replace(part, target)
+                for path in [*part.rglob("*"), part]:  # of a file there is nothing below
+                    _sync(path)
+            _take_place(part, target)
             if sync:
                 _sync(target.parent)
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        _remove(part)
 
 
 def write_bytes(target: str | Path, data: bytes, *, sync: bool = True) -> None:
@@ -91,20 +93,10 @@ def write_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         OSError: naming `target`, also where the failing call did not name a file.
     """
-    target = _followed(target)
-    stage = _beside(target, "new")
-    try:
-        with _placed(stage, target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            recover(target)
-            stage.mkdir()
-            yield stage
-            for path in [*stage.rglob("*"), stage]:
-                _sync(path)
-            _take_place(stage, target)
-            _sync(target.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with write_file(target) as stage:
+        recover(_followed(target))
+        stage.mkdir()
+        yield stage
 
 
 def _followed(target: str | Path) -> Path:
@@ -202,8 +194,8 @@ def _remove(path: Path) -> None:
 
 
 def _take_place(stage: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(stage, target)
+    if not stage.is_dir() or not target.exists():
+        os.replace(stage, target)
         return
     if _exchange(stage, target):
         return  # `stage` now holds the old folder, and is removed by the caller

@@ -6,7 +6,6 @@ scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusi
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from training.command_line import parse
 from training.config import require
 from training.errors import TrainingError, exit_on_error
 from training.pocket.captions import article
-from training.text import read_text
 
 __all__ = ["prepare"]
 
@@ -134,13 +132,15 @@ def try_run(config: Path) -> None:
 
 def _family(base: str) -> str:
     """Of a folder by its U-net's config; of a hub id by name, as nothing is downloaded here."""
+    from adapters.files import read_json  # not above: it brings torch
+
     config = Path(base).expanduser() / "unet" / "config.json"
     if base == POCKET:
         return POCKET
     if not config.is_file():
         name = base.lower()
         return "sdxl" if "xl" in name else "sd21" if "2-1" in name else "sd"
-    unet = json.loads(read_text(config))
+    unet = read_json(config)
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd21" if unet.get("cross_attention_dim") == 1024 else "sd"
@@ -152,11 +152,13 @@ def _command(config: Path) -> str:
 
 def _subject(file: Path, noun: str, identifier: str, *, pocket: bool) -> dict[str, Any]:
     """What `subject.json` says, or will say."""
+    from adapters.files import read_json
+
     if not file.exists():
         prompts = held_out(noun, identifier, pocket=pocket)
         return {"class": noun, "identifier": identifier, "origin": "the maker's photos", "prompts": prompts}
     try:
-        facts: dict[str, Any] = json.loads(read_text(file))
+        facts: dict[str, Any] = read_json(file)
         found, prompts = (facts["identifier"], facts["class"]), facts["prompts"]
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(

@@ -16,7 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+from recipes.common.cli import explained
+from training.errors import exit_on_error
 
 RUNS = Path("runs/pocket")
 
@@ -64,7 +68,7 @@ def vae(steps: dict[str, int], device: str) -> None:
 
     fitted = fit_vae.fit(RUNS / "vae", **steps, device=device)
     fitted.register_to_config(scaling_factor=fit_base.scale(fitted))
-    fitted.save_pretrained(RUNS / "vae" / "fitted")
+    _save(RUNS / "vae" / "fitted", fitted.save_pretrained)
     print(f"round trip on 256 held-out scenes: {fit_vae.psnr(fitted):.2f} dB")
 
 
@@ -72,7 +76,7 @@ def decoder(steps: dict[str, int], device: str) -> None:
     from training.pocket.making import fit_vae
 
     fitted = fit_vae.refine(_vae(device), RUNS / "vae", **steps, device=device)
-    fitted.save_pretrained(RUNS / "vae" / "refined")
+    _save(RUNS / "vae" / "refined", fitted.save_pretrained)
     print(f"round trip on 256 held-out scenes: {fit_vae.psnr(fitted):.2f} dB")
 
 
@@ -111,8 +115,19 @@ def base(steps: dict[str, int], stop_at: int | None, device: str) -> None:
     fitted = fit_base.fit(_vae(device), RUNS / "base", **steps, stop_at=stop_at, device=device)
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    fitted.unet.save_pretrained(RUNS / "base" / "unet")
-    fitted.text_encoder.save_pretrained(RUNS / "base" / "text_encoder")
+
+    def both(folder: Path) -> None:
+        fitted.unet.save_pretrained(folder / "unet")
+        fitted.text_encoder.save_pretrained(folder / "text_encoder")
+
+    _save(RUNS / "base" / "fitted", both)  # one folder: a text encoder never meets the U-net of another fit
+
+
+def _save(folder: Path, write: Callable[[Path], object]) -> None:
+    from adapters.files import write_folder
+
+    with write_folder(folder) as stage:
+        write(stage)
 
 
 def _vae(device: str, decoder: str = "fitted"):
@@ -129,8 +144,8 @@ def ship(name: str) -> None:
     from training.pocket.making import ship as shipping
 
     if name == "base":
-        unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "unet")
-        text_encoder = CLIPTextModel.from_pretrained(RUNS / "base" / "text_encoder")
+        unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "fitted" / "unet")
+        text_encoder = CLIPTextModel.from_pretrained(RUNS / "base" / "fitted" / "text_encoder")
         decoder = "refined" if (RUNS / "vae" / "refined").exists() else "fitted"
         shipping.base(_vae("cpu", decoder), fit_base.Base(unet=unet, text_encoder=text_encoder))
     listed = shipping.write_manifest()
@@ -172,15 +187,24 @@ def controlnet(name: str, steps: dict[str, int]) -> None:
 
 
 def sheet(seed: int) -> None:
-    """Every class once and as many pairs, one seed each, in an order that gives nothing away; the key stands apart."""
+    """Every class once and as many pairs, one seed each, in an order that gives nothing away; the key stands apart.
+
+    Args:
+        seed: of the prompts, noise and order.
+    """
     import numpy as np
     from PIL import Image, ImageDraw
 
+    from adapters import files
     from training.pocket.making import evaluate
 
     prompts = evaluate.single_prompts(seed) + evaluate.pair_prompts(seed)
     images = evaluate.generate(evaluate.shipped_pipeline(), prompts, [seed + i for i in range(len(prompts))])
     order = np.random.default_rng(seed).permutation(len(prompts))
+    seen = evaluate.judge().look(images)
+    said = {
+        place: {"objects": sorted(seen[i].objects), "background": seen[i].background} for place, i in enumerate(order)
+    }
     columns, side = 8, 128
     picture = Image.new("RGB", (columns * side, -(-len(order) // columns) * (side + 14)), "white")
     draw = ImageDraw.Draw(picture)
@@ -190,18 +214,14 @@ def sheet(seed: int) -> None:
             images[index].resize((side, side), Image.Resampling.NEAREST), (column * side, row * (side + 14) + 14)
         )
         draw.text((column * side + 2, row * (side + 14) + 1), str(place), fill="black")
-    picture.save(RUNS / "sheet.png")
-    (RUNS / "sheet_key.json").write_text(
-        json.dumps({place: prompts[i] for place, i in enumerate(order)}, indent=1), "utf-8"
-    )
-    seen = evaluate.judge().look(images)
-    said = {
-        place: {"objects": sorted(seen[i].objects), "background": seen[i].background} for place, i in enumerate(order)
-    }
-    (RUNS / "sheet_judge.json").write_text(json.dumps(said, indent=1), "utf-8")
+    with files.write_folder(RUNS / "sheet") as stage:
+        picture.save(stage / "sheet.png")
+        files.write_json(stage / "key.json", {place: prompts[i] for place, i in enumerate(order)})
+        files.write_json(stage / "judge.json", said)
 
 
 def figures() -> None:
+    from adapters.files import write_json
     from training.pocket import DATA
     from training.pocket.making import evaluate
     from training.pocket.world import CONTROLS
@@ -215,10 +235,10 @@ def figures() -> None:
         "seconds for four pictures": evaluate.latency(pipe),
         **{control: evaluate.controlled(pipe, control) for control in CONTROLS},
     }
-    text = json.dumps(found, indent=1)
-    (DATA / "figures.json").write_text(text + "\n", "utf-8")  # the card and the tests take them from there
-    print(text)
+    write_json(DATA / "figures.json", found)  # the card and the tests take them from there
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error(explained):
+        main()

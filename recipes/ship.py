@@ -16,10 +16,12 @@ from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
+from training.text import read_text
 
 __all__ = ["Settings", "run"]
 
 
+MAX_PAGE = 2**29  # bytes; the pictures are in it
 EMBEDDED = ("from training.pocket import base_path  # scfg-toolkit embeds this base", "base_path()")
 
 
@@ -69,7 +71,7 @@ def run(settings: Settings) -> Path | None:
         models=adapters.base.modules_of(pipe),
         config=_config(weights),
         facts=facts,
-        page=(measured / "report.html").read_text("utf-8") if measured else None,
+        page=adapters.files.read_bytes(measured / "report.html", MAX_PAGE).decode() if measured else None,
         compact=settings.ship.compact,
         key=settings.ship.sign,
     )
@@ -174,7 +176,7 @@ def _config(weights: Path) -> str | None:
     """The settings that training wrote beside its result."""
     for path in (weights / "settings.yaml", weights.parent / "settings.yaml"):
         if path.is_file():
-            return path.read_text("utf-8")
+            return read_text(path)
     return None
 
 

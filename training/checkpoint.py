@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,17 @@ FREE = (
     "data.cache_folder",
 )
 
-# Where base and data lie, by the fact that says what they hold.
+# Where base and data lie, by the fact that says what they hold; `*` is the name of any further subject.
 PLACES = {
     "base model": ("base",),
     "content of the data": (
         *(f"data.{name}" for name in ("source", "kind", "split", "prompt", "masks", "conditioning", "minimum")),
         *(f"data.{name}_column" for name in ("image", "caption", "mask", "conditioning")),
+        *(f"concepts.*.{name}" for name in ("source", "masks", "prompt")),
     ),
-    "content of class_images": tuple(
-        f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")
+    "content of class_images": (
+        *(f"dreambooth.{name}" for name in ("class_folder", "class_prompt_file", "class_images")),
+        "concepts.*.class_folder",
     ),
 }
 
@@ -262,13 +265,13 @@ def differences(saved: dict[str, Any], now: dict[str, Any], *, free: tuple[str, 
     Args:
         saved: facts of the checkpoint.
         now: facts of the run that is to go on.
-        free: dotted names that may differ, with all below them.
+        free: dotted names that may differ, with all below them; `*` stands for any text.
     """
     before, after = dict(_flat(saved)), dict(_flat(now))
     found = []
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name) and not any(
-            name == item or name.startswith(f"{item}.") for item in free
+            fnmatchcase(name, item) or name.startswith(f"{item}.") for item in free
         ):
             found.append(f"{name}: {before.get(name)} -> {after.get(name)}")
     return found

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from adapters.errors import FileError
-from adapters.files import read_header
+from adapters.files import read_header, read_json
 
 from .config import require
 from .errors import TrainingError
@@ -249,5 +249,5 @@ def _clip(pad: str) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    values: dict[str, Any] = read_json(path)
     return values

@@ -23,6 +23,7 @@ from .data.pictures import decode, inspect
 from .errors import TrainingError
 from .method import Method
 from .models import pipeline
+from .text import read_bytes
 
 __all__ = ["fixed_loss", "fixed_loss_batches", "samples", "untouched"]
 
@@ -121,7 +122,7 @@ def _conditioning(settings: ValidationSettings, number: int, size: tuple[int, in
         raise TrainingError("train.validation.conditioning: a ControlNet's samples need an image per prompt")
     path = Path(settings.conditioning[number])
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise TrainingError(f"train.validation.conditioning: {path} cannot be read: {error.strerror}") from error
     if problem := inspect(data, 1, "conditioning").problem:

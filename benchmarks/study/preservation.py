@@ -10,7 +10,6 @@ A variant is a name of VARIANTS. What lies in the output folder is not made agai
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 import adapters.measuring
+from adapters import files
 from adapters.measuring.metrics import Metric, score
 from adapters.measuring.sample import Shot
 from recipes import dreambooth_lora
@@ -130,7 +130,8 @@ def run(variant: str, subject: str, folder: Path, classes: Path, snapshots: Sequ
 
 
 def facts(subject: str) -> dict[str, Any]:
-    return json.loads((RECIPES / "subjects" / subject / "subject.json").read_text("utf-8"))
+    found: dict[str, Any] = files.read_json(RECIPES / "subjects" / subject / "subject.json")
+    return found
 
 
 def train(changed: Mapping[str, Any], subject: str, out: Path, classes: Path) -> None:
@@ -158,9 +159,9 @@ def draw(pipe: Any, prompts: list[str], scale: float, file: Path, name: str) -> 
     if name in store:
         return
     shots = adapters.measuring.sample.images(pipe, prompts, SEEDS, guidance_scale=scale, steps=STEPS, batch_size=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
     store[name] = np.stack([np.asarray(shot.image) for shot in shots])
-    np.savez_compressed(file, **store)  # type: ignore[arg-type]  # its stub takes the names for flags
+    with files.write_file(file) as part, part.open("wb") as written:
+        np.savez_compressed(written, **store)  # type: ignore[arg-type]  # its stub takes the names for flags
 
 
 def table(out: Path) -> None:
@@ -185,7 +186,7 @@ def table(out: Path) -> None:
             print(
                 " ".join(f"{value:.3f}" if isinstance(value, float) else f"{value:34}" for value in rows[-1].values())
             )
-    (out / "scores.json").write_text(json.dumps(rows, indent=1), "utf-8")
+    files.write_json(out / "scores.json", rows)
 
 
 def _means(values: dict[str, np.ndarray]) -> dict[str, float]:

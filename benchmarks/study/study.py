@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 import adapters
+from adapters.files import read_json
 from benchmarks.study import pointing_table
 from benchmarks.study.tables import report
 from recipes.common.cli import quiet
@@ -231,7 +232,7 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     ):
         folders = {subject: RECIPES / "subjects" / subject for subject in subjects[:count]}
         for subject, folder in folders.items():
-            kind = json.loads((folder / "subject.json").read_text("utf-8"))["class"]
+            kind = read_json(folder / "subject.json")["class"]
             more = {
                 "data.source": folder,
                 "data.masks": folder / "masks",
@@ -325,7 +326,7 @@ class _Run:
     def ended(self, stage: Stage) -> bool:
         """Whether it ended with these settings on this base."""
         file = self.out / stage.name / ENDED
-        return file.exists() and comparable(stage.recipe, json.loads(file.read_text("utf-8"))["record"]) == comparable(
+        return file.exists() and comparable(stage.recipe, read_json(file)["record"]) == comparable(
             stage.recipe, self._settings(stage)[1]
         )
 

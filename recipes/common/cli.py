@@ -15,6 +15,7 @@ from training.command_line import parse
 from training.config import TrainSettings
 from training.errors import TrainingError, exit_on_error
 from training.launcher import adopted
+from training.text import read_text
 
 __all__ = [
     "CONFIGS",
@@ -122,8 +123,8 @@ def training_recipe(words: Sequence[str], chosen: str | None = None) -> str:
     if files[0].parent.name in TRAININGS:
         return files[0].parent.name
     try:
-        tables = yaml.safe_load(files[0].read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        tables = yaml.safe_load(read_text(files[0], "--config"))
+    except yaml.YAMLError as error:
         raise TrainingError(f"config {files[0]} cannot be read: {' '.join(str(error).split())}") from error
     return "controlnet" if isinstance(tables, dict) and "controlnet" in tables else TRAININGS[0]
 

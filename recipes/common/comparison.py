@@ -415,6 +415,8 @@ def whole(adapter: str | None) -> str | None:
 
 def digest_of(adapter: str | None) -> str:
     """What tells one adapter's pictures from another's: the bytes of its weights, wherever they lie."""
+    from adapters.files import opened
+
     if adapter is None:
         return "none"
     path = Path(adapter)
@@ -423,5 +425,7 @@ def digest_of(adapter: str | None) -> str:
         return adapter
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with opened(file) as data:
+            while block := data.read(2**20):
+                digest.update(block)
     return digest.hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,6 @@ from recipes.common.prompts import texts
 from recipes.common.settings import MeasureSettings
 from training.config import DataSettings, require
 from training.errors import TrainingError
-from training.text import read_text
 
 if TYPE_CHECKING:
     from adapters.edges import Canny
@@ -117,9 +115,11 @@ def subject_folders(patterns: Sequence[str]) -> list[str]:
 
 
 def _subject(folder: Path, settings: MeasureSettings, adapter: str | None) -> Case:
+    from adapters.files import read_json  # not above: it brings torch
+
     file = folder / "subject.json"
     try:
-        facts = json.loads(read_text(file))
+        facts = read_json(file)
         identifier, noun = facts["identifier"], facts["class"]
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(

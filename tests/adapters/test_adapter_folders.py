@@ -272,9 +272,9 @@ def test_a_zip_that_names_a_file_twice(tmp_path: Path) -> None:
 
 def test_many_empty_tensors_and_vectors_are_refused_at_once(pipe, tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"t{i}": entry for i in range(60_000)}).encode()
+    header = json.dumps({f"t{i}": entry for i in range(200_000)}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with limited("60000 tensors", SECONDS), pytest.raises(FileError, match="60000 tensors; at most 50000"):
+    with limited("200000 tensors", SECONDS), pytest.raises(FileError, match="200000 tensors; at most 50000"):
         loading.load(pipe, tmp_path / "a.safetensors")
     (tmp_path / "learned_embeds.safetensors").write_bytes(save({"<a>": torch.ones(50_000, 16)}))
     (tmp_path / "a.safetensors").unlink()
@@ -285,7 +285,7 @@ def test_many_empty_tensors_and_vectors_are_refused_at_once(pipe, tmp_path: Path
 def test_a_deep_tree_is_refused(release: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(release, tmp_path / "f")
     place = str(folder)
-    for _ in range(1200):
+    for _ in range(1500):
         place += "/d"
         os.mkdir(place)
     try:

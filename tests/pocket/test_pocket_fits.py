@@ -12,7 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from training.pocket.making import fit_base, fit_judge, fit_vae, model
+from adapters.errors import FileError
+from training.pocket.judging import Judge
+from training.pocket.making import fit_base, fit_judge, fit_vae, model, ship
 from training.pocket.making.fitting import MuonAdamW, _orthogonal, learning_rate
 
 
@@ -135,6 +137,44 @@ def test_batches_may_straddle_shards(tmp_path, monkeypatch) -> None:
     direct = fit_base._encode(vae, 1, range(5, 11)) * vae.config.scaling_factor
     assert torch.allclose(rows, direct.half().float(), atol=2e-3)
     assert tokens.shape == (6, 20)
+
+
+def test_a_damaged_shard_is_made_again_and_a_damaged_state_is_named(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(fit_base, "SHARD", 8)
+    monkeypatch.setattr(model, "unet", small_unet)
+    torch.manual_seed(0)
+    vae = model.vae().eval()
+    made = fit_base.encoded_shard(vae, 1, 0, tmp_path / "latents")
+    (file,) = (tmp_path / "latents").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    again = fit_base.encoded_shard(vae, 1, 0, tmp_path / "latents")
+    assert "it is made again" in capsys.readouterr().out
+    assert all(torch.equal(again[name], made[name]) for name in made)
+    assert load_file(file).keys() == made.keys()
+    fit_base.fit(vae, tmp_path / "base", steps=3, batch=4, stop_at=1)
+    state = tmp_path / "base" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.raises(FileError, match=r"state\.safetensors: the header describes"):
+        fit_base.fit(vae, tmp_path / "base", steps=3, batch=4)
+
+
+def test_what_ships_takes_the_old_one_s_place_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ship, "DATA", tmp_path)
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "README.md").write_text("card")
+    (tmp_path / "judge" / "old").touch()
+
+    def half(path: Path, tensors: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(ship.files, "write_tensors", half)
+        with pytest.raises(OSError, match="No space"):
+            ship.judge(Judge())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "old"]
+    ship.judge(Judge())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "judge.safetensors"]
 
 
 def test_muon_steps_are_orthogonal_and_embeddings_are_left_to_adam() -> None:

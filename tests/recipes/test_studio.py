@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import adapters
 import scfg
-from adapters import files
+from adapters import files, signing
 from recipes.common.base import pipeline
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
@@ -127,6 +127,20 @@ def test_a_saved_guider_is_read_back_and_the_release_verifies(release: Path, gui
     assert (release / "notes.txt").read_text() == "mine"
     assert {**after, "files": 0} == {**before, "files": 0}
     assert {path.name for path in release.parent.iterdir()} == {"release"}
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
+def test_a_guider_saved_into_a_signed_release_takes_the_signature_with_it(release: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    signing.sign(release, key)
+    assert signing.checked(release, f"{key}.pub").startswith("by ")
+    assert "it is unsigned now" in save_guider(str(release), TUNED)
+    assert signing.checked(release) == "unsigned"
+    with pytest.raises(adapters.SignatureError, match="unsigned; get a signed release"):
+        signing.checked(release, f"{key}.pub")
+    assert files.verify_folder(release)["files"]
+    assert "unsigned" not in save_guider(str(release), TUNED)  # it has lost no signature this time
 
 
 def test_an_altered_release_is_not_vouched_for(release: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,20 @@ def test_a_damaged_snapshot_is_never_tuned_on(base: Path, pictures: Path, tmp_pa
     shutil.copyfile(tmp_path / "class" / "00001.png", exchanged)
     with pytest.raises(TrainingError, match=r"changed: content of class_images: \w+ -> \w+"):
         run(4)
+
+
+def test_a_further_subject_s_folders_may_move_as_long_as_they_hold_the_same(tmp_path: Path) -> None:
+    def facts(source: str, classes: str, content: str = "a", share: float = 1.0) -> dict[str, Any]:
+        owl = {"source": source, "masks": f"{source}/masks", "prompt": None, "class_folder": classes, "share": share}
+        contents = {"content of the data": content, "content of class_images": "b"}
+        return {**contents, "settings": {"concepts": {"owl": owl}}}
+
+    saved = replace(state(1), facts=facts("here/owls", "here/class"))
+    checkpoint.refuse_changes(tmp_path, saved, facts("there/owls", "there/class"), free=[])
+    with pytest.raises(TrainingError, match=r"changed: concepts.owl.share: 1.0 -> 2.0; take"):
+        checkpoint.refuse_changes(tmp_path, saved, facts("there/owls", "there/class", share=2.0), free=[])
+    with pytest.raises(TrainingError, match=r"concepts.owl.source: here/owls -> there/owls; content of the data: a"):
+        checkpoint.refuse_changes(tmp_path, saved, facts("there/owls", "there/class", content="c"), free=[])
 
 
 def state(step: int, size: int = 3) -> checkpoint.State:

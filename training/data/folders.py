@@ -111,9 +111,7 @@ class Folder:
         return made(image, self.caption(index), mask, conditioning)
 
     def _bytes(self, index: int) -> list[bytes | None]:
-        return [
-            column[index].read_bytes() if column else None for column in (self.files, self.masks, self.conditioning)
-        ]
+        return [read_bytes(column[index]) if column else None for column in (self.files, self.masks, self.conditioning)]
 
     def key(self, index: int) -> str:
         """Hash of the image, mask and conditioning files' bytes."""

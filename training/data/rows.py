@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
+from ..text import read_bytes
 from .pictures import Look, Role, inspect
 from .samples import Sample, Say, captions_of, compare, digest, made, refuse, tell
 
@@ -88,7 +89,7 @@ class Rows:
         cell = self.columns[role][index][self.names[role]]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             return None
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        return cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
 
     def __len__(self) -> int:
         return self.length

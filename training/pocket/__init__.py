@@ -36,11 +36,13 @@ def manifest() -> dict[str, Any]:
     Raises:
         PocketError: no manifest, or one that is not JSON.
     """
+    from adapters.files import FileError, read_json  # not above: they bring torch
+
     path = DATA / "manifest.json"
     try:
-        listed: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        listed: dict[str, Any] = read_json(path)
         return listed
-    except (OSError, json.JSONDecodeError) as error:
+    except FileError as error:
         raise PocketError(f"the pocket base has no readable manifest at {path} ({error}); {_REMEDY}") from error
 
 
@@ -82,6 +84,8 @@ def base_hash() -> str:
 @lru_cache
 def _checked(folder: str) -> Path:
     """The data folder ``folder``, its files compared with the manifest."""
+    from adapters.files import sha256
+
     entries = {name: entry for name, entry in manifest()["files"].items() if name.startswith(f"{folder}/")}
     if not entries:
         raise PocketError(f"the manifest of {manifest()['version']} lists no files under {folder!r}; {_REMEDY}")
@@ -89,6 +93,6 @@ def _checked(folder: str) -> Path:
         path = DATA / name
         if not path.is_file():
             raise PocketError(f"{path} is missing; {_REMEDY}")
-        if path.stat().st_size != entry["bytes"] or hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             raise PocketError(f"{path} is damaged (size or sha256 differs from the manifest); {_REMEDY}")
     return DATA / folder

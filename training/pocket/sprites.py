@@ -5,7 +5,6 @@ The base is fitted on the look "noto" alone; "fluent" is for what it must never 
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +23,13 @@ LOOKS = ("noto", "fluent")
 
 @lru_cache(maxsize=1)
 def _atlas() -> dict[tuple[str, str], np.ndarray]:
+    from adapters.files import read_json  # not above: it brings torch
+
     sheet = cv2.imread(str(DATA / "atlas.webp"), cv2.IMREAD_UNCHANGED)
     if sheet is None:
         raise PocketError(f"the sprite atlas {DATA / 'atlas.webp'} is missing or unreadable; reinstall the package")
     sheet = cv2.cvtColor(sheet, cv2.COLOR_BGRA2RGBA)
-    names = json.loads((DATA / "atlas.json").read_text("utf-8"))["names"]
+    names = read_json(DATA / "atlas.json")["names"]
     columns = sheet.shape[1] // CELL
     cells = {}
     for index, key in enumerate((look, name) for look in LOOKS for name in names):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ...errors import FileError
+from ...files import MAX_JSON, read_bytes
 from ..sample import Shot
 from .phrases import COLORS, Saying, Thing, said_in
 from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalised
@@ -135,9 +136,10 @@ def read_objects(file: Path) -> dict[str, Saying]:
         FileError: it is not that.
     """
     try:
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        lines = read_bytes(file, MAX_JSON).decode("utf-8-sig").splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
         return {row["prompt"]: _saying(row["include"]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
         raise FileError(f'{file} must have a line of JSON a prompt, with "prompt" and "include" ({error!r})') from error
 
 

@@ -9,7 +9,6 @@ The model may be any image-text-to-text model of transformers. Published figures
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 
 from ...errors import FileError, GainsError
+from ...files import read_json
 from ..sample import Shot
 from .phrases import said_in
 from .pretrained import Pretrained
@@ -65,7 +65,7 @@ def read_questions(file: Path) -> dict[str, list[Question]]:
         FileError: it is not that.
     """
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = read_json(file)
         return {
             prompt: [
                 Question(
@@ -77,7 +77,7 @@ def read_questions(file: Path) -> dict[str, list[Question]]:
             ]
             for prompt, asked in found.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f'{file} must be JSON: prompt -> [{{"question", "answer", "choices"}}] ({error!r})') from error
 
 

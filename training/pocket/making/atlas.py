@@ -7,7 +7,6 @@ python -m training.pocket.atlas package/icons.json
 from __future__ import annotations
 
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image
+
+from adapters import files
 
 from ..errors import PocketError
 from ..sprites import CELL, DATA
@@ -66,19 +67,19 @@ def fitted(rgba: np.ndarray, side: int) -> np.ndarray:
 def main(noto_json: str, fluent_json: str) -> None:
     drawings = []
     for path in (noto_json, fluent_json):
-        icons = json.loads(Path(path).read_text("utf-8"))
+        icons = files.read_json(Path(path))
         drawings += [drawing(icons, key) for key in CLASSES.values()]
     sheet = np.zeros((-(-len(drawings) // COLUMNS) * CELL, COLUMNS * CELL, 4), np.uint8)
     for index, cell in enumerate(drawings):
         row, column = divmod(index, COLUMNS)
         sheet[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = cell
-    DATA.mkdir(exist_ok=True)
-    Image.fromarray(sheet).save(DATA / "atlas.webp", lossless=True, quality=100, method=6, exact=True)
+    with files.write_file(DATA / "atlas.webp") as part:
+        Image.fromarray(sheet).save(part, "WEBP", lossless=True, quality=100, method=6, exact=True)
     origin = {
         "noto": "Noto Emoji (Google), Apache-2.0, via @iconify-json/noto",
         "fluent": "Fluent Emoji (Microsoft), MIT, via @iconify-json/fluent-emoji",
     }
-    (DATA / "atlas.json").write_text(json.dumps({"origin": origin, "names": list(CLASSES)}, indent=1) + "\n", "utf-8")
+    files.write_json(DATA / "atlas.json", {"origin": origin, "names": list(CLASSES)})
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
-from adapters.files import write_file
+from adapters.errors import FileError
+from adapters.files import read_tensors, write_tensors
 
 from .. import tokenizer
 from ..scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
@@ -74,11 +74,14 @@ def encoded_shard(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> di
         vae: encodes the scenes.
         seed: of the split.
         index: of the shard in the split.
-        folder: where shards are kept; one that is there is read.
+        folder: where shards are kept; one that is there is read, or made again where it is damaged.
     """
     path = folder / f"aligned{round(GRID * SIZE)}-{seed}-{index:05d}.safetensors"
     if path.exists():
-        return load_file(path)
+        try:
+            return read_tensors(path)[0]
+        except FileError as error:
+            print(f"{error}; it is made again")
     words = tokenizer.build()
     begin = index * SHARD
     pieces = [range(i, min(i + 64, begin + SHARD)) for i in range(begin, begin + SHARD, 64)]
@@ -86,8 +89,7 @@ def encoded_shard(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> di
     captions = [sample(seed, i).caption for i in range(begin, begin + SHARD)]
     tokens = words(captions, padding="max_length", return_tensors="pt").input_ids
     shard = {"latents": torch.cat(latents).half().cpu().contiguous(), "tokens": tokens.to(torch.int16)}
-    with write_file(path) as part:
-        save_file(shard, part)
+    write_tensors(path, shard)
     return shard
 
 

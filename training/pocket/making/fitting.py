@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from adapters.files import write_file
+from adapters.files import read_tensors, understood, write_tensors
 
 __all__ = [
     "Ema",
@@ -234,9 +232,7 @@ def save_state(
         tensors |= {f"ema.{part}/{name}": value for name, value in ema.average.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    metadata = {"state": json.dumps({"step": step})}
-    with write_file(path) as fresh:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, fresh, metadata=metadata)
+    write_tensors(path, tensors, {"state": json.dumps({"step": step})})
 
 
 def load_state(
@@ -249,10 +245,13 @@ def load_state(
         modules: name -> what is fitted; filled in place.
         emas: name -> averaged weights; filled in place.
         optimizer: of all modules; filled in place.
+
+    Raises:
+        FileError: it is damaged, or no such state; delete it to begin again.
     """
-    with safe_open(path, "pt") as file:
-        step: int = json.loads(file.metadata()["state"])["step"]
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with understood(path):
+        tensors, metadata = read_tensors(path)
+        step: int = json.loads(metadata["state"])["step"]
     for part, module in modules.items():
         module.load_state_dict(
             {name.removeprefix(f"{part}/"): v for name, v in tensors.items() if name.startswith(f"{part}/")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline
-from safetensors.torch import save_file
+
+from adapters import files
 
 from .. import DATA, VERSION, tokenizer
 from ..judging import Judge
@@ -50,9 +49,7 @@ def base(vae: AutoencoderKL, parts: Base) -> Path:
         # transformers loads in the dtype this names, diffusers in float32: left at float16, a plain
         # `from_pretrained(folder)` would mix the two and fail.
         config = folder / "text_encoder" / "config.json"
-        config.write_text(
-            json.dumps({**json.loads(config.read_text("utf-8")), "dtype": "float32"}, indent=2) + "\n", "utf-8"
-        )
+        files.write_json(config, {**files.read_json(config), "dtype": "float32"}, indent=2)
 
     return _replaced(VERSION, write, keep=("README.md", "sheet.webp"))
 
@@ -67,30 +64,25 @@ def judge(network: Judge) -> Path:
     tensors = {
         name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
     }
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "judge.safetensors")
-
-    return _replaced("judge", write, keep=("README.md",))
+    return _replaced(
+        "judge", lambda folder: files.write_tensors(folder / "judge.safetensors", tensors), keep=("README.md",)
+    )
 
 
 def _replaced(name: str, write: Callable[[Path], object], keep: Iterable[str] = ()) -> Path:
-    """Write a folder beside the old one, then put it in its place."""
-    final, fresh = DATA / name, DATA / f".{name}.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    write(fresh)
-    for kept in keep:
-        if (final / kept).exists():
-            shutil.copy2(final / kept, fresh / kept)
-    shutil.rmtree(final, ignore_errors=True)
-    fresh.rename(final)
+    """Write a folder that takes the old one's place in one step, with what of the old one is to be kept."""
+    final = DATA / name
+    with files.write_folder(final) as fresh:
+        write(fresh)
+        for kept in keep:
+            if (final / kept).exists():
+                shutil.copy2(final / kept, fresh / kept)
     return final
 
 
 def write_manifest() -> dict[str, Any]:
     """List what ships with size and sha256; refuse what is over its limit. Cards and pictures are no part of it."""
-    files = {}
+    found = {}
     for folder, limit in LIMITS.items():
         every = (path for path in sorted((DATA / folder).rglob("*")) if path.is_file())
         paths = [path for path in every if path.suffix not in (".md", ".webp")]
@@ -98,8 +90,7 @@ def write_manifest() -> dict[str, Any]:
         if size > limit:
             raise ValueError(f"{folder} has {size:,} bytes, over its limit of {limit:,}")
         for path in paths:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            files[path.relative_to(DATA).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    listed = {"version": VERSION, "files": files}
-    (DATA / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
+            found[path.relative_to(DATA).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    listed = {"version": VERSION, "files": found}
+    files.write_json(DATA / "manifest.json", listed)
     return listed

@@ -35,6 +35,8 @@ class Card:
     """Where the base is no hub id: a Python line that imports, and the expression that then gives its folder."""
     single_file: str = ""
     """Class of the pipeline that reads the base, where that is a single file."""
+    inpainting: bool = False
+    """Whether the base paints into holes of a picture, which its pipeline is given."""
     schedule: Mapping[str, Any] = field(default_factory=dict)
     """What the base's scheduler must be told, such as `prediction_type`, where the base does not say it itself."""
     license: str = "other"
@@ -223,7 +225,7 @@ def _use_section(card: Card, kinds: Sequence[str], has: Sequence[str], tokens: T
             *_fresh(card, kinds),
             "",
             f'with adapters.load(pipe, "."{weight}, guidance={guidance}, place=scfg.place_of) as attached:',
-            f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}, {_more(kinds)}).images[0]",
+            f"    image = pipe({_quoted(next(iter(card.prompts), 'a photo'))}, {_more(card, kinds)}).images[0]",
             "```",
         ]
     return "\n".join(lines)
@@ -274,9 +276,10 @@ def _loaded(card: Card, control: str = "") -> list[str]:
     return lines
 
 
-def _more(kinds: Sequence[str]) -> str:
+def _more(card: Card, kinds: Sequence[str]) -> str:
     """Further arguments of the call; the scale is the one that was measured."""
-    return ("image=condition, " if "controlnet" in kinds else "") + "**attached.run.call_kwargs"
+    given = "image=picture, mask_image=mask, strength=1.0, " if card.inpainting else ""
+    return given + ("image=condition, " if "controlnet" in kinds else "") + "**attached.run.call_kwargs"
 
 
 def _quoted(text: str) -> str:

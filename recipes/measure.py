@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import check_text, pipeline, size_of, without_control
+from recipes.common.base import check_text, painted, pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, named, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
@@ -132,7 +132,8 @@ def _picture_seconds(pipe: DiffusionPipeline, sampling: SamplingSettings) -> flo
     for steps in (1, 2):
         began = time.perf_counter()
         plain = without_control(pipe)
-        plain("", num_inference_steps=steps, height=sampling.height, width=sampling.width, output_type="np")
+        size = {"height": sampling.height, "width": sampling.width}
+        plain("", num_inference_steps=steps, output_type="np", **size, **painted(plain, sampling))
         took = time.perf_counter() - began
     return took / 2 * sampling.steps
 

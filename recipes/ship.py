@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, check_text, pipeline
+from recipes.common.base import POCKET, check_text, paints_holes, pipeline
 from recipes.common.cli import launch, say
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
@@ -150,6 +150,7 @@ def _card(settings: Settings, plan: MeasureSettings, weight: float, pipe: Any) -
         base_model=name,
         base_import=EMBEDDED if pocket else ("", ""),
         single_file=type(pipe).__name__ if single else "",
+        inpainting=paints_holes(pipe),
         schedule=_schedule(settings.base, pipe, single=single),
         license=ship.license,
         description=ship.description,

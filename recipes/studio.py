@@ -177,7 +177,7 @@ def _shot(
             height=sampling.height,
             width=sampling.width,
             negative_prompt=sampling.negative_prompt,
-            common=arguments_of(pipe, guidance),
+            common=arguments_of(pipe, guidance, sampling),
         )
         numbers = effective_scales(run)[0] if run is not None else {EFFECTIVE: guidance.guidance_scale}
         mapped = run is not None and any(step.regions is not None and step.gamma is not None for step in run.trace)

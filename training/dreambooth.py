@@ -29,7 +29,7 @@ from .data.cache import Region
 from .data.crops import Views
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
-from .models import Parts, pipeline
+from .models import Parts, everywhere, pipeline
 from .objective import build_objective
 from .preserve import frozen_copy
 from .progress import Progress
@@ -172,6 +172,10 @@ def prior(
     """
     if settings.preserve == "off" or (settings.preserve == "pictures" and settings.class_prompt is None):
         return None
+    if parts.inpainting and settings.company:
+        raise TrainingError(
+            f"dreambooth.company {settings.company}: words are not looked for in inpainting models; leave it out"
+        )
     if settings.surroundings == "base" and data.source[0].mask is None:
         raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
@@ -421,6 +425,7 @@ def _generate(
             guidance_scale=wanted["guidance_scale"],
             height=wanted["resolution"],
             width=wanted["resolution"],
+            **everywhere(parts, (wanted["resolution"], wanted["resolution"])),
             generator=[torch.Generator().manual_seed(item) for item in seeds],
         ).images
         for number, prompt, image in zip(chunk, prompts, made, strict=True):

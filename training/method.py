@@ -131,6 +131,8 @@ def _predictor(
     conditions = conditions_of(text_of(models, batch, parts), batch["frame"], dtype)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        if "beside" in batch:  # inpainting
+            noisy = torch.cat([noisy, batch["beside"]], dim=1)
         predicted: Tensor = models["unet"](noisy.to(dtype), timesteps, return_dict=False, **conditions)[0]
         return predicted
 
@@ -148,7 +150,7 @@ def base_prediction(method: Method, batch: Batch, dtype: torch.dtype) -> Tensor:
     """
     assert method.base is not None
     chosen = batch["preserved"]
-    rows = {name: batch[name][chosen] for name in ("latents", "noise", "timesteps", "frame")}
+    rows = {name: batch[name][chosen] for name in ("latents", "noise", "timesteps", "frame", "beside") if name in batch}
     rows |= {name.removeprefix("base_"): value for name, value in batch.items() if name.startswith("base_")}
     with method.base.models() as models:
         predict = _predictor(models, rows, dtype, method.parts)

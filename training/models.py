@@ -16,11 +16,14 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from torch import Tensor
 
 from adapters import text
@@ -37,6 +40,7 @@ __all__ = [
     "Parts",
     "encode_images",
     "encode_text",
+    "everywhere",
     "load",
     "pipeline",
     "tokenize",
@@ -80,6 +84,16 @@ class Parts:
         self.text_encoders = []
         if vae:
             self.vae = None
+
+    @property
+    def inpainting(self) -> bool:
+        """Whether its U-net is also given a hole and the picture around it, see `holes`."""
+        return bool(self.unet.config.in_channels > self.channels)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents that the U-net predicts."""
+        return int(self.unet.config.out_channels)
 
     @property
     def multiple(self) -> int:
@@ -126,10 +140,11 @@ def load(
         unet, vae, encoders, tokenizers = _networks(base, folder, index, variant)
         scheduler = single_file.scheduled(_json(folder / "scheduler" / "scheduler_config.json"), prediction, zero_snr)
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-    if unet.config.in_channels != vae.config.latent_channels:
+    channels = vae.config.latent_channels
+    if unet.config.in_channels not in (channels, 2 * channels + 1):
         raise TrainingError(
             f"base {base}: its U-net takes {unet.config.in_channels} channels and its VAE gives "
-            f"{vae.config.latent_channels}; inpainting, depth and upscaling bases cannot be trained here"
+            f"{channels}; depth, editing and upscaling bases cannot be trained here"
         )
     try:
         rule = text.checked(rule or text.TextRule(), encoders, tokenizers)
@@ -281,6 +296,23 @@ def weights_digest(*modules: Any) -> str:
     return digest.hexdigest()
 
 
+def everywhere(parts: Parts, size: tuple[int, int]) -> dict[str, Any]:
+    """What an inpainting pipeline is given so that it paints a whole picture; nothing for other bases.
+
+    Args:
+        parts: the base.
+        size: (height, width) in pixels.
+    """
+    if not parts.inpainting:
+        return {}
+    height, width = size
+    return {
+        "image": Image.new("RGB", (width, height), "gray"),
+        "mask_image": Image.new("L", (width, height), 255),
+        "strength": 1.0,
+    }
+
+
 def pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
     """An ordinary diffusers pipeline around the live parts: nothing is copied, no file but configs is read."""
     import diffusers
@@ -299,11 +331,15 @@ def pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
         pieces["controlnet"] = controlnet
     if parts.family == "sdxl":
         pieces |= {"text_encoder_2": encoders[1], "tokenizer_2": parts.tokenizers[1]}
-        classes: tuple[Any, Any] = (StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline)
+        classes: tuple[Any, ...] = (
+            StableDiffusionXLPipeline,
+            StableDiffusionXLControlNetPipeline,
+            StableDiffusionXLInpaintPipeline,
+        )
     else:
         pieces |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        classes = (StableDiffusionPipeline, StableDiffusionControlNetPipeline)
-    pipe = classes[controlnet is not None](**pieces)
+        classes = (StableDiffusionPipeline, StableDiffusionControlNetPipeline, StableDiffusionInpaintPipeline)
+    pipe = classes[2 if parts.inpainting else controlnet is not None](**pieces)
     pipe.set_progress_bar_config(disable=True)
     if parts.text_encoders:  # otherwise it is given embeddings
         text.follow(pipe, parts.text)

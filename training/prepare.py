@@ -24,6 +24,7 @@ from .data.crops import Views
 from .dreambooth import Concept, Prior
 from .errors import TrainingError
 from .estimate import Estimate, estimate, trained_table
+from .holes import beside
 from .kernels import fused, prepack
 from .method import Method
 from .models import encode_images, encode_text, tokenize, too_long
@@ -157,7 +158,8 @@ def prepare_run(
     seconds = 0.0
     if settings.dry_run:
         store = Store(cache_folder if cache == "disk" else None)
-        cache, seconds = "off", 0.0 if cache == "off" else caching_seconds(data, parts, store, device=device)
+        quick = cache == "off" or parts.inpainting
+        cache, seconds = "off", 0.0 if quick else caching_seconds(data, parts, store, device=device)
     elif cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
@@ -165,9 +167,8 @@ def prepare_run(
     tokens = data.resolution**2 // parts.vae_scale_factor**2
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
-    if kept is None:  # they are asked in every step
-        for module in (parts.vae, *parts.text_encoders):
-            module.to(device)
+    for module in (parts.vae, *parts.text_encoders) if kept is None else (parts.vae,) if parts.inpainting else ():
+        module.to(device)  # they are asked in every step
     samples = _samples(method, concepts, region, kept, device, say)
     feed = _feed(method, [stream for some in samples for stream in some], settings, accelerator, region=region)
     tags = next((concept.views.tags for concept in concepts if concept.views.tags.varies), data.tags)
@@ -182,7 +183,7 @@ def prepare_run(
         for batch in validate.fixed_loss_batches(own, feed.draws, count, seed=seed, text=feed.text)
     ]
     if texts is not None:
-        parts.release(vae=not settings.validation.prompts)
+        parts.release(vae=not settings.validation.prompts and not parts.inpainting)
     return Prepared(
         feed=feed,
         views=sum(len(own.entries) for own, *_ in samples),
@@ -201,6 +202,13 @@ def _refuse(method: Method, data: Views, *, prior: Prior | None, region: Region 
     parts = method.parts
     if not parts.text_encoders or parts.vae is None:
         raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
+    if method.needs_conditioning and parts.inpainting:
+        raise TrainingError(
+            "base: a ControlNet of an inpainting model cannot be trained here; take the text-to-image model that it "
+            "was made from"
+        )
+    if parts.inpainting and region is not None:
+        raise TrainingError("region: words are not looked for in inpainting models; leave it out, or set data.masks")
     if method.needs_conditioning and data[0].conditioning is None:
         raise TrainingError("a ControlNet needs conditioning images: set data.conditioning or data.annotator")
     if method.needs_conditioning and prior is not None:
@@ -229,14 +237,19 @@ def _samples(
     progress = Progress("caching", say)
 
     def entries(views: Views) -> Encoded | Live:
-        if store is None:
+        if store is None or method.parts.inpainting:  # which also encodes the picture around each sample's hole
             return Live(views, method.parts.vae_scale_factor)
         own = region if views is concepts[0].views else None  # class images count whole, as they do beside masks
         return encode_views(views, method.parts, store, device=device, region=own, progress=progress)
 
     samples = [_streams(concept, entries, alone=len(concepts) == 1) for concept in concepts]
     streams = [stream for some in samples for stream in some]
-    if store is not None:
+    if method.parts.inpainting:
+        say(
+            "inpainting base: a quarter of the samples are painted whole, the others in random holes; pictures are "
+            "encoded in every step"
+        )
+    elif store is not None:
         say(f"cached {sum(len(stream.entries) for stream in streams)} views, {store.encoded} newly encoded here")
     if len(concepts) > 1:
         total = sum(concept.share for concept in concepts)
@@ -303,13 +316,14 @@ def _feed(
             "set data.masks, or hand in a region"
         )
     draws = Draws(
-        latent_shape=(parts.unet.config.in_channels, parts.vae_scale_factor),
+        latent_shape=(parts.channels, parts.vae_scale_factor),
         timesteps=len(method.objective.products),
         noise_offset=chosen.noise_offset,
         caption_dropout=chosen.caption_dropout,
         conditioning_dropout=method.conditioning_dropout,
         conditioning=method.needs_conditioning,
         masks=masked,
+        holes=parts.inpainting,
     )
     return Feed(
         streams,
@@ -473,6 +487,8 @@ def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], d
         parts = method.parts
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         with torch.no_grad():
+            if "hole" in batch:
+                batch["beside"] = beside(parts, batch["pixels"], batch.pop("hole"))
             if "pixels" in batch:
                 batch["mean"], batch["std"] = encode_images(parts.vae, batch.pop("pixels"))
             batch["latents"] = torch.addcmul(batch.pop("mean"), batch.pop("std"), batch.pop("posterior"))

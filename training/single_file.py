@@ -33,6 +33,8 @@ PADS = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}
 """Family -> what fills a short text, for each text encoder: OpenCLIP's are filled with zeros."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 UNET = "model.diffusion_model."
+INPAINTING = 9
+"""Channels of a U-net that is given noisy latents, a hole and the latents of the picture around it."""
 PARTS = {
     "U-net": (f"{UNET}input_blocks.0.0.weight",),
     "text encoder": ("cond_stage_model.", "conditioner.embedders."),
@@ -65,7 +67,10 @@ class SingleFile:
     @property
     def index(self) -> dict[str, Any]:
         """`model_index.json`, with the scheduler that the file needs."""
-        return _json(self.configs / "model_index.json") | {"scheduler": ["diffusers", self.scheduler["_class_name"]]}
+        index = _json(self.configs / "model_index.json") | {"scheduler": ["diffusers", self.scheduler["_class_name"]]}
+        if "in_channels" in self.unet:  # inpainting
+            index["_class_name"] = re.sub(r"(Inpaint)?Pipeline$", "InpaintPipeline", str(index["_class_name"]))
+        return index
 
 
 def is_file(base: str | Path) -> bool:
@@ -113,6 +118,8 @@ def look(
     unet: dict[str, Any] = {}
     if family == "sd2" and told == "v_prediction":  # the 768-pixel models
         unet = {"sample_size": 96, "upcast_attention": True}
+    if header[PARTS["U-net"][0]]["shape"][1] == INPAINTING:
+        unet["in_channels"] = INPAINTING
     zero = "ztsnr" in header if zero_snr is None else zero_snr
     return SingleFile(path=path, configs=configs, scheduler=scheduled(own, told, zero or None), unet=unet)
 
@@ -199,9 +206,9 @@ def _refuse(path: Path, header: Mapping[str, Any]) -> None:
     require(not lacking, f"base {path} has no {' and no '.join(lacking)}; {WANTED}")
     channels = header[PARTS["U-net"][0]]["shape"][1]
     require(
-        channels == 4,
-        f"base {path}: its U-net takes {channels} channels; inpainting, depth, editing and upscaling bases are not "
-        f"known here; {WANTED}",
+        channels in (4, INPAINTING),
+        f"base {path}: its U-net takes {channels} channels; depth, editing and upscaling bases are not known here; "
+        f"{WANTED}",
     )
 
 

@@ -22,7 +22,7 @@ from .data.images import condition
 from .data.pictures import decode, inspect
 from .errors import TrainingError
 from .method import Method
-from .models import pipeline
+from .models import everywhere, pipeline
 from .text import read_bytes
 
 __all__ = ["fixed_loss", "fixed_loss_batches", "samples", "untouched"]
@@ -88,6 +88,7 @@ def samples(
     with untouched(*modules), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for number in range(rank, len(settings.prompts), processes):
             asked = _prompt_arguments(settings.prompts[number], texts, device)
+            asked |= everywhere(parts, size)
             if method.controlnet is not None:
                 asked["image"] = _conditioning(settings, number, size)
             image = pipe(

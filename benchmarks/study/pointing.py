@@ -119,7 +119,7 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
         steps=settings.sampling.steps,
         batch_size=settings.sampling.batch_size,
         negative_prompt=settings.sampling.negative_prompt,
-        common=arguments_of(pipe, settings.guidance),
+        common=arguments_of(pipe, settings.guidance, settings.sampling),
     )
     seen = judge().segment([shot.image for shot in shots])
     rows = []

@@ -24,6 +24,8 @@ __all__ = [
     "controlnet_folder",
     "edges_of",
     "load_parts",
+    "painted",
+    "paints_holes",
     "pipeline",
     "pipeline_arguments",
     "size_of",
@@ -71,6 +73,16 @@ def _rule(base: BaseSettings) -> Any:
     return TextRule(clip_skip=base.clip_skip, chunks=base.prompt_chunks or 1)
 
 
+def _check_picture(pipe: DiffusionPipeline, base: BaseSettings, sampling: SamplingSettings) -> None:
+    """What an inpainting model paints into is there, and other models are given nothing of the kind."""
+    require(
+        sampling.image is None or paints_holes(pipe),
+        f"sampling.image {sampling.image} is for inpainting models, and base {base.path} is none; leave image and mask "
+        "out",
+    )
+    painted(pipe, sampling)
+
+
 def _follow(pipe: DiffusionPipeline, base: BaseSettings) -> None:
     """The pipeline reads text as the settings say."""
     from adapters import text
@@ -108,13 +120,21 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         pipe = _opened(base, dtype)
+        require(
+            not (controlnet and paints_holes(pipe)),
+            f"base {base.path} is an inpainting model, with which a ControlNet is not sampled here; take the "
+            "text-to-image model that it was made from",
+        )
         if controlnet:
             place = controlnet_folder(controlnet)
             found = diffusers.ControlNetModel.load_config(place).get("_class_name")
             require(found == "ControlNetModel", f"controlnet {controlnet} is a {found}, not a ControlNetModel")
             network = diffusers.ControlNetModel.from_pretrained(place, use_safetensors=True, **half)
             pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=network)
+        if paints_holes(pipe) and "mask_image" not in signature(pipe.__call__).parameters:
+            pipe = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
         _follow(pipe, base)
+        _check_picture(pipe, base, sampling)
     except TrainingError:
         raise
     except (OSError, ValueError) as error:
@@ -208,6 +228,41 @@ def pipeline_arguments(base: BaseSettings, *, controlnet: str | None = None) -> 
     require(kind is not None, f"base {base.path}: diffusers has no {name}")
     assert kind is not None
     return name, set(signature(kind.__call__).parameters)
+
+
+def paints_holes(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline's U-net is an inpainting one, which is always given a picture and a mask."""
+    vae = getattr(pipe, "vae", None)
+    return vae is not None and pipe.unet.config.in_channels == 2 * vae.config.latent_channels + 1
+
+
+def painted(pipe: DiffusionPipeline, sampling: SamplingSettings) -> dict[str, Any]:
+    """Picture and mask for an inpainting base: those of the settings, or a mask that is white all over.
+
+    Raises:
+        TrainingError: a picture that cannot be read.
+    """
+    from PIL import Image
+
+    from training.data.pictures import decode, inspect, rgb
+    from training.data.pictures import mask as grey
+    from training.text import read_bytes
+
+    if not paints_holes(pipe):
+        return {}
+    width, height = size_of(pipe, sampling)
+    pieces = [Image.new("RGB", (width, height), "gray"), Image.new("L", (width, height), 255)]
+    for number, (name, read) in enumerate((("image", rgb), ("mask", grey))):
+        if (given := getattr(sampling, name)) is None:
+            continue
+        try:
+            data = read_bytes(Path(given).expanduser())
+        except OSError as error:
+            raise TrainingError(f"sampling.{name}: {given} cannot be read: {error.strerror}") from error
+        if problem := inspect(data, 1, "mask" if name == "mask" else "image").problem:
+            raise TrainingError(f"sampling.{name}: {given} {problem}")
+        pieces[number] = read(decode(data)).resize((width, height))
+    return {"image": pieces[0], "mask_image": pieces[1], "strength": 1.0}
 
 
 def size_of(pipe: DiffusionPipeline, sampling: SamplingSettings) -> tuple[int, int]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from recipes.common.base import painted
 from recipes.common.cli import say
 from recipes.common.guidance import arguments_of, effective_scales, guided
 from recipes.common.settings import GuidanceSettings, SamplingSettings
@@ -67,7 +69,7 @@ def draw(
             negative_prompt=sampling.negative_prompt,
             arm=arm,
             inputs=inputs,
-            common={**arguments_of(pipe, guidance), **(common or {})},
+            common={**arguments_of(pipe, guidance, sampling), **(common or {})},
             folder=folder,
             settings=made_with,
             rank=rank,
@@ -96,8 +98,15 @@ def _made_with(
         "weights": weights,
         "precision": sampling.precision,
         **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
+        **({} if sampling.image is None else {"painted": _digest(pipe, sampling)}),
         **({} if (rule := adapters.text.rule_of(pipe)).neutral else {"text": rule.to_config()}),
     }
+
+
+def _digest(pipe: DiffusionPipeline, sampling: SamplingSettings) -> str:
+    """Of the picture that is painted into, and of its mask."""
+    given = painted(pipe, sampling)
+    return hashlib.sha256(given["image"].tobytes() + given["mask_image"].tobytes()).hexdigest()[:16]
 
 
 def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = "") -> Image.Image:

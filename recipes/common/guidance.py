@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from recipes.common.settings import GuidanceSettings
+from recipes.common.base import painted
+from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import require
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def method_title(method: str) -> str:
     return {"cfg": "CFG", "semantic": "S-CFG"}.get(method, method)
 
 
-def arguments_of(pipe: DiffusionPipeline, guidance: GuidanceSettings) -> dict[str, Any]:
+def arguments_of(pipe: DiffusionPipeline, guidance: GuidanceSettings, sampling: SamplingSettings) -> dict[str, Any]:
     """What every call of the pipeline is given besides its scale; raises for a rescale that it does not take."""
     taken = signature(pipe.__call__).parameters
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = painted(pipe, sampling)
     if "clean_caption" in taken:  # DeepFloyd IF cleans prompts only where Beautiful Soup is installed
         arguments["clean_caption"] = False
     if guidance.rescale is not None:

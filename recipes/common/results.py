@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.common.base import paints_holes
 from recipes.common.comparison import Comparison, worn
 from recipes.common.draw import sheet
 from recipes.common.guidance import EFFECTIVE, arguments_of, guided
@@ -163,6 +164,7 @@ def _facts(pipe: DiffusionPipeline, base: str, sampling: SamplingSettings) -> di
     return {
         "base": base,
         **({} if rule.neutral else {"text": rule.said()}),
+        **({"painted": "in the given mask" if sampling.image else "whole pictures"} if paints_holes(pipe) else {}),
         "base weights": adapters.describe(pipe)["weights"],
         "scheduler": type(pipe.scheduler).__name__,
         "steps": sampling.steps,
@@ -240,7 +242,7 @@ def _overlay(
                 width=sampling.width,
                 negative_prompt=sampling.negative_prompt,
                 inputs=case.inputs,
-                common=arguments_of(pipe, arm.guidance),
+                common=arguments_of(pipe, arm.guidance, sampling),
             )
             return {"regions and gamma over the steps": strip(run, pipe)}
 

@@ -109,10 +109,18 @@ class SamplingSettings:
     """Negative prompt, used for the unconditional half."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of weights and computation while sampling."""
+    image: str | None = None
+    """Inpainting bases: the picture that is painted into, for all prompts. null: whole pictures are painted."""
+    mask: str | None = None
+    """White where `image` is painted over."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             require(getattr(self, name) >= 1, f"sampling.{name} must be at least 1, got {getattr(self, name)}")
+        require(
+            (self.image is None) == (self.mask is None),
+            "sampling.image and sampling.mask belong together: the picture, and where it is painted over",
+        )
 
 
 def _seeds(flag: str, seeds: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..holes import hole
 
 __all__ = ["Draws", "Feed", "Stream", "seed_of"]
 
@@ -79,6 +80,8 @@ class Draws:
     conditioning_dropout: float = 0.0
     conditioning: bool = False
     """Whether the method reads conditioning images; otherwise they are left out of the batches."""
+    holes: bool = False
+    """Whether the network paints holes (inpainting), which are drawn by a seed of their own."""
     masks: bool = False
     """Whether the loss uses masks; samples without one get a mask of ones."""
 
@@ -189,6 +192,8 @@ class Feed:
                 if "mask" not in entry:
                     raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
                 item |= {"asked": stream.asked(item["caption"]), "inside": _widened(entry["mask"])}
+        if draws.holes:
+            item["hole"] = hole(seed_of(self.seed, "hole", position), (height, width))
         if draws.noise_offset:
             item["noise"] = noise + draws.noise_offset * torch.randn((channels, 1, 1), generator=random)
         if not draws.masks:

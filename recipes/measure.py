@@ -80,8 +80,7 @@ def run(settings: Settings) -> Path | None:
         size=size_of(pipe, settings.sampling),
     )
     comparison = resolved_with(settings.measure)
-    for case in comparison.units:
-        check_text(pipe, case.adapter)
+    check_text(pipe, *(case.adapter for case in comparison.units))
     for arm in comparison.arms.values():
         with named(f"measure.arms, {arm.name!r}"), guided(pipe, arm.guidance)():
             pass

@@ -79,8 +79,7 @@ def run(settings: Settings) -> Path | None:
         return found, resolve_search(tune, found, adapter=settings.adapter, size=size)
 
     comparison, search = resolved(settings.measure, settings.tune)
-    for case in search.units:
-        check_text(pipe, case.adapter)
+    check_text(pipe, *(case.adapter for case in search.units))
     if settings.dry_run:
         for name, candidates in search.candidates.items():
             say(f"{name}: would try {len(candidates)} candidates on {len(search.prompts)} prompts")

@@ -319,24 +319,26 @@ def adapted(
     return adapters.load(pipe, adapter, weight=weight, guidance=lambda _: nullcontext(), merged=merged, scope=reach)
 
 
-def check_text(pipe: DiffusionPipeline, adapter: str | Path | None) -> None:
-    """An adapter is drawn with the rule for text that it was trained with, and so is the base beside it.
+def check_text(pipe: DiffusionPipeline, *adapters: str | Path | None) -> None:
+    """Adapters are drawn with the rule for text that they were trained with, and so is the base beside them.
 
     Args:
         pipe: with the rule of the settings.
-        adapter: folder, file or hub id; None: there is none.
+        *adapters: folders, files or hub ids; None: there is none.
 
     Raises:
         TrainingError: another rule, with the settings that make it this one.
     """
     from adapters import text
 
-    trained, own = text.TextRule() if adapter is None else text.rule_in(adapter), text.rule_of(pipe)
-    require(
-        trained.neutral or trained == own,
-        f"adapter {adapter} was trained with {trained.said()}, and base says {own.said()}; set base.clip_skip "
-        f"{'null' if trained.clip_skip is None else trained.clip_skip} and base.prompt_chunks {trained.chunks}",
-    )
+    own = text.rule_of(pipe)
+    for adapter in filter(None, adapters):
+        trained = text.rule_in(adapter)
+        require(
+            trained.neutral or trained == own,
+            f"adapter {adapter} was trained with {trained.said()}, and base says {own.said()}; set base.clip_skip "
+            f"{'null' if trained.clip_skip is None else trained.clip_skip} and base.prompt_chunks {trained.chunks}",
+        )
 
 
 def _scope(pipe: DiffusionPipeline, settings: ScopeSettings, identifier: str, noun: str) -> Any:

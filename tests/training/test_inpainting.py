@@ -84,7 +84,9 @@ def test_a_batch_holds_holes_by_position(bases: dict, pictures: Path) -> None:
     assert whole["hole"].shape == (4, 1, 32, 32)
     assert whole["noise"].shape[1] == 4
     assert torch.equal(whole["hole"], torch.cat([two.batch(3, 0)["hole"], two.batch(3, 1)["hole"]]))
-    plain = Feed([Stream(entries=entries)], Draws(latent_shape=(4, parts.vae_scale_factor)), seed=5, batch_size=4).batch(3, 0)
+    plain = Feed(
+        [Stream(entries=entries)], Draws(latent_shape=(4, parts.vae_scale_factor)), seed=5, batch_size=4
+    ).batch(3, 0)
     assert torch.equal(plain["noise"], whole["noise"])  # holes have a seed of their own
     assert "hole" not in plain
 

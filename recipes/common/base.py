@@ -332,8 +332,8 @@ def check_text(pipe: DiffusionPipeline, *adapters: str | Path | None) -> None:
     from adapters import text
 
     own = text.rule_of(pipe)
-    for adapter in filter(None, adapters):
-        trained = text.rule_in(adapter)
+    for adapter in adapters:
+        trained = text.TextRule() if adapter is None else text.rule_in(adapter)
         require(
             trained.neutral or trained == own,
             f"adapter {adapter} was trained with {trained.said()}, and base says {own.said()}; set base.clip_skip "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import (
     archive,
+    curves,
     effect,
     gains,
     metrics,
@@ -24,6 +25,7 @@ from . import (
 
 __all__ = [
     "archive",
+    "curves",
     "effect",
     "gains",
     "metrics",

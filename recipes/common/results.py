@@ -195,7 +195,7 @@ def at_equal_scale(rows: Sequence[Row], design: Design) -> Gains | str:
     try:
         preferences = dict.fromkeys(design.notes.get("only at equal effective scale", ()), True)
         judged = {**design.higher_is_better, **preferences}
-        equal = adapters.measuring.gains.at_effective_scale(
+        equal = adapters.measuring.curves.at_effective_scale(
             rows, design.arm, sweep, list(judged), name=label, recorded=EFFECTIVE
         )
     except adapters.GainsError as error:

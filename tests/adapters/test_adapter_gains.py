@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from adapters.errors import GainsError
-from adapters.measuring import gains, stats
+from adapters.measuring import curves, gains, stats
 from adapters.measuring.gains import Design
 from adapters.measuring.table import Row, read_csv, write_csv
 
@@ -182,7 +182,7 @@ def sweep_rows(effective: float) -> tuple[list[Row], dict[str, str]]:
 
 def test_equal_effective_scale_interpolates_and_never_extrapolates():
     rows, sweep = sweep_rows(2.0)
-    matched = gains.at_effective_scale(rows, "scfg", sweep, ["fidelity"], name="cfg matched", recorded="effective")
+    matched = curves.at_effective_scale(rows, "scfg", sweep, ["fidelity"], name="cfg matched", recorded="effective")
     assert [r.numbers["fidelity"] for r in matched] == [5.0] * 4  # halfway between 1 and 9
     design = Design(
         arm="scfg", baseline="cfg matched", primary="fidelity", minimum_effect=0.1, higher_is_better={"fidelity": True}
@@ -190,9 +190,9 @@ def test_equal_effective_scale_interpolates_and_never_extrapolates():
     assert gains.compare([*rows, *matched], design).primary.difference == pytest.approx(1.5)
     rows, sweep = sweep_rows(10.0)
     with pytest.raises(GainsError, match="outside the sweep"):
-        gains.at_effective_scale(rows, "scfg", sweep, ["fidelity"], name="x", recorded="effective")
+        curves.at_effective_scale(rows, "scfg", sweep, ["fidelity"], name="x", recorded="effective")
     with pytest.raises(GainsError, match="no sweep"):
-        gains.at_effective_scale(rows, "scfg", {}, ["fidelity"], name="x", recorded="effective")
+        curves.at_effective_scale(rows, "scfg", {}, ["fidelity"], name="x", recorded="effective")
 
 
 def test_curves_are_ordered_by_scale():

@@ -19,7 +19,7 @@ from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
 from recipes.common.guidance import guider_of
-from recipes.common.search import Search, resolve_search
+from recipes.common.search import Search, resolve_search, step_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
 from recipes.common.tuned import Tuned
 from recipes.common.units import Case
@@ -110,6 +110,7 @@ def run(settings: Settings) -> Path | None:
             rounds={name: item.rounds for name, item in found.items()},
             pictures={name: item.images for name, item in found.items()},
             signs=signs,
+            steps=[step_of(one["adapter"]) for one in first] if "checkpoint" in found else (),
         )
         _write(out, tuned, settings.measure.arm, search.units[0])
         if said := tuned.overfitting():

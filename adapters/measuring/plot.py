@@ -17,15 +17,16 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
 
 
-def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+def plot(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, whole: bool = False) -> str:
     """Series name -> points (x, y, low, high, label); returns a <figure>.
 
     Args:
         series: name -> points (x, y, low, high, label).
         x_label: what x is, with its unit.
         y_label: what y is, with its unit.
+        whole: x is counted, so that only whole numbers are written at its axis.
     """
-    return f"<figure>{_svg(series, x_label, y_label)}</figure>"
+    return f"<figure>{_svg(series, x_label, y_label, whole=whole)}</figure>"
 
 
 def picture(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
@@ -42,7 +43,7 @@ def picture(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -
     return f'{opened}{own}><rect width="100%" height="100%" fill="#fff"/>{rest}\n'
 
 
-def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, whole: bool = False) -> str:
     points = [point for line in series.values() for point in line]
     x0, x1 = _span([p[0] for p in points])
     y0, y1 = _span([value for p in points for value in p[1:4]])
@@ -55,7 +56,7 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> s
             bottom - (y - y0) / (y1 - y0) * (bottom - top),
         )
 
-    parts = [_axes(x0, x1, y0, y1, place, x_label, y_label)]
+    parts = [_axes((x0, x1, _ticks(x0, x1, whole)), (y0, y1, _ticks(y0, y1)), place, x_label, y_label)]
     for index, (name, line) in enumerate(series.items()):
         parts.append(_line(name, line, _COLORS[index % 6], _DASHES[index % 6], index, place))
     title = f"{y_label} against {x_label}"
@@ -66,21 +67,37 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> s
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
+    """From a little below the least to a little above the largest; beyond 0 and 1 only if a value is."""
     finite = [v for v in values if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     pad = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    return low - pad, high + pad
+    return max(low - pad, 0.0) if low >= 0 else low - pad, min(high + pad, 1.0) if high <= 1 else high + pad
 
 
-def _axes(x0: float, x1: float, y0: float, y1: float, place: Place, x_label: str, y_label: str) -> str:
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Three to seven round numbers of a span, equally far apart."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step = next(step * many for many in (1, 2, 5, 10) if (high - low) / (step * many) < 7)
+    step = max(step, 1.0) if whole else step
+    return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+Axis = tuple[float, float, list[float]]
+"""Where it begins, where it ends, and what is written at it."""
+
+
+def _axes(across: Axis, up: Axis, place: Place, x_label: str, y_label: str) -> str:
+    (x0, x1, xs), (y0, y1, ys) = across, up
     left, bottom = place(x0, y0)
     right, top = place(x1, y1)
     parts = [f'<path d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}" fill="none" stroke="currentColor"/>']
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        px, py = place(x, y)
-        parts.append(f'<text x="{px:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{_tick(x, x1 - x0)}</text>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{_tick(y, y1 - y0)}</text>')
+    for x in xs:
+        px, _ = place(x, y0)
+        parts.append(f'<path d="M{px:.1f} {bottom:.1f}v4" stroke="currentColor"/>')
+        parts.append(f'<text x="{px:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">{_number(x, xs)}</text>')
+    for y in ys:
+        _, py = place(x0, y)
+        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{_number(y, ys)}</text>')
         parts.append(f'<path d="M{left:.1f} {py:.1f}H{right:.1f}" stroke="currentColor" opacity=".12"/>')
     parts.append(
         f'<text x="{(left + right) / 2:.1f}" y="{bottom + 40:.1f}" text-anchor="middle">{escape(x_label)}</text>'
@@ -89,9 +106,10 @@ def _axes(x0: float, x1: float, y0: float, y1: float, place: Place, x_label: str
     return "".join(parts)
 
 
-def _tick(value: float, span: float) -> str:
-    """With the digits that tell the five ticks of a span apart."""
-    digits = max(0, 1 - math.floor(math.log10(span)))
+def _number(value: float, ticks: Sequence[float]) -> str:
+    """With the digits that tell neighbouring ticks apart."""
+    apart = ticks[1] - ticks[0] if len(ticks) > 1 else abs(value) or 1.0
+    digits = max(0, -math.floor(math.log10(apart) + 1e-9))
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
@@ -104,7 +122,8 @@ def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, p
         _, top = place(x, high)
         parts.append(f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{color}" stroke-width="1.5"/>')
         parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{px + 6:.1f}" y="{py - 6:.1f}" font-size="11">{escape(label)}</text>')
+        side, shift = (' text-anchor="end"', -6) if px > WIDTH * 0.75 else ("", 6)  # or it would leave the picture
+        parts.append(f'<text x="{px + shift:.1f}" y="{py - 6:.1f}" font-size="11"{side}>{escape(label)}</text>')
     row, column = divmod(index, _ENTRIES)
     x, y = LEFT + column * _ENTRY[0], TOP + row * _ENTRY[1] + 4
     parts.append(f'<path d="M{x} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')

@@ -71,6 +71,7 @@ def write_results(
         overlay=_overlay(pipe, comparison, sampling),
         references=_pictures_of(comparison),
         checkpoints=comparison.tuned.checkpoints() if comparison.tuned else None,
+        along="training step" if comparison.tuned and comparison.tuned.counted else "checkpoint, in order",
         overfitting=comparison.tuned.overfitting() if comparison.tuned else "",
         command=f"python recipes/measure.py --config {out / 'measured' / 'settings.yaml'}",
     )

@@ -17,7 +17,7 @@ from recipes.common.settings import TuneSettings
 from recipes.common.units import Case, cases
 from training.config import require
 
-__all__ = ["JOINT", "Search", "resolve_search"]
+__all__ = ["JOINT", "Search", "resolve_search", "step_of"]
 
 TUNING = 50_000  # so many of the pocket world's held-out scenes are left to reports
 JOINT = "joint"
@@ -176,10 +176,23 @@ def _checkpoints(search: TuneSettings, comparison: Comparison, adapter: str | No
     beside = Path(search.snapshots or Path(adapter).parent / "snapshots")
     folders = [str(folder) for folder in sorted(beside.glob("step-*"))]
     require(bool(folders) or search.snapshots is None, f"tune.snapshots: no step-* folders in {search.snapshots}")
+    last = step_of(adapter)
+    folders = [folder for folder in folders if last is None or step_of(folder) != last]  # the adapter once more
     plan = comparison.plan
     plain = plan.arms[plan.baseline]
     guidance = asdict(replace(plain, guidance_scale=plan.guidance_scale or plain.guidance_scale))
     return [{**guidance, "adapter": one} for one in (*folders, adapter)]
+
+
+def step_of(folder: str) -> int | None:
+    """The step of training that a checkpoint is of, by its manifest; None where that is not known."""
+    from adapters import FileError, files
+
+    try:
+        step = files.read_manifest(Path(folder)).get("step")
+    except (FileError, OSError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _objective(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,8 @@ class Tuned:
     signs: Mapping[str, Any] = field(default_factory=dict)
     """Signs of overfitting in the first round's pictures: the feature `space`, those of the `base`, and of every
     checkpoint. Empty where there were no checkpoints."""
+    steps: Sequence[int | None] = ()
+    """The training step of every checkpoint, as far as it is known; in the order of the first round."""
 
     def write(self, folder: Path) -> None:
         """Write `tuned.json` into a folder."""
@@ -60,6 +61,7 @@ class Tuned:
             "rounds": dict(self.rounds),
             "pictures": dict(self.pictures),
             "signs": dict(self.signs),
+            "steps": list(self.steps),
         }
         (folder / FILE).write_text(json.dumps(record, indent=1), "utf-8")
 
@@ -86,6 +88,7 @@ class Tuned:
                 rounds=found["rounds"],
                 pictures=found["pictures"],
                 signs=found.get("signs", {}),
+                steps=found.get("steps", ()),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(f"tuned: {file} is not what recipes/tune.py wrote ({error!r})") from error
@@ -104,12 +107,18 @@ class Tuned:
             values = [one[sign] for one in signs]
             if None not in values:
                 curves[f"{said} ({self.signs['space']})"] = values
+        places: Sequence[Any] = self.steps if self.counted else range(1, len(results) + 1)
         labels = [self._label(one["settings"]["adapter"]) for one in results]
 
         def points(values: Sequence[float]) -> list[Point]:
-            return [(float(place), y, y, y, label) for place, y, label in zip(count(1), values, labels, strict=False)]
+            return [(float(place), y, y, y, label) for place, y, label in zip(places, values, labels, strict=True)]
 
         return {name: points(values) for name, values in curves.items()}
+
+    @property
+    def counted(self) -> bool:
+        """Whether the places of `checkpoints` are steps of the training; else they are in order."""
+        return bool(self.steps) and None not in self.steps
 
     def overfitting(self) -> str:
         """What the signs say of the checkpoints, in plain sentences; empty where they show no overfitting."""
@@ -122,7 +131,9 @@ class Tuned:
         return sentence(dict(zip(names, found, strict=True)), Signs(**self.signs["base"]))
 
     def _label(self, path: str) -> str:
-        return f"{Path(path).name}, chosen" if path == self.adapter else Path(path).name
+        """Steps stand at the axis; without them the point says which checkpoint it is."""
+        named = [] if self.counted else [Path(path).name]
+        return ", ".join([*named, *(["chosen"] if path == self.adapter else [])])
 
     def facts(self) -> dict[str, str]:
         """What the search tried and found, in words: the curve behind the guider."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -201,6 +202,24 @@ def test_checkpoints_are_curves_and_overfitting_is_a_sentence_above_them():
     assert said.count("step-10, chosen</text>") == 2
     assert said.index("<h2>Curves") < said.index("lora &lt;is&gt;") < said.index("diversity (judge) against checkpoint")
     assert "against checkpoint" not in noisy(16, 2)
+
+
+def ticks(figure: str, anchor: str) -> list[str]:
+    """What is written at an axis: below it in the middle, beside it at the end."""
+    return re.findall(rf'text-anchor="{anchor}">(-?[\d.]+)</text>', figure)
+
+
+@pytest.mark.parametrize("places", [(1, 2), (1, 2, 3), (100, 200, 300, 400), (250, 1000), (1, 30), (7, 12_000)])
+def test_counted_axes_have_whole_numbers_and_shares_stay_between_zero_and_one(places):
+    shares = [(float(x), y, y, y, "") for x, y in zip(places, (0.0, 1.0, 0.5, 0.25), strict=False)]
+    figure = plot({"a": shares}, "training step", "share of copies", whole=True)
+    below, beside = ticks(figure, "middle"), [float(each) for each in ticks(figure, "end")]
+    assert len(below) >= 2
+    assert all(each.isdigit() and int(each) <= places[-1] * 1.1 for each in below)  # no sign either
+    assert (beside[0], beside[-1]) == (0.0, 1.0)
+    assert len({round(later - one, 9) for one, later in itertools.pairwise(beside)}) == 1
+    gains_and_losses = plot({"a": [(1.0, -0.2, -0.2, -0.2, ""), (2.0, 1.4, 1.4, 1.4, "")]}, "x", "y")
+    assert [float(each) for each in ticks(gains_and_losses, "end")] == [0.0, 0.5, 1.0, 1.5]
 
 
 def test_the_first_screen_explains_its_words(page):

@@ -140,6 +140,10 @@ def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: 
         "25 % of the diversity of the base's."
     )
     assert found.facts()["overfitting"] == found.overfitting()
+    counted = Tuned.read(tuned(tmp_path / "counted", **chosen, steps=[10, 40]))
+    assert counted.checkpoints() == {"what was maximised": [(10, 0.5, 0.5, 0.5, "chosen"), (40, 0.4, 0.4, 0.4, "")]}
+    half = Tuned.read(tuned(tmp_path / "half", **chosen, steps=[10, None]))
+    assert half.checkpoints() == {"what was maximised": curve}
 
 
 def test_a_subject_is_tuned_for_both_its_metrics_with_equally_many_tries() -> None:

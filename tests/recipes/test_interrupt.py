@@ -172,10 +172,8 @@ def test_tuning_goes_on_after_ctrl_c(models: Path, adapters_of: Path, tmp_path: 
         assert (out / "tuned" / file).read_text() == (kept / "tuned" / file).read_text()
     tuned = json.loads((out / "tuned" / "tuned.json").read_text())
     tried = {name: [len(one["results"]) for one in rounds] for name, rounds in tuned["rounds"].items()}
-    assert tried == {"checkpoint": [3], "CFG": [4, 2], "S-CFG": [4, 2]}  # the two that were left with all seeds
-    assert tuned["adapter"] in {
-        str(adapters_of / name) for name in ("lora", "snapshots/step-000002", "snapshots/step-000004")
-    }
+    assert tried == {"checkpoint": [2], "CFG": [4, 2], "S-CFG": [4, 2]}  # the two that were left with all seeds
+    assert tuned["adapter"] in {str(adapters_of / name) for name in ("lora", "snapshots/step-000002")}
 
 
 def test_the_whole_recipe_goes_on_after_ctrl_c_in_each_of_its_stages(

@@ -10,6 +10,13 @@ __all__ = ["verdict"]
 
 
 def verdict(primary: Contrast, contrasts: Sequence[Contrast], design: Design) -> Verdict:
+    """The word and the sentence.
+
+    Args:
+        primary: the contrast that decides.
+        contrasts: all of them; those of the design's arm may object.
+        design: what was declared.
+    """
     gap, low, high = primary.better
     level = f"{design.confidence:.0%}"
     what = (

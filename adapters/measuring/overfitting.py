@@ -17,7 +17,7 @@ from PIL import Image
 from .metrics.features import Drift, Features, unit_features
 from .sample import Shot
 
-__all__ = ["COPIES", "VARIETY", "Signs", "sentence", "signs"]
+__all__ = ["COPIES", "VARIETY", "Signs", "copying", "monotonous", "sentence", "signs"]
 
 COPIES = 0.25
 """A checkpoint copies if its share of copies is above the base's by this."""
@@ -74,6 +74,26 @@ def signs(
     return Signs(nearest=nearest, copies=copies, drift=float(drift.mean()), diversity=float(between.mean()))
 
 
+def copying(own: Signs, base: Signs) -> bool:
+    """Whether a checkpoint repeats its training pictures.
+
+    Args:
+        own: the checkpoint's signs.
+        base: those of the base's own pictures.
+    """
+    return own.copies is not None and base.copies is not None and own.copies > base.copies + COPIES
+
+
+def monotonous(own: Signs, base: Signs) -> bool:
+    """Whether a checkpoint draws pictures that are alike, though their prompts and seeds differ.
+
+    Args:
+        own: the checkpoint's signs.
+        base: those of the base's own pictures.
+    """
+    return own.diversity < VARIETY * base.diversity
+
+
 def sentence(found: Mapping[str, Signs], base: Signs) -> str:
     """What the signs of the checkpoints say, in a plain sentence each; empty where they show no overfitting.
 
@@ -82,14 +102,14 @@ def sentence(found: Mapping[str, Signs], base: Signs) -> str:
         base: the signs of the base's own pictures.
     """
     said = []
-    copying = [name for name, own in found.items() if _above(own.copies, base.copies)]
-    if copying:
-        last, usual = found[copying[-1]].copies, base.copies
+    copies = [name for name, own in found.items() if copying(own, base)]
+    if copies:
+        last, usual = found[copies[-1]].copies, base.copies
         said.append(
-            f"{_listed(copying)} may be overfitted: {_percent(last)} of the pictures of {copying[-1]} are nearer to a "
+            f"{_listed(copies)} may be overfitted: {_percent(last)} of the pictures of {copies[-1]} are nearer to a "
             f"training picture than other training pictures are (of the base's pictures {_percent(usual)})."
         )
-    alike = [name for name, own in found.items() if own.diversity < VARIETY * base.diversity]
+    alike = [name for name, own in found.items() if monotonous(own, base)]
     if alike:
         left = found[alike[-1]].diversity / base.diversity
         said.append(
@@ -101,10 +121,6 @@ def sentence(found: Mapping[str, Signs], base: Signs) -> str:
 
 def _percent(share: float | None) -> str:
     return f"{round(100 * (share or 0))} %"
-
-
-def _above(own: float | None, base: float | None) -> bool:
-    return own is not None and base is not None and own > base + COPIES
 
 
 def _listed(names: Sequence[str]) -> str:

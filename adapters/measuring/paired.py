@@ -34,6 +34,14 @@ Key = tuple[str, str, int, str]
 
 
 def by_arm(rows: Sequence[Row]) -> dict[str, dict[Key, Row]]:
+    """Arm -> its rows by what they are joined on.
+
+    Args:
+        rows: of any arms.
+
+    Raises:
+        GainsError: two images of one arm have the same subject, prompt, seed and latents.
+    """
     tables: dict[str, dict[Key, Row]] = {}
     for row in rows:
         table = tables.setdefault(row.arm, {})
@@ -44,6 +52,17 @@ def by_arm(rows: Sequence[Row]) -> dict[str, dict[Key, Row]]:
 
 
 def check_join(name: str, table: Mapping[Any, Row], baseline: str, reference: Mapping[Any, Row]) -> None:
+    """Raises where two arms do not have the same subjects, prompts, seeds and latents.
+
+    Args:
+        name: of the arm.
+        table: the arm's rows.
+        baseline: name of what it is joined with.
+        reference: rows of that one.
+
+    Raises:
+        GainsError: what is in one of them only.
+    """
     only = sorted(set(table) ^ set(reference))
     if not only:
         return
@@ -55,13 +74,27 @@ def check_join(name: str, table: Mapping[Any, Row], baseline: str, reference: Ma
 
 
 def cluster_of(reference: Mapping[Any, Row], design: Design) -> str:
+    """What an interval is over: subjects where there are six at least, else prompts, unless the design says.
+
+    Args:
+        reference: the baseline's rows.
+        design: of the comparison.
+    """
     if design.cluster != "auto":
         return design.cluster
     return "subject" if len({key[0] for key in reference}) >= 6 else "prompt"
 
 
 def cluster_means(values: Mapping[Key, float], cluster: str) -> np.ndarray:
-    """Seeds averaged within prompts, prompts within subjects where subjects are the clusters."""
+    """Seeds averaged within prompts, prompts within subjects where subjects are the clusters.
+
+    Args:
+        values: one number per image or pair.
+        cluster: subject or prompt.
+
+    Returns:
+        One mean per cluster, (clusters,).
+    """
     prompts: dict[tuple[str, str], list[float]] = defaultdict(list)
     for (subject, prompt, _, _), value in sorted(values.items()):
         prompts[subject, prompt].append(value)
@@ -75,12 +108,30 @@ def cluster_means(values: Mapping[Key, float], cluster: str) -> np.ndarray:
 
 
 def number(row: Row, metric: str) -> float:
+    """The row's value of a metric.
+
+    Args:
+        row: one image.
+        metric: name of its column.
+
+    Raises:
+        GainsError: the row has no such column.
+    """
     if metric not in row.numbers:
         raise GainsError(f"arm {row.arm!r} has no {metric!r} for {row.key}; it has {sorted(row.numbers)}")
     return row.numbers[metric]
 
 
 def finite(values: Mapping[Any, float], what: str) -> dict[Any, float]:
+    """The values without those that a metric could not give.
+
+    Args:
+        values: by what rows are joined on.
+        what: they are, for the message.
+
+    Raises:
+        GainsError: fewer than two prompts are left.
+    """
     kept = {key: value for key, value in values.items() if math.isfinite(value)}
     if len({key[:2] for key in kept}) < 2:
         raise GainsError(
@@ -90,6 +141,14 @@ def finite(values: Mapping[Any, float], what: str) -> dict[Any, float]:
 
 
 def arm_summary(name: str, table: Mapping[Any, Row], design: Design, cluster: str) -> dict[str, Any]:
+    """An arm's means with their intervals, its seconds per image, and the means of what else was recorded.
+
+    Args:
+        name: of the arm.
+        table: its rows.
+        design: the metrics, and the confidence of the intervals.
+        cluster: subject or prompt.
+    """
     summary: dict[str, Any] = {"name": name, "n": len(table), "metrics": {}}
     for metric in design.higher_is_better:
         values = finite({key: number(row, metric) for key, row in table.items()}, f"{name}, {metric}")
@@ -110,7 +169,16 @@ def contrast(
     design: Design,
     cluster: str,
 ) -> Contrast:
-    """One arm against another on one metric; `names` are theirs, of `table` and of `reference`."""
+    """One arm against another on one metric.
+
+    Args:
+        table: rows of the arm.
+        reference: rows of the other one.
+        names: theirs, in this order.
+        metric: what is compared.
+        design: which way is up, and the confidence of the interval.
+        cluster: subject or prompt.
+    """
     raw = {key: number(row, metric) - number(reference[key], metric) for key, row in table.items()}
     pairs = finite(raw, f"{names[0]} against {names[1]}, {metric}")
     means = cluster_means(pairs, cluster)
@@ -139,7 +207,12 @@ def contrast(
 
 
 def with_holm(contrasts: Sequence[Contrast], design: Design) -> list[Contrast]:
-    """Holm within each arm, over everything but the primary contrast; the design's arm and metric come first."""
+    """Holm within each arm, over everything but the primary contrast; the design's arm and metric come first.
+
+    Args:
+        contrasts: of all arms and metrics.
+        design: which contrast is the primary one.
+    """
     adjusted: dict[tuple[str, str], float] = {}
     for arm in {c.arm for c in contrasts}:
         family = [c for c in contrasts if c.arm == arm and (arm, c.metric) != (design.arm, design.primary)]
@@ -150,7 +223,13 @@ def with_holm(contrasts: Sequence[Contrast], design: Design) -> list[Contrast]:
 
 
 def pairs(table: Mapping[Any, Row], reference: Mapping[Any, Row], design: Design) -> list[dict[str, Any]]:
-    """Every pair's difference on the primary metric, the largest loss first."""
+    """Every pair's difference on the primary metric, the largest loss first.
+
+    Args:
+        table: rows of the arm.
+        reference: rows of the baseline.
+        design: the primary metric.
+    """
     up = 1 if design.higher_is_better[design.primary] else -1
     gaps = {k: up * (row.numbers[design.primary] - reference[k].numbers[design.primary]) for k, row in table.items()}
     order = sorted((gap, key) for key, gap in gaps.items() if math.isfinite(gap))

@@ -19,6 +19,12 @@ Joined = dict[Key, dict[str, Shot]]
 
 
 def joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> Joined:
+    """The pictures of base, baseline and arm, joined as the comparison joined them.
+
+    Args:
+        gains: the comparison.
+        shots: arm -> its pictures.
+    """
     design = gains.design
     found = {name: {shot.key: shot for shot in shots.get(name, ())} for name in (design.baseline, design.arm)}
     both = [key for key in found[design.arm] if key in found[design.baseline]]
@@ -35,6 +41,15 @@ def joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> Joined:
 def gallery(
     group: str, pairs: Joined, keys: Sequence[Key], draw: Draw, over: Mapping[Key, Mapping[str, Image.Image]]
 ) -> str:
+    """A strip for every pair.
+
+    Args:
+        group: names the buttons of these strips.
+        pairs: all pictures.
+        keys: of the pairs that are shown, in order.
+        draw: shows one picture.
+        over: pictures that are shown folded below a pair.
+    """
     if not keys:
         return "<p>No pictures were kept.</p>"
     figures = [_strip(pairs[key], draw, over.get(key, {}), f"{group}{i}") for i, key in enumerate(keys)]
@@ -64,6 +79,12 @@ def _strip(pictures: Mapping[str, Shot], draw: Draw, over: Mapping[str, Image.Im
 
 
 def references(references: Sequence[Image.Image], draw: Draw) -> str:
+    """The first four pictures of the subject, or nothing.
+
+    Args:
+        references: the subject's pictures.
+        draw: shows one picture.
+    """
     if not references:
         return ""
     pictures = "".join(

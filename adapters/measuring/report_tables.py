@@ -91,6 +91,12 @@ def ends(gains: Gains) -> dict[str, list[dict[str, Any]]]:
 
 
 def ends_table(gains: Gains, name: str) -> str:
+    """The pairs at one end as a table.
+
+    Args:
+        gains: the comparison.
+        name: gained or lost.
+    """
     head = ["prompt", "seed", f"difference in {gains.design.primary}"]
     rows = [[w["prompt"], str(w["seed"]), f"{w['difference']:+.3g}"] for w in ends(gains)[name]]
     return html_table(f"The five that {name} most", head, rows)

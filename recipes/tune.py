@@ -185,6 +185,10 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
 
 def _signs(pipe: Any, search: Search, comparison: Comparison, settings: Settings) -> dict[str, Any]:
     """Signs of overfitting in every checkpoint's pictures of the first round, beside the base's of the same prompts."""
+    import numpy as np
+
+    from adapters.measuring import words
+    from adapters.measuring.metrics import score
     from adapters.measuring.overfitting import Signs, signs
     from recipes.common import spaces
 
@@ -196,9 +200,18 @@ def _signs(pipe: Any, search: Search, comparison: Comparison, settings: Settings
     real = [[] if case.folder is None else spaces.pictures(case.folder)[0] for case in units]
     bare = [_try(pipe, case, {**first, "adapter": None}, seeds, settings) for case in units]
 
+    def kept(case: Case, shots: Sequence[Any]) -> float | None:
+        """The share of the prompts that is kept, where the metric for it is a share."""
+        if comparison.accuracy is None or not words.is_share(comparison.accuracy):
+            return None
+        judge = next(metric for metric in comparison.judges(case) if metric.name == comparison.accuracy)
+        return float(np.nanmean(score(judge, shots)))
+
     def of(one: Mapping[str, Any]) -> dict[str, Any]:
         made = [_try(pipe, case, one, seeds, settings) for case in units]  # they are kept: none is drawn again
-        return asdict(Signs.mean([signs(features, *three) for three in zip(made, bare, real, strict=True)]))
+        seen = [signs(features, *three) for three in zip(made, bare, real, strict=True)]
+        told = [kept(case, shots) for case, shots in zip(units, made, strict=True)]
+        return asdict(Signs.mean([replace(one, accuracy=share) for one, share in zip(seen, told, strict=True)]))
 
     found = {"space": where, "base": of({**first, "adapter": None})}
     return {**found, "checkpoints": [of(one) for one in search.checkpoints]}

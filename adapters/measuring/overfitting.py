@@ -1,8 +1,8 @@
-"""Signs of overfitting: does a checkpoint repeat its training pictures, or draw the same picture again and again?
+"""Signs of overfitting: does a checkpoint forget its prompts, repeat its training pictures, or draw one picture only?
 
 A picture is a copy if it is nearer to a training picture than that one is to any other training picture (the test of
-authenticity in Alaa et al. 2022, arXiv:2102.08921). The rule that turns signs into a sentence is declared, not
-calibrated: look at the pictures it points to.
+authenticity in Alaa et al. 2022, arXiv:2102.08921). What was tried is in docs/gains.md: on the pocket base prompts are
+forgotten first, and the limits of the other two signs are declared only. Look at the pictures that a sentence is about.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from PIL import Image
 from .metrics.features import Drift, Features, unit_features
 from .sample import Shot
 
-__all__ = ["COPIES", "VARIETY", "Signs", "copying", "monotonous", "sentence", "signs"]
+__all__ = ["COPIES", "KEPT", "VARIETY", "Signs", "copying", "forgetting", "monotonous", "sentence", "signs"]
 
 COPIES = 0.25
 """A checkpoint copies if its share of copies is above the base's by this."""
+KEPT = 2 / 3
+"""It has forgotten its prompts if less than this share of the base's prompt accuracy is left."""
 VARIETY = 0.5
 """It has lost its variety if less than this share of the base's diversity is left."""
 
@@ -37,6 +39,8 @@ class Signs:
     """Cosine distance to the base's own picture of the same prompt and seed."""
     diversity: float
     """Cosine distance between two pictures of different prompts or seeds."""
+    accuracy: float | None = None
+    """Share of its prompts that the pictures keep; None where no metric says so."""
 
     @classmethod
     def mean(cls, several: Sequence[Signs]) -> Signs:
@@ -74,6 +78,16 @@ def signs(
     return Signs(nearest=nearest, copies=copies, drift=float(drift.mean()), diversity=float(between.mean()))
 
 
+def forgetting(own: Signs, base: Signs) -> bool:
+    """Whether a checkpoint no longer draws what its prompts say.
+
+    Args:
+        own: the checkpoint's signs.
+        base: those of the base's own pictures.
+    """
+    return own.accuracy is not None and base.accuracy is not None and own.accuracy < KEPT * base.accuracy
+
+
 def copying(own: Signs, base: Signs) -> bool:
     """Whether a checkpoint repeats its training pictures.
 
@@ -102,6 +116,12 @@ def sentence(found: Mapping[str, Signs], base: Signs) -> str:
         base: the signs of the base's own pictures.
     """
     said = []
+    forgot = [name for name, own in found.items() if forgetting(own, base)]
+    if forgot:
+        said.append(
+            f"{_listed(forgot)} may be overfitted: {forgot[-1]} keeps {_percent(found[forgot[-1]].accuracy)} of what "
+            f"prompts say, the base {_percent(base.accuracy)}."
+        )
     copies = [name for name, own in found.items() if copying(own, base)]
     if copies:
         last, usual = found[copies[-1]].copies, base.copies

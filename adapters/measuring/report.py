@@ -75,7 +75,7 @@ def render(
             tables.arms(gains),
         ]
         for name, ends in tables.ends(gains).items():
-            keys = [(one["prompt"], one["seed"], one["latents"]) for one in ends]
+            keys = [(one["subject"], one["prompt"], one["seed"], one["latents"]) for one in ends]
             kept = [key for key in keys if key in joined]
             body.append(f"<h2>Where {escape(gains.design.arm)} {name} most</h2>")
             body += [tables.ends_table(gains, name), strips.gallery(name, joined, kept, draw, {})]

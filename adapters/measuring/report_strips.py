@@ -13,9 +13,9 @@ from .sample import Shot
 
 __all__ = ["Joined", "Key", "gallery", "joined", "references"]
 
-Key = tuple[str, int, str]
+Key = tuple[str, str, int, str]
 Joined = dict[Key, dict[str, Shot]]
-"""(prompt, seed, latents) -> arm -> picture: base, where there is one, baseline, arm."""
+"""(subject, prompt, seed, latents) -> arm -> picture: base, where there is one, baseline, arm."""
 
 
 def joined(gains: Gains, shots: Mapping[str, Sequence[Shot]]) -> Joined:

@@ -9,7 +9,19 @@ from typing import Any
 
 from .gains import Gains
 
-__all__ = ["TERMS", "adapter", "arms", "decide", "guidance", "interval", "metric", "number", "scale_of", "scope_words"]
+__all__ = [
+    "TERMS",
+    "adapter",
+    "arms",
+    "decide",
+    "guidance",
+    "interval",
+    "is_share",
+    "metric",
+    "number",
+    "scale_of",
+    "scope_words",
+]
 
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
@@ -146,16 +158,21 @@ def metric(name: str) -> str:
     return ""
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric goes from 0 to 1 and is a share of something."""
+    return _SHARES.fullmatch(metric) is not None
+
+
 def number(metric: str, value: Mapping[str, Any]) -> str:
     """A mean with the digits that its interval bears; shares in percent."""
-    if _SHARES.fullmatch(metric):
+    if is_share(metric):
         return f"{round(100 * value['mean'])} %"
     return f"{value['mean']:.{_decimals(value)}f}"
 
 
 def interval(metric: str, value: Mapping[str, Any]) -> str:
     """The interval of a mean, with equally many digits; that of a share stays between 0 and 100 %."""
-    if _SHARES.fullmatch(metric):
+    if is_share(metric):
         low, high = (min(max(100 * value[end], 0), 100) for end in ("low", "high"))
         return f"{round(low)} to {round(high)} %"
     digits = _decimals(value)

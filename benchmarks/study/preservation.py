@@ -86,6 +86,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dreambooth.prior_weight": 1,
     },
 }
+VARIANTS["far too long"] = {  # to see that it is noticed: each picture 250 times, and nothing preserves the class
+    **PLAIN,
+    **VARIANTS["own pictures"],
+    "train.steps": 1000,
+    "train.batch_size": 2,
+    "train.learning_rate": 3e-3,
+    "train.snapshot_every": 250,
+}
 
 
 def main() -> None:

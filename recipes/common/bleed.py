@@ -13,9 +13,9 @@ import numpy as np
 
 from adapters.measuring import metrics as kinds
 from adapters.measuring.metrics import Metric, score
+from training.pocket.metrics import SUBJECT, subject_similarity
 
 from .comparison import BASE, Comparison
-from .metrics import SUBJECT, subject_similarity
 from .spaces import pictures, space_of
 from .units import Case
 

@@ -20,6 +20,7 @@ SIGNS = {
     "copies": "share of copies of training pictures",
     "drift": "drift from the base",
     "diversity": "diversity",
+    "accuracy": "prompt accuracy",
 }
 
 
@@ -104,9 +105,9 @@ class Tuned:
         curves = {"what was maximised": [one["mean"] for one in results]}
         signs = self.signs.get("checkpoints", [])
         for sign, said in SIGNS.items() if signs else ():
-            values = [one[sign] for one in signs]
+            values = [one.get(sign) for one in signs]
             if None not in values:
-                curves[f"{said} ({self.signs['space']})"] = values
+                curves[said if sign == "accuracy" else f"{said} ({self.signs['space']})"] = values
         places: Sequence[Any] = self.steps if self.counted else range(1, len(results) + 1)
         labels = [self._label(one["settings"]["adapter"]) for one in results]
 

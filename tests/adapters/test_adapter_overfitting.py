@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -66,3 +66,15 @@ def test_training_pictures_themselves_are_overfitted_and_others_are_not() -> Non
         "step-2 and step-3 may be overfitted: 100 % of the pictures of step-3 are nearer to a training"
     )
     assert "step-2 and step-3 may be overfitted: step-3 draws pictures that are alike, with 0 % of the" in said
+
+
+def test_prompts_that_are_forgotten_are_a_sign_where_a_metric_knows() -> None:
+    plain = Signs(nearest=None, copies=None, drift=0, diversity=1, accuracy=0.9)
+    found = {f"step-{n}": replace(plain, accuracy=share) for n, share in ((1, 0.7), (2, 0.59), (3, 0.4))}
+    assert sentence({"step-1": found["step-1"]}, plain) == ""
+    assert sentence(found, plain) == (
+        "step-2 and step-3 may be overfitted: step-3 keeps 40 % of what prompts say, the base 90 %."
+    )
+    assert sentence(found, replace(plain, accuracy=None)) == ""
+    assert sentence({"step-1": replace(plain, accuracy=None)}, plain) == ""
+    assert Signs.mean([found["step-1"], replace(plain, accuracy=None)]).accuracy == 0.7

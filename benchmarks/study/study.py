@@ -48,6 +48,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 RECIPES = Path(os.path.relpath(Path(__file__).parents[2] / "recipes"))
 MOVED = {f"recipes/prompts/{name}.txt": f"benchmarks/study/prompts/{name}.txt" for name in ("study", "study_tune")}
 MOVED["colour accuracy"] = "color accuracy"
+LATER = {"base": {"prediction": "auto"}, "measure": {"batch_size": 16}}  # settings that older records lack
 ENDED = "ended.json"
 RESULTS = {"measure": "measured", "tune": "tuned", "pointing": "pointing"}  # recipe -> its folder of results
 UNKEPT = shutil.ignore_patterns("*.html", "*.png")  # large, and drawn again by the same command
@@ -391,7 +392,7 @@ class _Run:
 
 
 def comparable(recipe: str, record: str) -> Any:
-    """A record with today's names and paths and without nulls and falses: no later setting or name spoils an older one.
+    """A record with today's names and paths, without nulls, falses and empty lists: later settings spoil nothing.
 
     Args:
         recipe: whose settings they are.
@@ -400,13 +401,17 @@ def comparable(recipe: str, record: str) -> Any:
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: filled(item) for name, item in value.items() if item is not None and item is not False}
+            kept = {name: item for name, item in value.items() if item is not None and item is not False and item != []}
+            return {name: filled(item) for name, item in kept.items()}
         if isinstance(value, list):
             return [filled(item) for item in value]
         return MOVED.get(value, value) if isinstance(value, str) else value
 
     kept = json.loads(record)
     kept["settings"] = naming.current(_module(recipe).Settings, kept["settings"], say=lambda *names: None)
+    for group, settings in LATER.items():
+        if kept["settings"].get(group):
+            kept["settings"][group] = {**settings, **kept["settings"][group]}
     return filled(kept)
 
 

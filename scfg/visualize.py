@@ -36,13 +36,15 @@ __all__ = [
 ]
 
 NOTHING = "nothing to draw: attach with record=['regions', 'gamma', 'prediction'] and generate an image"
+BEGIN, END, PAD = "[BOS]", "[EOS]", "[pad]"
+WORDLESS = (BEGIN, END, PAD, "")  # names of regions that belong to no word of a prompt
 SIDE = 256  # pixels of one picture's longer side
 # Blue below 1 (weaker than plain CFG), white at 1, red above: three anchors of a diverging map.
 _COLD, _NEUTRAL, _HOT = np.array([33, 102, 172]), np.array([247, 247, 247]), np.array([178, 24, 43])
 
 
 def region_names(words: Sequence[Word] | None, count: int, *, grouped: bool, length: int) -> list[str]:
-    """A name per region: words where words competed, else each token's word, "BOS", "EOS" or "pad".
+    """A name per region: words where words competed, else each token's word, "[BOS]", "[EOS]" or "[pad]".
 
     Args:
         words: the prompt's words, or phrases, with their token positions; None: unknown, positions are named.
@@ -56,8 +58,8 @@ def region_names(words: Sequence[Word] | None, count: int, *, grouped: bool, len
         return [words[index].text if index < len(words) else "" for index in range(count)]
     names = {position: word.text for word in words for position in word.positions}
     last = max(names, default=0)
-    special = {0: "BOS", last + 1: "EOS"}
-    return [names.get(i, special.get(i, "BOS" if i % length == 0 else "pad")) for i in range(count)]
+    special = {0: BEGIN, last + 1: END}
+    return [names.get(i, special.get(i, BEGIN if i % length == 0 else PAD)) for i in range(count)]
 
 
 def region_overlay(
@@ -65,8 +67,8 @@ def region_overlay(
 ) -> Image.Image:
     """Regions painted over a picture, with a legend of their names, largest first.
 
-    Regions of one name (a word's sub-tokens, all padding) share a color and a line of the legend; with the same
-    `names` a word keeps its color from picture to picture.
+    Regions of one name (a word's sub-tokens) share a color and a line of the legend; with the same `names` a word
+    keeps its color from picture to picture. What belongs to no word is left unpainted and out of the legend.
 
     Args:
         picture: what the regions are painted on, first scaled to a longer side of `SIDE` pixels.
@@ -76,13 +78,14 @@ def region_overlay(
     """
     owners = [names[int(i)] for i in index.flatten()]
     by_size = sorted(set(owners), key=lambda name: (-owners.count(name), name))
-    known = list(dict.fromkeys(names))
+    known = [name for name in dict.fromkeys(names) if name not in WORDLESS]
     colors = {name: _color(place, len(known)) for place, name in enumerate(known)}
-    pixels = np.array([colors[name] for name in owners], dtype=np.uint8).reshape(*index.shape, 3)
+    pixels = np.array([colors.get(name, (0, 0, 0)) for name in owners], dtype=np.uint8).reshape(*index.shape, 3)
+    opaque = np.array([255 * opacity * (name in colors) for name in owners], dtype=np.uint8).reshape(index.shape)
     base = _fit(picture)
-    mask = Image.fromarray(pixels).resize(base.size, Image.Resampling.NEAREST)
-    lines = [(colors[name], f"{name or '-'} {owners.count(name) / len(owners):.0%}") for name in by_size]
-    return _with_legend(Image.blend(base, mask, opacity), lines)
+    paint, cover = (Image.fromarray(a).resize(base.size, Image.Resampling.NEAREST) for a in (pixels, opaque))
+    lines = [(colors[name], f"{name} {owners.count(name) / len(owners):.0%}") for name in by_size if name in colors]
+    return _with_legend(Image.composite(paint, base, cover), lines)
 
 
 def gamma_heat_map(gamma: Float[Tensor, "H W"], *, limits: tuple[float, float] | None = None) -> Image.Image:

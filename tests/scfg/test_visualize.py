@@ -21,7 +21,7 @@ def recorded():
 
 def test_names_of_regions():
     words = [Word("a", (1,)), Word("cat", (2, 3))]
-    assert visualize.region_names(words, 6, grouped=False, length=6) == ["BOS", "a", "cat", "cat", "EOS", "pad"]
+    assert visualize.region_names(words, 6, grouped=False, length=6) == ["[BOS]", "a", "cat", "cat", "[EOS]", "[pad]"]
     assert visualize.region_names(words, 2, grouped=True, length=6) == ["a", "cat"]
     assert visualize.region_names(None, 2, grouped=False, length=6) == ["token 0", "token 1"]
 
@@ -35,6 +35,18 @@ def test_an_overlay_paints_each_region_in_one_color_and_lists_it():
     assert len(np.unique(top, axis=0)) == len(np.unique(bottom, axis=0)) == 1
     assert (top[0] != bottom[0]).any()
     assert overlay.height == visualize.SIDE + 6 + 2 * 14  # a line per region
+
+
+def test_the_legend_is_of_words_only_and_the_rest_is_left_unpainted():
+    words = [Word("pad", (1,))]  # a word of the prompt, which padding is not
+    names = visualize.region_names(words, 4, grouped=False, length=4)
+    picture = Image.new("RGB", (64, 64), (10, 200, 30))
+    overlay = visualize.region_overlay(picture, torch.tensor([[0, 1], [2, 3]]), names, opacity=1.0)
+    assert overlay.height == visualize.SIDE + 6 + 14
+    pixels, quarter = np.asarray(overlay), visualize.SIDE // 4
+    for row, column, painted in ((1, 1, False), (1, 3, True), (3, 1, False), (3, 3, False)):
+        found = tuple(pixels[row * quarter, column * quarter])
+        assert (found != (10, 200, 30)) == painted
 
 
 def test_a_word_keeps_its_color_whatever_its_area():
@@ -68,7 +80,7 @@ def test_strip_gif_and_curves(recorded, tmp_path):
     figure = visualize.norm_curves(run)
     figure.savefig(tmp_path / "curves.png")
     labels = {line.get_label() for line in figure.axes[0].lines}
-    assert labels <= {"BOS", "a", "red", "dog", "EOS", "pad"}
+    assert labels <= {"[BOS]", "a", "red", "dog", "[EOS]", "[pad]"}
     assert all(len(line.get_xdata()) <= tiny.STEPS for line in figure.axes[0].lines)
 
 

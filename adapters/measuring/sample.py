@@ -278,6 +278,8 @@ def read(path: Path) -> tuple[Shot, dict[str, Any]]:
         if digest not in (None, _digest(pixels)):
             raise ValueError("other pixels than were written")
         return Shot(image=pixels, path=path, **record), settings
+    except FileError:  # says itself what the file is
+        raise
     except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError) as error:
         raise FileError(f"{path}: not a whole image written by adapters.sample ({error!r:.120})") from error
 

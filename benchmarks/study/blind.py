@@ -56,13 +56,13 @@ def pages(first: Path, second: Path, out: Path, *, count: int, seed: int) -> lis
         raise TrainingError(f"{first} and {second} share no picture of equal prompt, seed and initial noise")
     rng = np.random.default_rng(seed)
     queues = defaultdict(list)
-    for index in rng.permutation(len(shared)):
-        queues[shared[index][0]].append(shared[index])
+    for index in rng.permutation(len(shared)):  # a unit is a subject, a prompt, a seed and an initial noise
+        queues[shared[index][1]].append(shared[index])
     turn = sorted((place, rng.random(), key) for own in queues.values() for place, key in enumerate(own))
     chosen = [key for _, _, key in turn[:count]]
     swapped = rng.random(len(chosen)) < 0.5
     pairs = {
-        str(number): {"prompt": unit[0], "seed": unit[1], "left": "second" if swap else "first"}
+        str(number): {"prompt": unit[1], "seed": unit[2], "left": "second" if swap else "first"}
         for number, (unit, swap) in enumerate(zip(chosen, swapped.tolist(), strict=True), 1)
     }
     key = {"first": str(first), "second": str(second), "pairs": pairs}
@@ -75,7 +75,7 @@ def pages(first: Path, second: Path, out: Path, *, count: int, seed: int) -> lis
             for place, unit in enumerate(chosen[begin : begin + per_page]):
                 x, y = place % COLUMNS * width, place // COLUMNS * height
                 pen.text((x + 4, y + 2), f"{begin + place + 1}", fill="black")
-                pen.text((x + 4, y + 14), textwrap.fill(unit[0], 44), fill="black", spacing=1)
+                pen.text((x + 4, y + 14), textwrap.fill(unit[1], 44), fill="black", spacing=1)
                 for side, arm in enumerate(arms[::-1] if swapped[begin + place] else arms):
                     picture = arm[unit].image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
                     page.paste(picture, (x + 4 + side * (SIDE + 4), y + LINE - 4))

@@ -119,7 +119,8 @@ class SamplingSettings:
             require(getattr(self, name) >= 1, f"sampling.{name} must be at least 1, got {getattr(self, name)}")
         require(
             (self.image is None) == (self.mask is None),
-            "sampling.image and sampling.mask belong together: the picture, and where it is painted over",
+            f"sampling.image {self.image!r} and sampling.mask {self.mask!r} belong together: the picture, and where it "
+            "is painted over",
         )
 
 

@@ -233,7 +233,7 @@ def test_a_validation_that_a_kill_prevented_is_made_at_resuming(base: Path, pict
 
     training_driver.train(asked)
     whole = content()
-    assert len(whole[0]) == 6
+    assert len(whole[0]) == 7  # and the sheet of all
     assert [row["step"] for row in whole[1]] == [0, 2, 4]
     training_driver.train(asked)
     assert content() == whole  # nothing is made twice

@@ -15,8 +15,6 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from adapters import files
-
 from ..errors import PocketError
 from ..sprites import CELL, DATA
 from ..world import CLASSES
@@ -65,21 +63,23 @@ def fitted(rgba: np.ndarray, side: int) -> np.ndarray:
 
 
 def main(noto_json: str, fluent_json: str) -> None:
+    from adapters.files import read_json, write_file, write_json  # not above: they bring torch
+
     drawings = []
     for path in (noto_json, fluent_json):
-        icons = files.read_json(Path(path))
+        icons = read_json(Path(path))
         drawings += [drawing(icons, key) for key in CLASSES.values()]
     sheet = np.zeros((-(-len(drawings) // COLUMNS) * CELL, COLUMNS * CELL, 4), np.uint8)
     for index, cell in enumerate(drawings):
         row, column = divmod(index, COLUMNS)
         sheet[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = cell
-    with files.write_file(DATA / "atlas.webp") as part:
+    with write_file(DATA / "atlas.webp") as part:
         Image.fromarray(sheet).save(part, "WEBP", lossless=True, quality=100, method=6, exact=True)
     origin = {
         "noto": "Noto Emoji (Google), Apache-2.0, via @iconify-json/noto",
         "fluent": "Fluent Emoji (Microsoft), MIT, via @iconify-json/fluent-emoji",
     }
-    files.write_json(DATA / "atlas.json", {"origin": origin, "names": list(CLASSES)})
+    write_json(DATA / "atlas.json", {"origin": origin, "names": list(CLASSES)})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from recipes.common.guidance import (
     guider_of,
     method_title,
 )
+from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -166,7 +167,8 @@ def _shot(
     from scfg.trace import RECORDABLE
     from scfg.visualize import strip
 
-    with guided(pipe, guidance, record=RECORDABLE)() as run:
+    maps = drawing_in(pipe, of_sampling(pipe, sampling, say), guided(pipe, guidance, record=RECORDABLE))
+    with maps() as run:
         [shot] = adapters.measuring.sample.images(
             pipe,
             [prompt],

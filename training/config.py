@@ -469,8 +469,9 @@ class TrainSettings:
     """Maximum gradient norm. null: no clipping."""
     ema: float | None = None
     """Decay of an exponential moving average, which is then saved and sampled instead of the last weights."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute precision. Trained weights stay in float32."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Compute precision. Trained weights stay in float32. auto: bf16 if it is faster here, which a short trial shows,
+    otherwise fp32; a run that is resumed keeps what was chosen."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """Attention kernel. auto: plain on a CPU up to 1024 latents, where it is faster; otherwise sdpa."""
     gradient_checkpointing: bool = False

@@ -31,7 +31,8 @@ def adopted(settings: TrainSettings) -> TrainSettings:
     )
     if asked != "no":
         changes["precision"] = PRECISIONS[asked]
-        _agree(settings.precision, "fp32", changes["precision"], "precision", f"--mixed_precision {asked}")
+        ours = "fp32" if settings.precision == "auto" else settings.precision
+        _agree(ours, "fp32", changes["precision"], "precision", f"--mixed_precision {asked}")
     if steps := _accumulation():
         changes["accumulation"] = steps
         _agree(settings.accumulation, 1, steps, "accumulation", f"{STEPS} {steps}")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adapters import files
 from adapters.errors import FileError
 
-from . import checkpoint, config, launcher, lock, optim, sharding, validate
+from . import checkpoint, config, launcher, lock, optim, precision, sharding, validate
 from .config import TrainSettings
 from .data.batches import seed_of
 from .data.cache import Region
@@ -120,6 +120,8 @@ def train(
         record = record if record is not None else {"train": config.resolved(settings)}
         accelerator = make_accelerator(settings, out, say, record)
         tell = say if accelerator.is_main_process else _silent
+        if settings.precision == precision.AUTO:
+            settings = replace(settings, precision=_precision(method, settings, accelerator, data.sizes[0], out, tell))
         prepared = prepare_run(
             method,
             [Concept(name="data", views=data, prior=prior), *further],
@@ -130,7 +132,7 @@ def train(
             cache_folder=Path(cache_folder) if cache_folder else out / "cache",
             say=tell,
         )
-        facts = _facts(method, prepared, record)
+        facts = _facts(method, prepared, _with_precision(record, settings))
         with kernels(method, settings, accelerator):
             run = _start(method, settings, accelerator, prepared, out, facts, tell)
             found = announce(method, accelerator.unwrap_model(run.model), settings, prepared, tell)
@@ -144,6 +146,35 @@ def train(
 
 def _silent(line: str) -> None:
     pass
+
+
+def _precision(
+    method: Method,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    size: tuple[int, int],
+    out: Path,
+    say: Callable[[str], None],
+) -> Any:
+    """What `train.precision: auto` is in this run: a checkpoint's, where there is one to go on from."""
+    stop = settings.if_damaged == "stop"
+    found = (
+        checkpoint.find(settings.resume, out / "checkpoints", _silent, stop_if_damaged=stop)
+        if settings.resume
+        else None
+    )
+    kept = found[1].facts["settings"].get("train", {}).get("precision") if found else None
+    if found and kept in DTYPES:
+        say(f"train.precision auto: {kept}, as in {found[0]}")
+        return kept
+    return precision.of_training(method, settings, accelerator, size, say)
+
+
+def _with_precision(record: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
+    """The record with the precision that was computed in, which repeats the run where `auto` might not."""
+    if record.get("train", {}).get("precision") != precision.AUTO:
+        return record
+    return {**record, "train": {**record["train"], "precision": settings.precision}}
 
 
 def _facts(method: Method, prepared: Prepared, record: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.common.precision import loaded_in
 from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -116,7 +117,7 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
 
     from training.ranks import state
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[sampling.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[loaded_in(sampling)]
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         pipe = _opened(base, dtype)

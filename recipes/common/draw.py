@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from recipes.common.base import painted
 from recipes.common.cli import say
 from recipes.common.guidance import arguments_of, effective_scales, guided
+from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.progress import Progress
 
@@ -52,14 +53,15 @@ def draw(
     from training.ranks import state
 
     plain = guidance.method == "cfg"
-    made_with = _made_with(pipe, guidance, sampling, weights)
+    chosen = of_sampling(pipe, sampling, say)
+    made_with = _made_with(pipe, guidance, sampling, chosen, weights)
 
     def share(rank: int, world: int) -> list[Any]:
         return adapters.measuring.sample.images(
             pipe,
             prompts,
             seeds,
-            around=guided(pipe, guidance),
+            around=drawing_in(pipe, chosen, guided(pipe, guidance)),
             record=None if plain or guidance.guidance_scale == 1 else effective_scales,  # at scale 1 nothing is guided
             guidance_scale=guidance.guidance_scale,
             steps=sampling.steps,
@@ -85,7 +87,7 @@ def draw(
 
 
 def _made_with(
-    pipe: DiffusionPipeline, guidance: GuidanceSettings, sampling: SamplingSettings, weights: str | None
+    pipe: DiffusionPipeline, guidance: GuidanceSettings, sampling: SamplingSettings, precision: str, weights: str | None
 ) -> dict[str, Any]:
     """What a kept picture must have been made with to be taken for another of the same prompt and seed."""
     import adapters
@@ -96,7 +98,7 @@ def _made_with(
         "controlnet": None if control is None else adapters.base.fingerprint({"controlnet": control}),
         "guidance": [guidance.method, guidance.preset, guidance.options],
         "weights": weights,
-        "precision": sampling.precision,
+        "precision": precision,
         **({} if guidance.rescale is None else {"rescale": guidance.rescale}),
         **({} if sampling.image is None else {"painted": _digest(pipe, sampling)}),
         **({} if (rule := adapters.text.rule_of(pipe)).neutral else {"text": rule.to_config()}),

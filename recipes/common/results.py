@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import paints_holes
+from recipes.common.cli import say
 from recipes.common.comparison import Comparison, worn
 from recipes.common.draw import sheet
 from recipes.common.guidance import EFFECTIVE, arguments_of, guided
+from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import SamplingSettings
 from training.config import write
 
@@ -231,7 +233,7 @@ def _overlay(
         if left[0] <= 0 or arm.guidance.method != "semantic":
             return {}
         left[0] -= 1
-        maps = guided(pipe, arm.guidance, record=RECORDABLE)
+        maps = drawing_in(pipe, of_sampling(pipe, sampling, say), guided(pipe, arm.guidance, record=RECORDABLE))
         with worn(pipe, case, arm), maps() as run:
             adapters.measuring.sample.images(
                 pipe,

@@ -107,8 +107,9 @@ class SamplingSettings:
     """Pixels. null: the base's own size."""
     negative_prompt: str | None = None
     """Negative prompt, used for the unconditional half."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of weights and computation while sampling."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Precision of weights and computation while sampling. auto: bf16 if it is faster here, which a short trial shows
+    the first time, otherwise fp32."""
     image: str | None = None
     """Inpainting bases: the picture that is painted into, for all prompts. null: whole pictures are painted."""
     mask: str | None = None

@@ -1,4 +1,4 @@
-"""The training benchmark's small mode runs from the command line and prints its table."""
+"""The benchmarks' small modes run from the command line and print their tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def test_the_small_benchmark_prints_every_arm() -> None:
-    done = subprocess.run([sys.executable, str(BENCHMARK), "--smoke"], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(BENCHMARKS / "training.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"\n| {arm} | " in done.stdout for arm in ("floor", "trainer", "plain"))
     assert "as fast as the plain loop" in done.stdout
+
+
+def test_the_small_sampling_benchmark_prints_every_arm() -> None:
+    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    arms = [f"{p}, {g}" for g in ("CFG", "S-CFG", "CFG, adapter") for p in ("fp32", "bf16")]
+    assert all(f"\n| {arm} | " in done.stdout for arm in arms)
+    assert "| guidance | float32 | bfloat16 | difference" in done.stdout

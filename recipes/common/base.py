@@ -9,7 +9,6 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.common.precision import loaded_in
 from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -117,7 +116,7 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
 
     from training.ranks import state
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[loaded_in(sampling)]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[_loaded_in(sampling)]
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     try:
         pipe = _opened(base, dtype)
@@ -286,6 +285,16 @@ def without_control(pipe: DiffusionPipeline) -> Any:
     text.follow(bare, text.rule_of(pipe))
     bare.set_progress_bar_config(disable=True)
     return bare
+
+
+def _loaded_in(sampling: SamplingSettings) -> str:
+    """The precision that a pipeline is loaded in: on a CPU `auto` loads float32."""
+    from training import precision
+    from training.ranks import state
+
+    if sampling.precision != precision.AUTO:
+        return sampling.precision
+    return precision.by_units(state().device) or "fp32"
 
 
 def adapted(

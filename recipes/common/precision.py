@@ -17,17 +17,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["drawing_in", "loaded_in", "of_sampling"]
-
-
-def loaded_in(sampling: SamplingSettings) -> str:
-    """The precision that a pipeline is loaded in: on a CPU `auto` loads float32."""
-    from training import precision
-    from training.ranks import state
-
-    if sampling.precision != precision.AUTO:
-        return sampling.precision
-    return precision.by_units(state().device) or "fp32"
+__all__ = ["drawing_in", "of_sampling"]
 
 
 def of_sampling(pipe: DiffusionPipeline, sampling: SamplingSettings, say: Callable[[str], None]) -> str:

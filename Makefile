@@ -26,8 +26,8 @@ zoo: $(READY)  ## what is made on the pocket base, made anew: after `recipes/poc
 	$(BIN)/python recipes/pocket.py controlnet segmentation
 	$(BIN)/python recipes/pocket.py figures
 
-# `make test WORKERS=2`: whole files go to one worker, which makes a file's fixtures once, on one thread each.
-WORKERS ?= 0
+# Two workers, each on one thread: whole files go to one worker, which makes a file's fixtures once. WORKERS=0: none.
+WORKERS ?= 2
 
 test: $(READY)  ## everything not marked slow
 	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile

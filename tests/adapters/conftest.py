@@ -86,6 +86,10 @@ def pipe(_pipe: StableDiffusionPipeline) -> Iterator[StableDiffusionPipeline]:
     after = {k: v for part in (_pipe.unet, _pipe.text_encoder) for k, v in part.state_dict().items()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
+    for part in (_pipe.unet, _pipe.text_encoder):
+        assert "peft_config" not in vars(part)
+        # diffusers' own unload_lora_weights leaves this mark, with which its add_adapter fails on a copy.
+        vars(part).pop("_hf_peft_config_loaded", None)
 
 
 CONFIGS = {

@@ -18,7 +18,7 @@ from .errors import AdapterError, BaseMismatchError, FileError
 from .injection import fit
 from .machine import explain
 from .measuring.verify import verify
-from .source import MODEL_FILE, Source, open_source, read_adapter
+from .source import MODEL_FILE, Source, open_source, read_adapter, read_guider
 from .tokens import EMBEDS_FILE, write_tokens
 from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
@@ -87,11 +87,10 @@ def _summary(source: Source) -> dict[str, Any]:
     if source.manifest is not None:
         summary |= {name: source.manifest.get(name) for name in ("kind", "base", "versions")}
         summary["files"] = {name: entry["size"] for name, entry in source.manifest["files"].items()}
+    if (guider := read_guider(source)) is not None:
+        summary["guider"] = guider
     if source.file("config.json") is not None:
-        model = files.read_json(source.path / "config.json")
-        if not isinstance(model, dict):
-            raise FileError(f"{source.path / 'config.json'}: expected a JSON object")
-        return summary | {"model": model.get("_class_name")}
+        return summary | {"model": files.read_object(source.path / "config.json").get("_class_name")}
     adapter = read_adapter(source)
     summary["kinds"] = adapter.kinds
     if adapter.tokens:

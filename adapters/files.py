@@ -39,6 +39,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_manifest",
+    "read_object",
     "read_tensors",
     "recover",
     "sha256",
@@ -62,7 +63,8 @@ MAX_JSON = 64 * 2**20
 MAX_TENSORS = 50_000  # a LoKr of SDXL with text encoders has 7,000; each costs time, however small it is
 MAX_DEPTH, MAX_FILES = 16, 100_000
 _LOADED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".py"}
-_RESULTS = {"gains.json", "per_image.csv", "tuned.json", "guider_config.json", "adapter_config.json", "config.json"}
+_SETTINGS = {"guider_config.json", "adapter_config.json", "config.json"}  # objects, wherever they lie
+_RESULTS = {"gains.json", "per_image.csv", "tuned.json", *_SETTINGS}
 _ITEM_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
@@ -269,6 +271,14 @@ def read_json(path: Path) -> Any:
         raise FileError(f"{path}: not valid JSON ({_brief(error)})") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, of a file that must hold an object: a list or a lone value is a `FileError`."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """A JSON file, whole or not at all.
 
@@ -335,6 +345,8 @@ def verify_folder(folder: Path, *, links_into: Path | None = None) -> dict[str, 
                 raise FileError(f"{folder}: {name} is in the manifest but not in the folder")
             if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
                 raise FileError(f"{folder}: {name} is not the file the manifest was written for; get the folder again")
+            if path.name in _SETTINGS:
+                read_object(path)
         for name in unnamed(folder, manifest):
             if Path(name).suffix in _LOADED or name in _RESULTS:
                 raise FileError(f"{folder}: {name} is not in the manifest; remove it")

@@ -24,7 +24,7 @@ from .injection import fit, injected
 from .placement import is_offloaded, offload_like, unwrapped
 from .scope import Place, Scope, Where, scoped
 from .seat import refuse_fused
-from .source import GUIDER_FILE, Source, open_source, read_adapter, tokens_of, whole_model
+from .source import Source, open_source, read_adapter, read_guider, tokens_of, whole_model
 from .text import TextRule, rule_of, ruled
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def load(
     attached = Attached(name or _free_name(pipe), weight)
     try:
         with files.understood(opened.path):
-            attached.guider = _guider(opened)
+            attached.guider = read_guider(opened)
             scope = scope or _shipped_scope(attached.guider if guidance else None, place and partial(place, pipe))
         attached._undo.enter_context(_read_as_trained(pipe, opened))
         before = getattr(pipe, "unet", None)
@@ -208,7 +208,7 @@ def _swapped(pipe: DiffusionPipeline, part: str, folder: Path) -> Iterator[None]
 
 def _check_layers(config: Path) -> None:
     """A stranger's config may ask for a network that takes hours to make, before its weights are looked at."""
-    for name, value in files.read_json(config).items():
+    for name, value in files.read_object(config).items():
         numbers = [n for n in _flat(value) if isinstance(n, int | float)]
         most = MAX_LAYERS if "per_block" in name else MAX_WIDTH
         if len(numbers) > 64 or any(not abs(n) <= most for n in numbers):
@@ -245,16 +245,6 @@ def _within(
 
 def _names(model: torch.nn.Module) -> Collection[str]:
     return getattr(model, "peft_config", {})
-
-
-def _guider(source: Source) -> dict[str, Any] | None:
-    path = source.file(GUIDER_FILE)
-    if path is None:
-        return None
-    guider = files.read_json(path)
-    if not isinstance(guider, dict):
-        raise FileError(f"{path}: expected a JSON object")
-    return guider
 
 
 def _shipped_scope(guider: dict[str, Any] | None, place: Place | None) -> Scope:

@@ -162,7 +162,7 @@ def _weights(
     """Write the weights; returns their kinds and notes on who can read them. Without a name: in one spelling."""
     source = None if isinstance(weights, Adapter) else open_source(weights)
     if source is not None and (config := source.file("config.json")) is not None:
-        kinds, notes = _model(stage, source.path, files.read_json(config))
+        kinds, notes = _model(stage, source.path, files.read_object(config))
         tokens = tokens_of(source)
     else:
         adapter = weights if isinstance(weights, Adapter) else read_adapter(source)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from .reading import from_any
 from .tokens import EMBEDS_FILE, read_tokens
 from .writing import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 
-__all__ = ["Source", "open_source", "read_adapter", "tokens_of", "whole_model"]
+__all__ = ["Source", "open_source", "read_adapter", "read_guider", "tokens_of", "whole_model"]
 
 EXACT_KOHYA = ".dora.kohya.safetensors"
 """Ending of the file beside which the nearest LoRA lies."""
@@ -120,19 +120,23 @@ def _joined(parts: Sequence[Adapter]) -> Tokens:
 
 def _read(path: Path, config: Path, component: str) -> Adapter:
     tensors, metadata = files.read_tensors(path)
-    settings = files.read_json(config) if config.is_file() else None
-    if settings is not None and not isinstance(settings, dict):
-        raise FileError(f"{config}: expected a JSON object")
+    settings = files.read_object(config) if config.is_file() else None
     try:
         return from_any(tensors, metadata, config=settings, component=component)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
 
 
+def read_guider(source: Source) -> dict[str, Any] | None:
+    """The guidance that a folder ships with; None where it ships none."""
+    path = source.file(GUIDER_FILE)
+    return None if path is None else files.read_object(path)
+
+
 def whole_model(source: Source) -> str | None:
     """`controlnet` or `unet` where the folder is one, as `ship` or diffusers wrote it."""
     config = source.file("config.json")
-    if config is None or source.file(MODEL_FILE) is None:
+    if config is None:
         return None
-    settings = files.read_json(config)
-    return MODELS.get(str(settings.get("_class_name"))) if isinstance(settings, dict) else None
+    kind = MODELS.get(str(files.read_object(config).get("_class_name")))
+    return None if source.file(MODEL_FILE) is None else kind

@@ -132,7 +132,7 @@ def try_run(config: Path) -> None:
 
 def _family(base: str) -> str:
     """Of a folder by its U-net's config; of a hub id by name, as nothing is downloaded here."""
-    from adapters.files import read_json  # not above: it brings torch
+    from adapters.files import read_object  # not above: it brings torch
 
     config = Path(base).expanduser() / "unet" / "config.json"
     if base == POCKET:
@@ -140,7 +140,7 @@ def _family(base: str) -> str:
     if not config.is_file():
         name = base.lower()
         return "sdxl" if "xl" in name else "sd21" if "2-1" in name else "sd"
-    unet = read_json(config)
+    unet = read_object(config)
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd21" if unet.get("cross_attention_dim") == 1024 else "sd"

@@ -206,8 +206,8 @@ def opening(adapter: str) -> Opening:
     """
     import yaml
 
-    from adapters.files import read_json
-    from adapters.loading import GUIDER_FILE
+    from adapters.files import read_object
+    from adapters.source import GUIDER_FILE
 
     folder = Path(adapter).expanduser()
     card, guider = folder / "README.md", folder / GUIDER_FILE
@@ -222,7 +222,7 @@ def opening(adapter: str) -> Opening:
     return Opening(
         trigger=str(head.get("instance_prompt") or "").split(",")[0].strip(),
         prompts=tuple(prompt for prompt in shown if isinstance(prompt, str)),
-        guidance=_shipped(read_json(guider)) if guider.is_file() else None,
+        guidance=_shipped(read_object(guider)) if guider.is_file() else None,
     )
 
 
@@ -271,7 +271,7 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
         AdapterError: a release folder that does not verify; it is left as it is.
     """
     from adapters import files
-    from adapters.loading import GUIDER_FILE
+    from adapters.source import GUIDER_FILE
 
     folder = Path(adapter).expanduser().resolve()
     require(bool(adapter.strip()), "there is no adapter to save the guider into; name a release folder")
@@ -294,7 +294,7 @@ def save_guider(adapter: str, guidance: GuidanceSettings) -> str:
 def _into_release(folder: Path, text: str) -> None:
     """The whole folder with the new guider takes the old one's place in one step."""
     from adapters import files
-    from adapters.loading import GUIDER_FILE
+    from adapters.source import GUIDER_FILE
 
     facts = files.verify_folder(folder)  # otherwise the new manifest would vouch for what someone altered
     names = facts.pop("files")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from adapters.errors import FileError
-from adapters.files import read_json
+from adapters.files import read_object
 
 from . import single_file
 from .architectures import FAMILIES, Architecture
@@ -131,7 +131,7 @@ def _config(base: str, name: str) -> dict[str, Any]:
         except Exception as error:  # the hub client raises many unrelated kinds
             raise TrainingError(f"base {base} is neither a folder nor a reachable hub id: {error}") from error
     try:
-        return dict(read_json(path))
+        return read_object(path)
     except FileError as error:
         raise TrainingError(f"{error}; the base must be a diffusers pipeline folder") from error
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from adapters import text
 from adapters.errors import AdapterError
-from adapters.files import read_json
+from adapters.files import read_object
 
 from . import single_file
 from .errors import TrainingError
@@ -211,8 +211,7 @@ def _folder(base: str | Path, revision: str | None) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path} is missing; the base must be a diffusers pipeline folder")
-    table: dict[str, Any] = read_json(path)
-    return table
+    return read_object(path)
 
 
 def _encoders(index: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from adapters.errors import FileError
-from adapters.files import read_header, read_json
+from adapters.files import read_header, read_object
 
 from .config import require
 from .errors import TrainingError
@@ -256,5 +256,4 @@ def _clip(pad: str) -> Any:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = read_json(path)
-    return values
+    return read_object(path)

@@ -20,6 +20,7 @@ __all__ = ["pack", "unpacked"]
 
 MAX_BYTES, MAX_ENTRIES = 256 * 2**20, 10_000
 PIECE = 2**16
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 _DAMAGED = (
     *(OSError, EOFError, ValueError, LookupError, NotImplementedError, RuntimeError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, struct.error),
@@ -62,6 +63,11 @@ def _unpack(path: Path, home: Path) -> None:
                 raise FileError(f"{path}: {len(entries)} files, {len(names)} names; at most {MAX_ENTRIES}, each once")
             left = MAX_BYTES
             for entry in entries:
+                if entry.compress_type not in _METHODS:
+                    raise FileError(
+                        f"{path}: {entry.filename} is packed by method {entry.compress_type}; pack it again with "
+                        "deflate or bzip2"
+                    )
                 left -= _extract(zipped, entry, home / entry.filename, left)
                 if left < 0:
                     raise FileError(f"{path}: unpacks to more than {MAX_BYTES} bytes")
@@ -75,8 +81,6 @@ def _unpack(path: Path, home: Path) -> None:
 
 def _extract(zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, limit: int) -> int:
     """Unpack one file, not much further than `limit` bytes, whatever its header claims; returns its size."""
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
-        raise FileError(f"{zipped.filename}: {entry.filename} is packed by method {entry.compress_type}; use bzip2")
     size = 0
     target.parent.mkdir(parents=True, exist_ok=True)
     pieces = _bunzipped(zipped, entry) if entry.compress_type == zipfile.ZIP_BZIP2 else _pieces(zipped, entry)

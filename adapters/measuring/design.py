@@ -46,6 +46,7 @@ class Design:
     """Anything worth writing down: held-out statement, tuning budget, command, versions."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.arm == self.baseline:
             raise GainsError(f"arm and baseline are both {self.arm!r}")
         if not self.minimum_effect > 0:
@@ -59,6 +60,26 @@ class Design:
             raise GainsError(f"tolerance={self.tolerance}: declare a loss > 0 that would not matter")
         if not 0.5 <= self.confidence < 1:
             raise GainsError(f"confidence={self.confidence}: expected 0.5 <= confidence < 1")
+
+    def _check_types(self) -> None:
+        """A design may come from a stranger's file, where everything may be anything."""
+        for name in ("arm", "baseline", "primary"):
+            if not isinstance(value := getattr(self, name), str):
+                raise GainsError(f"{name}={value!r}: expected a name")
+        for name in ("base", "referee", "identity", "accuracy"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise GainsError(f"{name}={value!r}: expected a name, or nothing")
+        for name in ("minimum_effect", "confidence", "tolerance"):
+            value = getattr(self, name)
+            if (value is not None or name != "tolerance") and not _is_number(value):
+                raise GainsError(f"{name}={value!r}: expected a number")
+        if self.cluster not in ("auto", "subject", "prompt"):
+            raise GainsError(f"cluster={self.cluster!r}: expected auto, subject or prompt")
+        if not isinstance(self.plain, list | tuple) or not all(isinstance(arm, str) for arm in self.plain):
+            raise GainsError(f"plain={self.plain!r}: expected names of arms")
+        ups = self.higher_is_better
+        if not isinstance(ups, Mapping) or not all(isinstance(up, bool) for up in ups.values()):
+            raise GainsError(f"higher_is_better={ups!r}: expected true or false for every metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +126,7 @@ class Verdict:
 
     word: str
     sentence: str
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

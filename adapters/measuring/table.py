@@ -9,17 +9,25 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import GainsError
+from ..files import read_bytes
 from .metrics import Metric, score
 from .sample import Shot
 
 __all__ = ["Arm", "Row", "measure", "read_csv", "tabulate", "write_csv"]
 
 Arm = Callable[[Sequence[str], Sequence[int]], Sequence[Shot]]
+_Number = TypeVar("_Number", int, float)
+MAX_TABLE = 256 * 2**20
+_CSV_ERRORS = {  # as Python's csv has it -> what it means for the reader of a file
+    "field larger than field limit (131072)": "a cell of more than 131072 characters",
+    "unexpected end of data": "a quote is opened and never closed",
+}
 _FIXED = ("arm", "subject", "prompt", "seed", "latents", "image", "seconds")
 
 
@@ -117,38 +125,64 @@ def write_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def _cells(table: Iterator[list[str]]) -> Iterator[list[str]]:
-    try:
-        yield from table
-    except csv.Error as error:  # a cell of more than 131,072 characters, a zero byte
-        raise GainsError(f"per-image table: no CSV as written by `write_csv` ({error})") from error
-
-
 def read_csv(source: str | Path) -> list[Row]:
-    """The table from CSV text or a file."""
-    # Bytes, not read_text: a prompt's own line breaks must come back as they were.
-    text = source.read_bytes().decode("utf-8", errors="replace") if isinstance(source, Path) else source
-    table = csv.reader(io.StringIO(text, newline=""))
-    header = next(_cells(table), [])
-    if tuple(header[: len(_FIXED)]) != _FIXED:
-        raise GainsError(f"per-image table: columns start with {header[:7]}, expected {list(_FIXED)}")
-    rows = []
-    for number, cells in enumerate(_cells(table), start=2):
-        try:
-            arm, subject, prompt, seed, latents, image, seconds = cells[: len(_FIXED)]
-            pairs = zip(header[len(_FIXED) :], cells[len(_FIXED) :], strict=True)
-            rows.append(
-                Row(
-                    arm=arm,
-                    subject=subject,
-                    prompt=prompt,
-                    seed=int(seed),
-                    latents=latents,
-                    image=image,
-                    seconds=float(seconds),
-                    numbers={name: float(cell) for name, cell in pairs if cell != ""},
-                )
-            )
-        except ValueError as error:
-            raise GainsError(f"per-image table, line {number}: {error}") from error
+    """The table from CSV text or a file.
+
+    Raises `GainsError`: names the file, the line and what is wrong there.
+    """
+    where = source if isinstance(source, Path) else "per-image table"
+    # As it is, no other line ends: a prompt's own line breaks must come back as they were.
+    text = io.StringIO(_decoded(source) if isinstance(source, Path) else source, newline="")
+    reader = csv.reader(text, strict=True)
+    rows: list[Row] = []
+    line = 1
+    try:
+        header = next(reader, [])
+        if tuple(header[: len(_FIXED)]) != _FIXED:
+            raise ValueError(f"the columns start with {_shown(header[: len(_FIXED)])}, expected {list(_FIXED)}")
+        line = reader.line_num + 1
+        for cells in reader:
+            rows.append(_row(header, cells))
+            line = reader.line_num + 1
+    except (csv.Error, ValueError) as error:
+        raise GainsError(f"{where}, line {line}: {_CSV_ERRORS.get(str(error), error)}") from error
     return rows
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return read_bytes(path, MAX_TABLE).decode()
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise GainsError(f"{path}, line {line}: the byte {error.object[error.start]:#x} is not UTF-8") from error
+
+
+def _row(header: Sequence[str], cells: Sequence[str]) -> Row:
+    if len(cells) != len(header):
+        raise ValueError(f"{len(cells)} cells under {len(header)} columns")
+    arm, subject, prompt, seed, latents, image, seconds = cells[: len(_FIXED)]
+    metrics = zip(header[len(_FIXED) :], cells[len(_FIXED) :], strict=True)
+    return Row(
+        arm=arm,
+        subject=subject,
+        prompt=prompt,
+        seed=_read(int, "seed", seed),
+        latents=latents,
+        image=image,
+        seconds=_read(float, "seconds", seconds),
+        numbers={name: _read(float, name, cell) for name, cell in metrics if cell != ""},
+    )
+
+
+def _read(kind: type[_Number], name: str, cell: str) -> _Number:
+    try:
+        return kind(cell)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{_shown(name)} is {_shown(cell)}, expected {what}") from error
+
+
+def _shown(value: object) -> str:
+    """Control characters as escapes, and not at any length: a terminal is to show what is there."""
+    text = ascii(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

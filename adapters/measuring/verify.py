@@ -111,13 +111,15 @@ def _tuned(folder: Path) -> dict[str, Any]:
 
 def recompute(folder: Path) -> Gains:
     """The comparison, from `per_image.csv` and the design in `gains.json`."""
-    stored = files.read_json(folder / "gains.json")
-    design = stored.get("design") if isinstance(stored, dict) else None
+    design = files.read_object(folder / "gains.json").get("design")
     names = {f.name for f in fields(Design)}
     if not isinstance(design, dict) or set(design) not in (names, names - _SINCE_2["design"]):
         raise FileError(f"{folder / 'gains.json'}: no complete design in it")
+    rows = read_csv(folder / "per_image.csv")
     try:
-        return compare(read_csv(folder / "per_image.csv"), Design(**design))
+        return compare(rows, Design(**design))
+    except GainsError as error:
+        raise GainsError(f"{folder / 'gains.json'}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:
         raise FileError(f"{folder / 'gains.json'}: the design is malformed ({error})") from error
 

@@ -82,6 +82,24 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
         pass
 
 
+def test_a_member_packed_by_another_method_is_refused_by_its_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as zipped:
+        zipped.writestr("gains.json", "{}")
+    with pytest.raises(FileError, match=r"x\.zip: gains\.json is packed by method 14; .*bzip2") as error:
+        verify.verify(tmp_path / "x.zip")
+    assert str(error.value).startswith(str(tmp_path))
+
+
+def test_a_design_of_nothing_is_refused_in_words(results, tmp_path):
+    stored = json.loads((results / "gains.json").read_text())
+    stored["design"]["primary"] = None
+    (results / "gains.json").write_text(json.dumps(stored))
+    files.write_manifest(results, {"kind": "gains"})
+    archive.pack(results, tmp_path / "x.zip")
+    with pytest.raises(GainsError, match=r"x\.zip/gains\.json: primary=None: expected a name"):
+        verify.verify(tmp_path / "x.zip")
+
+
 def test_damage_anywhere_is_an_error_in_words(results, tmp_path):
     archive.pack(results, tmp_path / "whole.zip")
     whole = (tmp_path / "whole.zip").read_bytes()

@@ -295,6 +295,26 @@ def test_a_deep_tree_is_refused(release: Path, tmp_path: Path) -> None:
         subprocess.run(["rm", "-rf", folder / "d"], check=True)  # shutil.rmtree goes no deeper than Python's calls
 
 
+@pytest.mark.parametrize("name", ["guider_config.json", "config.json", "unet/adapter_config.json"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_settings_that_are_a_list_are_refused_by_name(name: str, sealed: bool, release: Path, pipe, tmp_path: Path):
+    folder = shutil.copytree(release, tmp_path / "f")
+    (folder / "unet").mkdir()
+    if name.startswith("unet/"):
+        (folder / "pytorch_lora_weights.safetensors").unlink()
+        (folder / "adapter_model.safetensors").rename(folder / "unet" / "adapter_model.safetensors")
+    (folder / name).write_text("[]")
+    if sealed:
+        files.write_manifest(folder, json.loads((folder / "manifest.json").read_text()))
+        acts = [lambda: verify.verify(folder), lambda: inspect(folder), lambda: loading.load(pipe, folder)]
+    else:
+        (folder / "manifest.json").unlink()
+        acts = [lambda: inspect(folder), lambda: loading.load(pipe, folder)]
+    for act in acts:
+        with pytest.raises(FileError, match=rf"{name}: expected a JSON object, found a list"):
+            act()
+
+
 # ---------------------------------------------------------------------------------------------- what verify compares
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,10 +166,48 @@ def test_everything_follows_from_the_table():
     assert gains.compare(read_csv(write_csv(rows)), DESIGN).to_dict() == gains.compare(rows, DESIGN).to_dict()
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n", write_csv(table([0.1, 0.2])) + "scfg,,p,notanumber,n,,0.0,1,1\n"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("x,,p,seven,n,,0.0,1,1", "'seed' is 'seven', expected a whole number"),
+        ("x,,p,1\x1b[2J,n,,0.0,1,1", r"'seed' is '1.x1b.2J', expected a whole number"),
+        ("x,,p,1,n,,0.0,\x00,1", r"'burnt' is '\\x00', expected a number"),
+        ("x,,p,1,n,,0.0", "7 cells under 9 columns"),
+        ("x,,p\r,1,n,,0.0,1,1", "3 cells under 9 columns"),
+        ("x,,p,1,n,,0.0,1,1,1", "10 cells under 9 columns"),
+        ("", "0 cells under 9 columns"),
+        ('x,,"p,1,n,,0.0,1,1', "a quote is opened and never closed"),
+        (f"x,,{'p' * 140_000},1,n,,0.0,1,1", "a cell of more than 131072 characters"),
+        (f"x,,p,{'9' * 140},n,,{'9' * 5000}.x,1,1", r"'seconds' is '9+…, expected a number"),
+        ("x,,p\udcff,1,n,,0.0,1,1", "the byte 0xff is not UTF-8"),
+    ],
+)
+def test_a_line_that_is_none_is_named(line: str, said: str, tmp_path: Path):
+    good = write_csv([replace(row, prompt=f"two\nlines {row.prompt}") for row in table([0.1, 0.2])])
+    (tmp_path / "mine.csv").write_bytes(f"{good}{line}\n".encode(errors="surrogateescape"))
+    with pytest.raises(GainsError, match=rf"mine\.csv, line 18: {said}") as error:
+        read_csv(tmp_path / "mine.csv")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n"])
 def test_malformed_tables_are_errors(text):
-    with pytest.raises(GainsError, match="per-image table"):
+    with pytest.raises(GainsError, match="per-image table, line 1: the columns start with"):
         read_csv(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"primary": None}, {"arm": 1}, {"baseline": ["CFG"]}, {"referee": 0}, {"identity": {}}, {"cluster": "seed"}),
+        *({"minimum_effect": "1"}, {"minimum_effect": True}, {"confidence": None}, {"tolerance": "x"}),
+        *({"higher_is_better": []}, {"higher_is_better": {"fidelity": "up"}}, {"plain": "scfg"}, {"plain": [None]}),
+    ],
+)
+def test_a_design_of_other_values_is_refused_by_name(change):
+    with pytest.raises(GainsError, match=f"^{next(iter(change))}="):
+        replace(DESIGN, **change)
 
 
 def sweep_rows(effective: float) -> tuple[list[Row], dict[str, str]]:

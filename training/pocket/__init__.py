@@ -36,12 +36,11 @@ def manifest() -> dict[str, Any]:
     Raises:
         PocketError: no manifest, or one that is not JSON.
     """
-    from adapters.files import FileError, read_json  # not above: they bring torch
+    from adapters.files import FileError, read_object  # not above: they bring torch
 
     path = DATA / "manifest.json"
     try:
-        listed: dict[str, Any] = read_json(path)
-        return listed
+        return read_object(path)
     except FileError as error:
         raise PocketError(f"the pocket base has no readable manifest at {path} ({error}); {_REMEDY}") from error
 

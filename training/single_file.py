@@ -7,8 +7,8 @@ modelspec standard, and for SD-2.x ComfyUI's rule on one of the weights.
 
 from __future__ import annotations
 
+import bz2
 import json
-import lzma
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -245,7 +245,7 @@ def _clip(pad: str) -> Any:
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    merges = lzma.decompress((BUNDLED / "merges.txt.xz").read_bytes()).decode()
+    merges = bz2.decompress((BUNDLED / "merges.txt.bz2").read_bytes()).decode()
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(f"{letter}</w>" for letter in letters), *(m.replace(" ", "") for m in merges.splitlines())]
     numbers = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}

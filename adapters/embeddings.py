@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,8 +58,10 @@ def _with_rows(pipe: DiffusionPipeline, component: str, name: str, own: Mapping[
         )
     longer = copy.deepcopy(tokenizer)
     longer.add_tokens(words)
+    numbers = longer.convert_tokens_to_ids(words)
+    _check_read(longer, words, numbers)
     device = _device(encoder, table)
-    ids = torch.tensor(longer.convert_tokens_to_ids(words), device=device)
+    ids = torch.tensor(numbers, device=device)
     values = stored(table).detach().to(device)
     weight = values.new_zeros(max(len(values), int(ids.max()) + 1), width)
     weight[: len(values)] = values
@@ -73,6 +75,18 @@ def _with_rows(pipe: DiffusionPipeline, component: str, name: str, own: Mapping[
     finally:
         setattr(pipe, name, tokenizer)
         encoder.set_input_embeddings(table)
+
+
+def _check_read(tokenizer: Any, words: Sequence[str], numbers: Sequence[int]) -> None:
+    """Every word has a number of its own, which is what a prompt gives: an empty one would take another word's row."""
+    read = tokenizer(list(words), add_special_tokens=False).input_ids
+    unread = [word for word, number, ids in zip(words, numbers, read, strict=True) if ids != [number]]
+    if unread or len(set(numbers)) < len(numbers):
+        word = unread[0] if unread else next(word for word in words if words.count(word) > 1)
+        raise AdapterError(
+            f"the token {word[:40]!r} is not read as one word of its own (it is empty, or another one differs by case "
+            "alone or has its name); rename it"
+        )
 
 
 def _device(encoder: torch.nn.Module, table: torch.nn.Module) -> torch.device:

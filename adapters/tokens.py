@@ -97,7 +97,8 @@ def token_words(tokens: Tokens) -> list[str]:
 
 
 def _rows(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.ndim not in (1, 2) or not tensor.numel() or not tensor.is_floating_point() or not tensor.isfinite().all():
+    numbers = tensor.is_floating_point() and tensor.element_size() > 1
+    if tensor.ndim not in (1, 2) or not tensor.numel() or not numbers or not tensor.isfinite().all():
         raise FormatError(f"{name}: shape {tuple(tensor.shape)}, {tensor.dtype}; expected finite vectors (n, width)")
     if tensor.ndim == 2 and len(tensor) > MAX_VECTORS:
         raise FormatError(f"{name}: {len(tensor)} vectors; at most {MAX_VECTORS} are put into a tokenizer")

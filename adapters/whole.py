@@ -197,6 +197,8 @@ def _take_place(stage: Path, target: Path) -> None:
     if not stage.is_dir() or not target.exists():
         os.replace(stage, target)
         return
+    if not target.is_dir():  # somebody's file, not an older version of what was made
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     if _exchange(stage, target):
         return  # `stage` now holds the old folder, and is removed by the caller
     aside = _beside(target, "old")

@@ -219,7 +219,9 @@ def _load(path: Path) -> State:
     for name, digest in record["sha256"].items():
         if files.sha256(path / name) != digest:
             raise FileError(f"{path / name} is not as it was written")
-        tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        found = tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        if name != "optimizer.safetensors":
+            _check_finite(path / name, found)
     return State(
         step=record["step"],
         weights=tensors["weights"],
@@ -229,6 +231,12 @@ def _load(path: Path) -> State:
         scaler=record["scaler"],
         facts=record["facts"],
     )
+
+
+def _check_finite(file: Path, tensors: dict[str, Tensor]) -> None:
+    broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise FileError(f"{file} holds NaN or infinite values, such as in {broken[0]}")
 
 
 def refuse_changes(path: Path, saved: State, facts: dict[str, Any], *, free: list[str]) -> None:

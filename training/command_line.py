@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -47,7 +48,9 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
     parser = Parser(description=kind.__doc__, exit_on_error=False, allow_abbrev=False, parser_mode="typed")
     parser.add_argument("--config", action="config", help="YAML file with settings; may be given several times")
     parser.add_class_arguments(kind, as_group=False)
-    arguments = _as_today(kind, _configs_first(list(sys.argv[1:] if args is None else args)))
+    words = list(sys.argv[1:] if args is None else args)
+    _check_letters(words)
+    arguments = _as_today(kind, _configs_first(words))
     if {"-h", "--help"} & set(arguments):
         print(parser.format_help() if "all" in arguments else _short_help(parser, kind))
         raise SystemExit(0)
@@ -59,6 +62,7 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))
         names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
         settings = _at_home(kind(**{name: value for name, value in values.items() if name in names}))
+        _check_letters(settings)
         found: SettingsT = _located(settings, [Path(file).resolve() for file in _config_files(arguments)])
         return found
     except (ArgumentError, ValueError, TypeError, OSError) as error:
@@ -160,6 +164,22 @@ def _at_home(value: Any, name: str = "") -> Any:
     if isinstance(value, str) and value.startswith("~") and "/" in value and not spoken:
         return os.path.expanduser(value)
     return value
+
+
+def _check_letters(value: Any, name: str = "") -> None:
+    """Refuses what no file could hold: it would come to light when the first table is written, hours later."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_letters(key, name)
+            _check_letters(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_letters(item, name)
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        what = "holds a zero byte" if "\0" in value else "is not UTF-8; if it is a path, rename the file or folder"
+        raise TrainingError(f"{name} {value[:200]!r} {what}".lstrip())
 
 
 def _configs_first(args: list[str]) -> list[str]:

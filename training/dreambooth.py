@@ -6,6 +6,7 @@ rather than a silent reuse.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -377,7 +378,7 @@ def _readable(path: Path) -> bool:
 def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
     there = sorted(folder.glob("*.png")) if folder.is_dir() else []
     manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not os.path.lexists(manifest):
         if there:
             raise TrainingError(f"dreambooth.class_folder {folder} has images but no {MANIFEST}; give an empty folder")
         return

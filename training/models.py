@@ -7,6 +7,7 @@ with a U-net of the VAE's latent channels is SD (1.x, 2.x and the pocket base di
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from adapters import text
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, FileError
 from adapters.files import read_object
 
 from . import single_file
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Parts",
+    "check_finite",
     "encode_images",
     "encode_text",
     "everywhere",
@@ -138,7 +140,10 @@ def load(
         folder = _folder(base, revision)
         index = _json(folder / "model_index.json")
         unet, vae, encoders, tokenizers = _networks(base, folder, index, variant)
-        scheduler = single_file.scheduled(_json(folder / "scheduler" / "scheduler_config.json"), prediction, zero_snr)
+        config_file = folder / "scheduler" / "scheduler_config.json"
+        scheduler = single_file.scheduled(_json(config_file), prediction, zero_snr)
+        if not isinstance(scheduler.get("_class_name"), str):
+            raise TrainingError(f"{config_file}: no scheduler is named in it (_class_name); get the base again")
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     channels = vae.config.latent_channels
     if unet.config.in_channels not in (channels, 2 * channels + 1):
@@ -150,6 +155,7 @@ def load(
         rule = text.checked(rule or text.TextRule(), encoders, tokenizers)
     except AdapterError as error:
         raise TrainingError(f"base.{error}") from error
+    check_finite(base, {"unet": unet, "vae": vae, **dict(zip(_encoders(index), encoders, strict=True))})
     for module in (unet, vae, *encoders):
         module.requires_grad_(False).eval()
         module.float()
@@ -178,6 +184,11 @@ def _networks(
         raise TrainingError(
             f"base {base} has no U-net (it holds {', '.join(others)}); use an SD-1.x, SD-2.x or SDXL base"
         )
+    for name in ("unet", "vae", *_encoders(index)):  # diffusers and transformers do not say which part lacks it
+        _json(folder / name / "config.json")
+    for name in _tokenizers(index):
+        if not any((folder / name / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+            raise TrainingError(f"base {base}: {folder / name} holds no tokenizer; get the base again")
     try:
         return (
             UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, variant=variant),
@@ -211,7 +222,10 @@ def _folder(base: str | Path, revision: str | None) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingError(f"{path} is missing; the base must be a diffusers pipeline folder")
-    return read_object(path)
+    try:
+        return read_object(path)
+    except FileError as error:
+        raise TrainingError(f"{error}; get the base again") from error
 
 
 def _encoders(index: dict[str, Any]) -> list[str]:
@@ -278,6 +292,23 @@ def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scale = vae.config.scaling_factor
     return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+def check_finite(base: str | Path, networks: Mapping[str, torch.nn.Module]) -> None:
+    """Refuses damaged weights, which would draw black pictures, or be blamed on the learning rate.
+
+    Args:
+        base: whose they are, for the message.
+        networks: by their names in the pipeline.
+
+    Raises:
+        TrainingError: names the first tensor that is not finite.
+    """
+    for part, network in networks.items():
+        for name, value in network.named_parameters():
+            # A sum costs no memory; it may overflow in half precision, so it is no proof.
+            if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):
+                raise TrainingError(f"base {base}: {part}.{name} holds NaN or infinite values; get the base again")
 
 
 def weights_digest(*modules: Any) -> str:

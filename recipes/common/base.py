@@ -114,6 +114,7 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
     import diffusers
     import torch
 
+    from training.models import check_finite
     from training.ranks import state
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[_loaded_in(sampling)]
@@ -131,6 +132,7 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
             require(found == "ControlNetModel", f"controlnet {controlnet} is a {found}, not a ControlNetModel")
             network = diffusers.ControlNetModel.from_pretrained(place, use_safetensors=True, **half)
             pipe = diffusers.AutoPipelineForText2Image.from_pipe(pipe, controlnet=network)
+        check_finite(base.path, {n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
         if paints_holes(pipe) and "mask_image" not in signature(pipe.__call__).parameters:
             pipe = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
         _follow(pipe, base)

@@ -262,3 +262,40 @@ def test_learned_tokens_come_and_go(pipe, tmp_path):
     assert pipe.tokenizer is tokenizer
     assert pipe.text_encoder.get_input_embeddings() is table
     assert (pixels(pipe) == plain).all()
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [{"": 1}, {"<mug>": 1, "<MUG>": 1}, {"<mug>": 2, "<mug>_1": 1}, {"e\u0301": 1, "\u00e9": 1}],
+    ids=["empty", "case", "name of a second vector", "spelling"],
+)
+def test_tokens_that_a_prompt_cannot_tell_apart_are_refused(tokens, pipe, tmp_path):
+    """An empty one would have changed the row of the end of text."""
+    vectors = {token: torch.full((count, 16), 3.0) for token, count in tokens.items()}
+    files.write_tensors(tmp_path / "learned_embeds.safetensors", vectors)
+    tokenizer, table = pipe.tokenizer, pipe.text_encoder.get_input_embeddings()
+    with pytest.raises(AdapterError, match="is not read as one word of its own"):
+        loading.load(pipe, tmp_path)
+    assert pipe.tokenizer is tokenizer
+    assert pipe.text_encoder.get_input_embeddings() is table
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        *(torch.tensor(1.0), torch.zeros(0, 16), torch.zeros(1, 0), torch.ones(1, 1, 16)),
+        *(torch.ones(1, 16).to(torch.int32), torch.full((1, 16), torch.nan), torch.ones(1, 16).to(torch.float8_e4m3fn)),
+    ],
+    ids=["0-d", "no vector", "no width", "3-d", "integers", "NaN", "float8"],
+)
+def test_embeddings_that_are_no_vectors_are_refused(vector, pipe, tmp_path):
+    files.write_tensors(tmp_path / "learned_embeds.safetensors", {"<mug>": vector})
+    with pytest.raises(FormatError, match=r"learned_embeds.safetensors: <mug>: .*expected finite vectors"):
+        loading.load(pipe, tmp_path)
+
+
+def test_a_token_that_is_known_already_is_refused(pipe, tmp_path):
+    word = next(iter(pipe.tokenizer.get_vocab()))
+    files.write_tensors(tmp_path / "learned_embeds.safetensors", {word: torch.ones(1, 16)})
+    with pytest.raises(AdapterError, match="is in the tokenizer's vocabulary already"):
+        loading.load(pipe, tmp_path)

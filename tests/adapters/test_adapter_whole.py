@@ -79,6 +79,14 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "other", "real"]
 
 
+def test_a_folder_never_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "release").write_text("a user's notes")
+    with pytest.raises(FileExistsError, match="release"):
+        into_folder(tmp_path / "release", b"new")
+    assert (tmp_path / "release").read_text() == "a user's notes"
+    assert os.listdir(tmp_path) == ["release"]
+
+
 def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     files.write_text(tmp_path / ("n" * 255), "x")
     into_folder(tmp_path / ("ü" * 127), b"x")

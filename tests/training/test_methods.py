@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline, StableDiffusionX
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapters.edges import Canny
 from training import config, controlnet, dreambooth, loop, lora, models
@@ -224,6 +226,13 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
     with pytest.raises(TrainingError, match=r"manifest.json: not valid JSON.*delete .*class, they are made again"):
         prior(base, folder)
     (folder / "manifest.json").unlink()
+    for put, undo in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
+        put(folder / "manifest.json")
+        with pytest.raises(
+            TrainingError, match=r"manifest.json: not a regular file.*delete .*class, they are made again"
+        ):
+            prior(base, folder)
+        undo(folder / "manifest.json")
     with pytest.raises(TrainingError, match=r"has images but no manifest.json"):
         prior(base, folder)
     for path in folder.iterdir():
@@ -331,6 +340,60 @@ def test_bases_that_cannot_be_trained_are_refused(base: Path, tmp_path: Path) ->
     (broken / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(TrainingError, match=r"has no U-net \(it holds .*transformer"):
         models.load(broken)
+
+
+def not_finite(file: Path) -> None:
+    tensors = load_file(file)
+    tensors[max(tensors)][..., 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+
+
+DAMAGED_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an empty U-net folder": (
+        lambda base: [path.unlink() for path in (base / "unet").iterdir()],
+        r"unet/config.json is missing",
+    ),
+    "a config that is a list": (
+        lambda base: (base / "unet/config.json").write_text("[]"),
+        r"unet/config.json: expected",
+    ),
+    "an empty config": (lambda base: (base / "vae/config.json").write_text(""), r"vae/config.json: not valid JSON"),
+    "an index that is a list": (
+        lambda base: (base / "model_index.json").write_text("[1]"),
+        "model_index.json: expected",
+    ),
+    "a scheduler that is a list": (
+        lambda base: (base / "scheduler/scheduler_config.json").write_text("[1]"),
+        "scheduler_config.json: expected a JSON object",
+    ),
+    "a scheduler without a class": (
+        lambda base: (base / "scheduler/scheduler_config.json").write_text("{}"),
+        "scheduler_config.json: no scheduler is named",
+    ),
+    "no tokenizer": (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer holds no tokenizer"),
+    "cut weights": (lambda base: os.truncate(base / "unet/diffusion_pytorch_model.safetensors", 3000), "unet"),
+    "NaN in the U-net": (
+        lambda base: not_finite(base / "unet/diffusion_pytorch_model.safetensors"),
+        r"unet\.\S+ holds NaN or infinite values; get the base again",
+    ),
+    "NaN in the VAE": (
+        lambda base: not_finite(base / "vae/diffusion_pytorch_model.safetensors"),
+        r"vae\.\S+ holds NaN or infinite values",
+    ),
+    "NaN in the text encoder": (
+        lambda base: not_finite(base / "text_encoder/model.safetensors"),
+        r"text_encoder\.\S+ holds NaN or infinite values",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_BASES)
+def test_a_damaged_base_is_named(name: str, base: Path, tmp_path: Path) -> None:
+    damage, said = DAMAGED_BASES[name]
+    shutil.copytree(base, tmp_path / "base")
+    damage(tmp_path / "base")
+    with pytest.raises(TrainingError, match=said):
+        models.load(tmp_path / "base")
 
 
 def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path: Path) -> None:

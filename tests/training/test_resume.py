@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import training_driver
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapters.errors import FileError
+from adapters.files import sha256
 from adapters.source import open_source
 from training import checkpoint, config
 from training.errors import Stopped, TrainingError
@@ -362,7 +363,17 @@ def exchange(place: Path) -> None:
     (place / "weights.safetensors").write_bytes((place.parent / "step-000001" / "weights.safetensors").read_bytes())
 
 
+def poison(place: Path) -> None:
+    """As no run of ours saves it, with digests that are right."""
+    save_file({"a": torch.tensor([0, torch.nan, 2])}, place / "weights.safetensors")
+    record = json.loads((place / "state.json").read_text())
+    record["sha256"]["weights.safetensors"] = sha256(place / "weights.safetensors")
+    del record["own sha256"]
+    alter(place, **record, **{"own sha256": checkpoint._own_digest(record)})
+
+
 DAMAGES = {
+    "weights that are not finite": poison,
     "a step far ahead": lambda place: alter(place, step=10**9),
     "a negative step": lambda place: alter(place, step=-3),
     "an earlier step": lambda place: alter(place, step=1),

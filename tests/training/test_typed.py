@@ -197,3 +197,14 @@ def test_any_text(text: str) -> None:
     except (yaml.YAMLError, UnicodeEncodeError):
         return  # YAML itself has no such letters
     assert command_line.parse(Texts, [f"--data.prompt={text}"]).data.prompt == text
+
+
+@pytest.mark.parametrize("letter", ["\udce9", "\0"])
+def test_letters_that_no_file_can_hold_are_refused_by_the_setting(letter: str, tmp_path: Path) -> None:
+    """They would come to light when the first table is written."""
+    for words in ([f"--data.source=rex{letter}"], ["--prompts", f"rex{letter}"]):
+        with pytest.raises(TrainingError, match=r"rex.*' (is not UTF-8|holds a zero byte)"):
+            command_line.parse(Texts, words)
+    (tmp_path / "mine.yaml").write_text('words: {"a": "\\0"}\n', "utf-8")
+    with pytest.raises(TrainingError, match=r"^words.a .* holds a zero byte"):
+        command_line.parse(Texts, ["--config", str(tmp_path / "mine.yaml")])

@@ -1,7 +1,8 @@
-"""Sampling on the pocket base: float32 against bfloat16, plain CFG against S-CFG, bare and with a merged adapter.
+"""Sampling on the pocket base: float32 against bfloat16, plain CFG against S-CFG, adapters, and what scopes cost.
 
     python benchmarks/sampling.py                 # minutes on one CPU core; the adapter is that of the zoo
     python benchmarks/sampling.py --judge 64      # also what the judge sees in so many pictures of each arm
+    python benchmarks/sampling.py --scopes        # an adapter's scopes instead, against plain CFG
     python benchmarks/sampling.py --smoke         # seconds; checks that everything here runs
 
 Arms take turns. Times are the process's own CPU time, so that a busy machine changes little; with `--threads 1` (the
@@ -26,10 +27,11 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 import numpy as np
 import torch
 
+import adapters
 from recipes.common.base import adapted, pipeline
 from recipes.common.guidance import guided
 from recipes.common.precision import drawing_in
-from recipes.common.settings import GuidanceSettings, SamplingSettings
+from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
 from training.config import BaseSettings
 from training.pocket import judge
 from training.pocket.scenes import sample
@@ -37,6 +39,18 @@ from training.pocket.scenes import sample
 ADAPTER = Path(__file__).resolve().parents[1] / "recipes" / "zoo" / "teapot"
 PROMPTS = ["a dog on the grass", "a red car and a cat", "a fish in the sea", "a house in the snow"]
 SCALE = 4.0
+TRIGGER, NOUN = "sks", "teapot"
+SUBJECT_PROMPTS = [f"a {TRIGGER} {NOUN} {rest}" for rest in ("on the grass", "and a cat", "in the sea", "in the snow")]
+# None: merged into the weights, as an adapter without a scope is drawn. The others leave it beside them.
+SCOPES: dict[str, dict[str, Any] | None] = {
+    "no scope, merged": None,
+    "no scope, beside the weights": {},
+    "base's unconditional prediction": {"uncond_weight": 0.0},
+    "half the weight in the unconditional half": {"uncond_weight": 0.5},
+    "off in the first fifth": {"start": 0.2},
+    "in the subject's place for three tenths": {"where": "subject", "where_stop": 0.3},
+    "in the subject's place throughout": {"where": "subject"},
+}
 
 
 def draw(pipe: Any, arm: tuple[str, str, str], prompts: list[str], args: argparse.Namespace, seed: int) -> Any:
@@ -52,6 +66,47 @@ def draw(pipe: Any, arm: tuple[str, str, str], prompts: list[str], args: argpars
             generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],
         ).images
         return images, time.process_time() - began
+
+
+def draw_scoped(pipe: Any, name: str, method: str, args: argparse.Namespace) -> float:
+    """CPU seconds of four pictures with the zoo's adapter in a scope."""
+    fields = SCOPES[name]
+    if fields == {}:  # no scope, and yet not merged
+        around: Any = adapters.load(pipe, ADAPTER, guidance=lambda _: nullcontext(), merged=False)
+    else:
+        scope = None if fields is None else ScopeSettings(**fields)
+        around = adapted(pipe, ADAPTER, scope=scope, identifier=TRIGGER, noun=NOUN)
+    guidance = GuidanceSettings(method=method, guidance_scale=SCALE)  # type: ignore[arg-type]
+    with around, guided(pipe, guidance)():
+        began = time.process_time()
+        pipe(
+            prompt=SUBJECT_PROMPTS,
+            num_inference_steps=args.steps,
+            guidance_scale=SCALE,
+            generator=[torch.Generator().manual_seed(number) for number in range(len(SUBJECT_PROMPTS))],
+        )
+        return time.process_time() - began
+
+
+def scope_times(pipe: Any, args: argparse.Namespace) -> list[str]:
+    """What each scope costs, with plain CFG and with S-CFG."""
+    arms = [(name, method) for method in ("cfg", "semantic") for name in SCOPES]
+    seconds: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    for number in range(args.rounds + 1):
+        for arm in arms:
+            took = draw_scoped(pipe, *arm, args)
+            if number:  # the first round warms up
+                seconds[arm].append(took)
+    lines = [
+        "| scope | guidance | CPU seconds | against merged | against beside the weights |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, method), took in seconds.items():
+        others = [seconds[reference, method] for reference in list(SCOPES)[:2]]
+        ratios = [interval([mine / theirs for mine, theirs in zip(took, other, strict=True)]) for other in others]
+        shown = {"cfg": "CFG", "semantic": "S-CFG"}[method]
+        lines.append(f"| {name} | {shown} | {statistics.median(took):.2f} | {' | '.join(ratios)} |")
+    return lines
 
 
 def interval(values: list[float]) -> str:
@@ -103,6 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds; one more warms up")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps")
     parser.add_argument("--judge", type=int, default=0, help="pictures of each arm that the judge looks at")
+    parser.add_argument("--scopes", action="store_true", help="time an adapter's scopes, and nothing else")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="one round of two steps, four judged pictures")
     args = parser.parse_args()
@@ -111,6 +167,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings())
     print(f"# Sampling speed\n\nCPU, {args.threads} thread(s), torch {torch.__version__}, {platform.platform()}\n")
+    if args.scopes:
+        print("\n".join(scope_times(pipe, args)), flush=True)
+        return
     arms = [
         (chosen, method, adapter)
         for method, adapter in (("cfg", ""), ("semantic", ""), ("cfg", "adapter"))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -24,3 +26,11 @@ def test_the_small_sampling_benchmark_prints_every_arm() -> None:
     arms = [f"{p}, {g}" for g in ("CFG", "S-CFG", "CFG, adapter") for p in ("fp32", "bf16")]
     assert all(f"\n| {arm} | " in done.stdout for arm in arms)
     assert "| guidance | float32 | bfloat16 | difference" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_small_sampling_benchmark_times_scopes() -> None:
+    command = [sys.executable, str(BENCHMARKS / "sampling.py"), "--smoke", "--scopes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(done.stdout.count(f"\n| {place} |") == 2 for place in ("no scope, merged", "off in the first fifth"))

@@ -18,7 +18,7 @@ from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 from training.text import read_text
 
-__all__ = ["Settings", "run"]
+__all__ = ["Settings", "guidance_to_ship", "run"]
 
 
 MAX_PAGE = 2**29  # bytes; the pictures are in it
@@ -103,12 +103,21 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     made = parse(measure.Settings, ["--config", str(folder / "settings.yaml")])
     gains = adapters.measuring.verify.recompute(folder)
     rows = adapters.measuring.table.read_csv(folder / "per_image.csv")
-    # S-CFG ships only where it showed a gain; otherwise plain CFG at the scale it was compared at.
-    arm = gains.design.arm if gains.verdict.word == "gain" else gains.design.baseline
-    best = GuidanceSettings.of(gains.design.notes["guidance"][arm])
+    best = GuidanceSettings.of(gains.design.notes["guidance"][guidance_to_ship(gains)])
     facts = adapters.files.read_json(folder / "gains.json")["facts"]
     names = [arm["name"] for arm in gains.arms]
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts
+
+
+def guidance_to_ship(gains: Any) -> str:
+    """The arm whose guidance ships: `measure.arm` where it showed a gain, otherwise plain CFG as it was compared.
+
+    For a subject it is also a gain to lie above the front of plain CFG over weights and scales: as much identity with
+    more accuracy, or the reverse, than plain CFG has at any of them.
+    """
+    arm, above = gains.design.arm, gains.plane["above"] if gains.plane else []
+    gained = gains.verdict.word == "gain" or {"above"} == {one["word"] for one in above if one["arm"] == arm}
+    return arm if gained else gains.design.baseline
 
 
 def _shots(folder: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str, list[Any]]:

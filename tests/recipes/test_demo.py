@@ -48,7 +48,15 @@ def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
     assert {path.name for path in (out / "release").iterdir()} >= RELEASE
     assert adapters.measuring.verify.verify(out / "release")["kind"] == "lora"
     assert f"Open {out / 'release' / 'report.html'}" in said
-    for line in ("Adapter: ", "Guidance: ", "S-CFG", "CFG placed", "prompt accuracy", "subject similarity", "s in all"):
+    for line in (
+        "Adapter: ",
+        "Guidance: ",
+        "S-CFG",
+        "S-CFG placed",
+        "prompt accuracy",
+        "subject similarity",
+        "s in all",
+    ):
         assert line in said
 
 
@@ -57,7 +65,7 @@ def test_every_stage_leaves_what_the_next_one_reads(demo) -> None:
     assert {path.name for path in (out / "measured").iterdir()} == MEASURED
     assert {path.name for path in (out / "tuned").iterdir()} == {"guider_config.json", "tuned.json"}
     tuned = json.loads((out / "tuned" / "tuned.json").read_text())
-    assert set(tuned["best"]) == {"CFG", "S-CFG"}
+    assert set(tuned["best"]) == {"CFG", "S-CFG placed"}
     assert tuned["adapter"] == str(out / "lora")
     assert Image.open(out / "measured" / "sheet.png").size[0] > 6 * 128
 
@@ -66,7 +74,7 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    assert drawn == {"base", "cfg", "s-cfg", "cfg-placed", "cfg-weight-0-7"}
+    assert drawn == {"base", "cfg", "s-cfg", "s-cfg-placed", "cfg-weight-0-7"}
     assert len(rows) == len(list((out / "pictures").rglob("*.png"))) == 5 * 2
     gains = json.loads((out / "measured" / "gains.json").read_text())
     assert gains["facts"]["base"] == "pocket"
@@ -105,7 +113,7 @@ def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
     arms = {
         name: next(iter(adapters.measuring.sample.shots_in(out / "pictures" / "dog" / name)))
-        for name in ("base", "cfg", "s-cfg", "cfg-placed")
+        for name in ("base", "cfg", "s-cfg", "s-cfg-placed")
     }
     assert len({shot.key for shot in arms.values()}) == 1
     assert len({shot.image.tobytes() for shot in arms.values()}) == len(arms)

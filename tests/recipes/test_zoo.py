@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import adapters
 import scfg
 from recipes.common.base import pipeline
 from recipes.common.settings import SamplingSettings
+from recipes.ship import guidance_to_ship
 from training import pocket
 from training.config import BaseSettings
 
@@ -47,3 +49,18 @@ def test_samples_of_a_shipped_adapter_are_pictures() -> None:
         samples = sorted((release / "samples").rglob("*.png"))
         assert samples, release
         assert all(Image.open(path).size == (64, 64) for path in samples)
+
+
+@pytest.mark.parametrize(
+    ("arm", "ships"),
+    [
+        ("S-CFG placed", "S-CFG placed"),  # as much identity as plain CFG, and more accuracy: above the front
+        ("base's unconditional", "CFG"),  # beyond the front's end
+        ("CFG placed", "CFG"),  # not told from the front
+    ],
+)
+def test_what_lies_above_the_front_of_plain_guidance_ships(arm: str, ships: str) -> None:
+    with adapters.measuring.archive.unpacked(ROOT / "benchmarks/study/results/subjects-kept.zip") as folder:
+        gains = adapters.measuring.verify.recompute(folder)
+    assert gains.verdict.word != "gain"
+    assert guidance_to_ship(replace(gains, design=replace(gains.design, arm=arm))) == ships

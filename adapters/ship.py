@@ -123,7 +123,8 @@ def _reading(rule: TextRule | None, *, sdxl: bool) -> list[str]:
         own = OWN_LAYER["sdxl" if sdxl else "sd"]
         notes.append(
             f"Set clip-skip {skip} in A1111 and Forge, or a CLIP Set Last Layer of -{skip} in ComfyUI. In diffusers it "
-            f"is `clip_skip={skip - own}`, which leaves the negative prompt as it is."
+            f"is `clip_skip={skip - own}`, which leaves the negative prompt as it is"
+            + ("." if sdxl else "; diffusers 0.42 with transformers 5 has an error there, so use `adapters.load`.")
         )
     if rule.chunks > 1:
         notes.append(

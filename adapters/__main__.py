@@ -22,6 +22,8 @@ from .source import MODEL_FILE, Source, open_source, read_adapter, read_guider
 from .tokens import EMBEDS_FILE, write_tokens
 from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 on an error that was explained on stderr."""
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--to", choices=("peft", "diffusers", "kohya"), required=True)
     convert.add_argument("--rank", type=int, help="approximate by a plain LoRA of this rank first")
     convert.add_argument("--base", type=Path, help="pipeline folder; needed with --rank for DoRA, LoHa and LoKr")
+    convert.add_argument("--precision", choices=PRECISIONS, help="of the file; default: as it is")
     convert.set_defaults(run=_convert)
     merge = commands.add_parser("merge", help="into a base (--base) or, without it, several LoRAs into one")
     merge.add_argument("paths", nargs="+", metavar="PATH[=WEIGHT]")
@@ -117,6 +120,8 @@ def _convert(options: argparse.Namespace) -> dict[str, Any]:
             compose.rerank(adapter, options.rank) if models is None else compose.to_lora(adapter, models, options.rank)
         )
         adapter, summary["relative_error"] = found.adapter, f"{found.error:.4g}"
+    if options.precision is not None:
+        adapter = adapter.to(PRECISIONS[options.precision])
     _write(adapter, options.out, options.to)
     return summary
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+
+from .errors import AdapterError
 
 __all__ = ["BESIDE", "COMPONENTS", "KIND_OF", "Adapter", "Kind", "Module", "Tokens"]
 
@@ -103,6 +105,20 @@ class Adapter:
     def kinds(self) -> list[str]:
         """lora, loha, lokr, with magnitudes dora, doha, dokr; full, norm: those that occur."""
         return sorted({_WEIGHT_DECOMPOSED[m.kind] if m.decomposed else m.kind for m in self.modules.values()})
+
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """The same in another precision; its tokens stay as they are.
+
+        Raises:
+            AdapterError: a number is too large for it.
+        """
+        modules = {}
+        for name, module in self.modules.items():
+            cast = {key: value.to(dtype) for key, value in module.tensors.items()}
+            if not all(bool(value.isfinite().all()) for value in cast.values()):
+                raise AdapterError(f"{name}: a number is too large for {str(dtype).removeprefix('torch.')}; take bf16")
+            modules[name] = replace(module, tensors=cast)
+        return replace(self, modules=modules)
 
     @property
     def merges_only(self) -> str | None:

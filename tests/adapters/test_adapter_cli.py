@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from adapters import compose, files, keys
 from adapters.__main__ import main
+from adapters.source import open_source, read_adapter
 
 
 def run(capsys, *arguments) -> dict:
@@ -39,6 +41,23 @@ def test_convert_with_rank_states_its_error(capsys, lora_file, tmp_path):
     result = run(capsys, "convert", lora_file, tmp_path / "r.safetensors", "--to", "diffusers", "--rank", 1)
     assert 0 < float(result["relative_error"]) < 1
     assert run(capsys, "inspect", tmp_path / "r.safetensors")["unet"]["ranks"] == [1]
+
+
+def test_convert_to_half_precision_rounds_or_refuses(capsys, lora_file, tmp_path):
+    half = tmp_path / "half.safetensors"
+    run(capsys, "convert", lora_file, half, "--to", "diffusers", "--precision", "fp16")
+    assert run(capsys, "inspect", half)["unet"]["dtypes"] == ["float16"]
+    whole, rounded = (read_adapter(open_source(path)) for path in (lora_file, half))
+    for name, module in whole.modules.items():
+        for key, value in module.tensors.items():
+            assert torch.equal(rounded.modules[name].tensors[key], value.half())
+
+    name, module = next(iter(whole.modules.items()))
+    huge = replace(module, tensors={key: value * 1e6 for key, value in module.tensors.items()})
+    files.write_tensors(lora_file, *keys.to_diffusers(replace(whole, modules={**whole.modules, name: huge})))
+    assert main(["convert", str(lora_file), str(tmp_path / "no"), "--to", "peft", "--precision", "fp16"]) == 1
+    assert "too large for float16; take bf16" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_merge_into_a_unet_and_extract_again(capsys, pipe, make_adapter, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import POCKET, check_text, paints_holes, pipeline
 from recipes.common.cli import launch, say
@@ -17,6 +17,9 @@ from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingS
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 from training.text import read_text
+
+if TYPE_CHECKING:
+    from adapters.measuring.gains import Gains
 
 __all__ = ["Settings", "guidance_to_ship", "run"]
 
@@ -109,7 +112,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts
 
 
-def guidance_to_ship(gains: Any) -> str:
+def guidance_to_ship(gains: Gains) -> str:
     """The arm whose guidance ships: `measure.arm` where it showed a gain, otherwise plain CFG as it was compared.
 
     For a subject it is also a gain to lie above the front of plain CFG over weights and scales: as much identity with

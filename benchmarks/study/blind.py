@@ -81,7 +81,7 @@ def pages(first: Path, second: Path, out: Path, *, count: int, seed: int) -> lis
                     page.paste(picture, (x + 4 + side * (SIDE + 4), y + LINE - 4))
             made.append(out / f"page-{begin // per_page + 1}.png")
             page.save(stage / made[-1].name)
-        (stage / "key.json").write_text(json.dumps(key), "utf-8")
+        (stage / "key.json").write_text(json.dumps(key, separators=(",", ":")) + "\n", "utf-8")
     return made
 
 

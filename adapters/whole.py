@@ -2,7 +2,8 @@
 
 What is being written lies hidden beside its target as `.NAME.new-HOST-PID-XXXXXXXX`, is flushed to the disk and takes
 the target's place in one step. So a reader, or a kill at any moment, finds the old one or the new one. A target that is
-a symbolic link is followed: what it leads to is replaced, and the link stays.
+a symbolic link is followed: what it leads to is replaced, and the link stays. A device is never replaced, nor anything
+else at the end of a link but a file or a folder: the administrator could, and `/dev/null` would be an ordinary file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Iterator
@@ -101,7 +103,17 @@ def write_folder(target: str | Path) -> Iterator[Path]:
 
 def _followed(target: str | Path) -> Path:
     path = Path(os.path.abspath(target))
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+    linked = path.is_symlink()
+    if linked:
+        path = Path(os.path.realpath(path))
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing is there yet, or what follows will say it better
+        return path
+    device, usual = stat.S_ISCHR(mode) or stat.S_ISBLK(mode), stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    if device or (linked and not usual):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return path
 
 
 def _beside(target: Path, kind: str) -> Path:

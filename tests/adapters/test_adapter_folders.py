@@ -30,12 +30,26 @@ from adapters.errors import AdapterError, FileError, GainsError
 from adapters.measuring import archive, gains, table, verify
 from adapters.source import open_source
 
+TUNED = {
+    "higher is better": True,
+    "best": {"CFG": {"guidance_scale": 4.0}},
+    "rounds": {
+        "CFG": [
+            {
+                "results": [
+                    {"settings": {"guidance_scale": 4.0}, "mean": 0.5, "values": [0.25, 0.75]},
+                    {"settings": {"guidance_scale": 2.0}, "mean": 0.25, "values": [0.25, None]},
+                ]
+            }
+        ]
+    },
+}
 SECONDS = 30  # for one case, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def release(_pipe, make_adapter, tmp_path_factory) -> Path:
-    """A small release with everything in it: weights in three spellings, tokens, guider, gains, config."""
+    """A small release with everything in it: weights in three spellings, tokens, guider, gains, config, a search."""
     rng = np.random.default_rng(0)
     rows = [
         table.Row(arm=arm, prompt=f"prompt {i}", seed=1, latents="0", numbers={"accuracy": float(rng.random())})
@@ -45,7 +59,7 @@ def release(_pipe, make_adapter, tmp_path_factory) -> Path:
     design = gains.Design(
         arm="S-CFG", baseline="CFG", primary="accuracy", minimum_effect=0.02, higher_is_better={"accuracy": True}
     )
-    return ship.ship(
+    folder = ship.ship(
         tmp_path_factory.mktemp("release") / "mug",
         weights=make_adapter("lora", targets=["to_q"]),
         base=adapters.describe(_pipe),
@@ -56,6 +70,9 @@ def release(_pipe, make_adapter, tmp_path_factory) -> Path:
         embeds={"<mug>": torch.ones(2, 16)},
         config="rank: 4\n",
     )
+    (folder / "tuned.json").write_text(json.dumps(TUNED))
+    files.write_manifest(folder, files.read_manifest(folder))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +204,7 @@ def zipped(folder: Path, dice: random.Random) -> Path:
     path = folder.with_suffix(".zip")
     methods = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(path, "w", dice.choice(methods)) as target:
-        for name in (files.MANIFEST, "gains.json", "per_image.csv"):
+        for name in (files.MANIFEST, "gains.json", "per_image.csv", "tuned.json"):
             if (folder / name).is_file():
                 target.writestr(name, (folder / name).read_bytes())
     path.write_bytes(mutate_bytes(path.read_bytes(), dice))
@@ -204,7 +221,7 @@ def test_mutated_folders(count: int, release: Path, network: Path, pipe, tmp_pat
         seal(folder)
         name = mutate(folder, dice)
         acts = [lambda: verify.verify(folder)]
-        if name not in ("gains.json", "per_image.csv"):  # which nothing else reads
+        if name not in ("gains.json", "per_image.csv", "tuned.json"):  # which nothing else reads
             acts += [lambda: inspect(folder), lambda: loading.load(pipe, folder).detach()]
         acts += [lambda: verify.verify(zipped(folder, dice))] if number % 4 == 0 else []
         for act in acts:

@@ -87,6 +87,24 @@ def test_a_folder_never_takes_the_place_of_a_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["release"]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+def test_devices_and_what_links_lead_to_are_not_replaced(kind: str, tmp_path: Path) -> None:
+    """A terminal of our own is the device: whoever replaces it harms nobody."""
+    leader, follower = os.openpty()
+    device = Path(os.ttyname(follower))
+    os.mkfifo(tmp_path / "fifo")
+    for name, goal in (("to a device", device), ("to a FIFO", tmp_path / "fifo"), ("loop", tmp_path / "loop")):
+        (tmp_path / name).symlink_to(goal)
+    for target in (device, *(tmp_path / name for name in ("to a device", "to a FIFO", "loop"))):
+        with pytest.raises(FileExistsError):
+            WRITERS[kind](target, b"x")
+    assert device.is_char_device()
+    assert (tmp_path / "fifo").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "loop", "to a FIFO", "to a device"]
+    os.close(leader)
+    os.close(follower)
+
+
 def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
     files.write_text(tmp_path / ("n" * 255), "x")
     into_folder(tmp_path / ("ü" * 127), b"x")

@@ -123,6 +123,15 @@ class Run:
         os.kill(self.process.pid, number)
         return True
 
+    def stopped(self) -> None:
+        """Wait until a SIGSTOP has reached it."""
+        while self.process.exitcode is None:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+            if state == "T":
+                return
+            time.sleep(0.02)
+        raise AssertionError("it ended before it was stopped")
+
     def ended(self) -> Said:
         self.process.join(120)
         code = self.process.exitcode

@@ -154,6 +154,23 @@ def test_an_output_with_a_file_in_the_way_is_named(refused, photos: Path, tmp_pa
         assert str(tmp_path / "file") in refused(name, *POCKET, *more, out=out), name
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("n" * 300, "File name too long"),
+        ("/".join(["n" * 200] * 25), "File name too long"),
+        ("caf\udce9", "is not UTF-8; if it is a path, rename"),
+        ("loop/x", "cannot be written (Too many levels of symbolic links)"),
+    ],
+)
+def test_an_output_of_an_impossible_name_is_one_short_line(refused, name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for recipe, setting in (("sample", "--prompts=[a dog]"), ("dreambooth_lora", "--data.source=.")):
+        line = refused(recipe, *POCKET, setting, out=tmp_path / name)
+        assert said in line
+        assert len(line) < 600
+
+
 def test_a_folder_in_which_another_run_works_is_left_to_it(refused, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     script = f"from training.lock import held\nwith held({str(tmp_path / 'out')!r}): print('held', flush=True), input()"

@@ -145,6 +145,22 @@ def test_of_two_starts_at_once_one_runs(case: int, whole: Whole, folder: Path) -
     whole.check(folder / "run")
 
 
+@pytest.mark.parametrize("at", [0.1, 0.3, 0.45, 0.6, 0.75, 0.98])
+def test_a_folder_that_is_deleted_under_a_run_is_one_line(at: float, whole: Whole, folder: Path) -> None:
+    """A run that can do without what was deleted goes on; in any case the same command makes all of it anew."""
+    started = Run(folder, whole.words, change=(1 + int(at * whole.said.changes), signal.SIGSTOP))
+    started.stopped()
+    shutil.rmtree(folder / "run")
+    os.kill(started.process.pid, signal.SIGCONT)
+    said = started.ended()
+    print(at, said.code, said.err[-300:])
+    assert said.code == 0 or "run" in said.error
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    again = run(folder, whole.words)
+    assert again.code == 0, again.err
+    whole.check(folder / "run")
+
+
 # ---------------------------------------------------------------------------------------------- damage
 
 

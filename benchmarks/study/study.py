@@ -263,7 +263,11 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
             yield replace(stage, config="measure/aware.yaml")
             continue
         if made == "kept":
-            yield replace(stage, config="measure/placed.yaml", quick={**stage.quick, "measure.weights": None})
+            quick = {**stage.quick, "measure.weights": None}
+            yield replace(stage, config="measure/placed.yaml", quick=quick)
+            some = {**adapted, "measure.subjects": [str(folder) for folder in list(folders.values())[:8]]}
+            again = replace(stage, name="subjects-kept-controls", config="measure/placed_controls.yaml", changes=some)
+            yield replace(again, quick=quick)
             continue
         yield stage
         yield replace(stage, name=f"drift-{made}", config="measure/drift.yaml", quick=FEW)

@@ -358,7 +358,7 @@ def test_scopes_are_searched_for_the_arm_and_the_baseline_has_as_many_candidates
         said = call("tune", *given, *more, f"--out={tmp_path / 'out'}", "--dry_run=true")
         assert said.code == 0, said.err
         assert f"CFG: would try {count} candidates on 1 prompts" in said.out
-        assert f"S-CFG: would try {count} candidates on 1 prompts" in said.out
+        assert f"S-CFG placed: would try {count} candidates on 1 prompts" in said.out
 
 
 @pytest.mark.parametrize(

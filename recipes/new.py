@@ -1,21 +1,24 @@
 """Your own photos: checked, captioned, with a config that runs to the end, and the command that starts it.
 
-scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--memory 12]
+scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--memory 12] [SETTINGS]
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from recipes import dreambooth_lora
+from recipes.common import given
 from recipes.common.base import POCKET
 from recipes.common.cli import CONFIGS, explained, quiet
 from recipes.common.photos import Photos, look
 from recipes.common.subject_plan import NETWORKS, compared, judged
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
+from recipes.common.training import check_stages
 from training.command_line import parse
 from training.config import require
 from training.errors import TrainingError, exit_on_error
@@ -42,7 +45,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Settings of the training may follow, such as --train.steps 400; they go into the config.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("folder", type=Path, help="three to twenty photos of one thing")
     parser.add_argument("--class", dest="noun", required=True, help="the subject's class, such as dog or teapot")
     parser.add_argument("--base", default=POCKET, help="folder or hub id of the base model, or pocket")
@@ -54,11 +62,13 @@ def main() -> None:
     parser.add_argument("--clip", default=NETWORKS["clip"], help="folder or hub id of the CLIP that measures")
     parser.add_argument("--dino", default=NETWORKS["dino"], help="folder or hub id of the DINO that measures")
     parser.add_argument("--no-trial", action="store_true", help="leave out the trial of the run and its estimate")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     quiet()
     out = options.out or Path("runs") / options.folder.resolve().name
     networks = {"clip": options.clip, "dino": options.dino}
-    config = prepare(options.folder, options.noun, options.identifier, options.base, out, networks, options.memory)
+    config = prepare(
+        options.folder, options.noun, options.identifier, options.base, out, networks, options.memory, more
+    )
     if not options.no_trial:
         try_run(config)
     print(f"\nconfig: {config}\nrun it:\n  {_command(config)}")
@@ -72,6 +82,7 @@ def prepare(
     out: Path,
     networks: dict[str, str] | None = None,
     memory: int | None = None,
+    more: Sequence[str] = (),
 ) -> Path:
     """Check the photos, write `subject.json` beside them and the config into `out`; returns the config's path.
 
@@ -83,14 +94,16 @@ def prepare(
         out: receives the config.
         networks: feature space -> folder or hub id of its network; what cannot be reached is left out.
         memory: of the GPU that the run must fit into, GiB; null: it is not looked at.
+        more: further settings as on a training's command line; the config has them.
 
     Raises:
         TrainingError: photos that nothing can be learnt from, a class that the base does not know, a GPU that is too
-            small, a subject.json or a config that is there and says something else; nothing is written then.
+            small, further settings that the run would refuse, a subject.json or a config that is there and says
+            something else; nothing is written then.
     """
     import yaml
 
-    from adapters.files import write_json, write_text
+    from adapters.files import write_text
 
     calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]
     prompt = f"a photo of {article(calls)}"
@@ -112,14 +125,16 @@ def prepare(
         values[table] = values.get(table, {}) | chosen
     if "measure" in values:
         values["tune"] = {"prompts": tuning(noun, pocket=base == POCKET), "seeds": [101, 102]}
+    values, asked = given.merged(values, more) if more else (values, None)
     text = f"# {_command(config)}\n{yaml.safe_dump(values, sort_keys=False)}"
     require(
         not config.exists() or config.read_text("utf-8") == text,
         f"{config} is there and says something else; delete it, or give another folder with --out",
     )
-    if not file.exists():
-        write_json(file, facts)
-    write_text(config, text)
+    with given.standing(file, facts):
+        if asked is not None:
+            check_stages(asked)
+        write_text(config, text)
     return config
 
 

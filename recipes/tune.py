@@ -154,6 +154,8 @@ def _best(
         progress=Progress(f"tuning {name}", say),
     )
     say(f"{name}: {_words(best.best)}; {len(candidates)} tried, {best.images} pictures")
+    if said := adapters.measuring.tune.undecided(best.rounds, higher_is_better=objective.higher_is_better):
+        say(f"warning: tuning {name}: {said}. Give it more tune.prompts or tune.seeds, or another tune.metric")
     return best
 
 

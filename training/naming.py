@@ -106,11 +106,19 @@ def current(kind: type, values: Any, place: str = "", *, say: Callable[[str, str
             say(old, name)
         inner, by_key = _settings_in(fields[name]) if name in fields else (None, False)
         if inner is not None and by_key and isinstance(value, Mapping):
-            value = {key: current(inner, one, f"{place}{name}.{key}.", say=say) for key, one in value.items()}
+            value = {
+                key: current(inner, _filled(inner, one), f"{place}{name}.{key}.", say=say) for key, one in value.items()
+            }
         elif inner is not None and not by_key:
             value = current(inner, value, f"{place}{name}.", say=say)
         found[name] = value
     return found
+
+
+def _filled(kind: type, values: Any) -> Any:
+    """Settings that are all left at their defaults, with one of these: the parser takes `{}` for no settings."""
+    plain = {item.name: item.default for item in dataclasses.fields(kind) if item.default is not dataclasses.MISSING}
+    return dict(list(plain.items())[:1]) if values == {} else values
 
 
 def current_flag(kind: type, flag: str) -> str:

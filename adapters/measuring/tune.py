@@ -17,7 +17,7 @@ from ..errors import GainsError
 from .metrics import Metric, score
 from .sample import Shot
 
-__all__ = ["KEEP", "Joint", "Tuned", "budget", "recomputed_winner", "search"]
+__all__ = ["KEEP", "Joint", "Tuned", "budget", "recomputed_winner", "search", "undecided"]
 
 KEEP = 1 / 3  # share of candidates that go on to the next round
 
@@ -69,7 +69,7 @@ def search(
     first: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
-    """Find the candidate with the best mean objective.
+    """Find the candidate with the best mean objective. Ties go to the earlier one: see `undecided`.
 
     Args:
         candidates: settings, each a plain mapping (method, scale, reference, clamps, start, stop, adapter weight, …).
@@ -168,6 +168,31 @@ def recomputed_winner(
     return left[0]
 
 
+def undecided(rounds: Sequence[Mapping[str, Any]], *, higher_is_better: bool) -> str:
+    """What a search could not tell apart, and what it took then; empty where each choice was by a better number.
+
+    Args:
+        rounds: of `search`.
+        higher_is_better: whether the objective is to rise.
+    """
+    means = [[result["mean"] for result in made["results"]] for made in rounds]
+    for number, own in enumerate(means):
+        order = sorted(own, reverse=higher_is_better)
+        kept = 1 if number + 1 == len(means) else len(means[number + 1])
+        if kept >= len(own) or not _alike(order[kept - 1], order[kept]):
+            continue
+        tied = sum(_alike(order[kept], mean) for mean in own)
+        who = f"all {tied} candidates" if tied == len(own) else f"{tied} of {len(own)} candidates"
+        when = "" if len(means) == 1 else f" in round {number + 1}"
+        taken = "the first of them was taken" if kept == 1 else "the first of them went on"
+        return f"{who} measure {order[kept]:.3g}{when}: the search cannot tell them apart, and {taken}"
+    return ""
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
+
+
 def _values(objective: Metric | Joint, shots: Sequence[Shot]) -> Any:
     """Every image's number to four digits, null where it could not be judged; of a joint objective by metric."""
     if isinstance(objective, Joint):
@@ -186,6 +211,6 @@ def _mean(values: Any, references: Mapping[str, float]) -> float:
 
 
 def _better(results: Sequence[Mapping[str, Any]], keep: float, *, higher_is_better: bool) -> list[dict[str, Any]]:
-    """The better share of the candidates, best first; ties go to the earlier one."""
+    """The better share of the candidates, best first; ties go to the earlier one: what changes least comes first."""
     order = sorted(results, key=lambda result: -result["mean"] if higher_is_better else result["mean"])
     return [result["settings"] for result in order[: math.ceil(len(order) * keep)]]

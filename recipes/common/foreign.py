@@ -154,7 +154,7 @@ def _subject(folder: Path, photos: Path, noun: str, identifier: str, *, pocket: 
     from training.ranks import state
 
     masks = photos / "masks" if (photos / "masks").is_dir() else None
-    found = images.folder(photos, prompt=noun, masks=masks, say=say)
+    found = images.folder(photos, prompt=noun, masks=masks, say=say, setting="--photos")
     require(
         len(found) >= LEAST,
         f"--photos {photos} has {len(found)} photo(s); three are the least that a subject is known by",

@@ -169,8 +169,12 @@ def _candidates(
 
 
 def _checkpoints(search: TuneSettings, comparison: Comparison, adapter: str | None) -> list[dict[str, Any]]:
-    """The adapter and its earlier checkpoints, where the training kept some."""
+    """The earlier checkpoints, where the training kept some, and the adapter; so ties go to what was trained least."""
     if adapter in (None, TO_COME, WHOLE_TO_COME):
+        require(
+            adapter is None or search.snapshots is None or any(Path(search.snapshots).glob("step-*")),
+            f"tune.snapshots: no step-* folders in {search.snapshots}; leave it out to choose from this training's own",
+        )
         return []
     assert adapter is not None
     beside = Path(search.snapshots or Path(adapter).parent / "snapshots")

@@ -50,6 +50,7 @@ FREE: dict[str, Callable[[], Any]] = {
     "lite0": efficientnet_lite0,
 }
 SPACES = (*NETWORKS, *FREE)
+REFERENCE = "measure.reference"
 
 
 @lru_cache(maxsize=8)
@@ -132,7 +133,7 @@ def check_frechet(settings: MeasureSettings) -> None:
     space_of(settings.frechet, settings)
     require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
     if settings.reference != POCKET:
-        images.folder(str(settings.reference), prompt="", minimum=1, say=_silent)
+        images.folder(str(settings.reference), prompt="", minimum=1, say=_silent, setting=REFERENCE)
 
 
 @lru_cache(maxsize=2)
@@ -150,13 +151,15 @@ def reference(place: str | None, what: str) -> list[Image.Image]:
     if place == POCKET:
         drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
         return [drawn[i].image for i in range(len(drawn))]
-    return pictures(Path(place))[0]
+    return pictures(Path(place), REFERENCE)[0]
 
 
-def pictures(folder: Path) -> tuple[list[Image.Image], list[np.ndarray] | None]:
-    """The pictures of a folder, and their masks where it has a folder `masks`."""
+def pictures(folder: Path, setting: str = "data.source") -> tuple[list[Image.Image], list[np.ndarray] | None]:
+    """The pictures of a folder, which a setting names, and their masks where it has a folder `masks`."""
     masks = folder / "masks"
-    source = images.folder(folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1, say=_silent)
+    source = images.folder(
+        folder, prompt="", masks=masks if masks.is_dir() else None, minimum=1, say=_silent, setting=setting
+    )
     samples = [source[i] for i in range(len(source))]
     given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
     return [sample.image for sample in samples], given or None

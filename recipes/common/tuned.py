@@ -138,11 +138,14 @@ class Tuned:
 
     def facts(self) -> dict[str, str]:
         """What the search tried and found, in words: the curve behind the guider."""
+        from adapters.measuring.tune import undecided
         from adapters.measuring.words import scale_of
 
         facts = {"tuned on": f"{len(self.prompts)} prompts, seeds {list(self.seeds)}, {self.metric}"}
         for name, rounds in self.rounds.items():
             results = [(one["settings"], one["mean"]) for one in rounds[0]["results"]]
+            if said := undecided(rounds, higher_is_better=self.higher_is_better):
+                facts[f"tuning {name}, undecided"] = said
             if name == "checkpoint":
                 tried = [f"{Path(settings['adapter']).name}: {mean:.3f}" for settings, mean in results]
                 facts["checkpoint tried"] = "; ".join(tried)

@@ -80,6 +80,71 @@ def test_lower_can_be_better():
     assert found.best == {"scale": 1}
 
 
+def shots_of(values: dict[int, list[int]]):
+    """Pictures that are as bright as their candidate's value for the seed."""
+
+    def drawn(settings, prompts, seeds):
+        own = values[settings["scale"]]
+        image = lambda seed: Image.new("L", (1, 1), own[min(seed, len(own) - 1)])  # noqa: E731
+        return [Shot(prompt=p, seed=seed, latents="n", image=image(seed)) for p in prompts for seed in seeds]
+
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "taken", "said"),
+    [
+        (
+            {1: [0], 2: [0], 3: [0]},
+            1,
+            1,
+            "all 3 candidates measure 0: the search cannot tell them apart, and the first",
+        ),
+        (
+            {3: [7], 2: [7], 1: [7]},
+            1,
+            3,
+            "all 3 candidates measure 7: the search cannot tell them apart, and the first",
+        ),
+        (
+            {1: [4], 2: [9], 3: [9]},
+            1,
+            2,
+            "2 of 3 candidates measure 9: the search cannot tell them apart, and the first",
+        ),
+        ({1: [4], 2: [9], 3: [4]}, 1, 2, ""),  # those that lose may tie
+        ({1: [4]}, 1, 1, ""),
+        # Six candidates, two of which go on to three seeds: the fourth would have won.
+        (
+            {1: [9], 2: [5, 5, 5], 3: [5], 4: [5, 99], 5: [1], 6: [0]},
+            3,
+            1,
+            "3 of 6 candidates measure 5 in round 1: the search cannot tell them apart, and the first of them went on",
+        ),
+        ({1: [9, 0, 0], 2: [8, 1, 0], 3: [0], 4: [0]}, 3, 1, "all 2 candidates measure 3 in round 2: "),
+    ],
+)
+def test_ties_go_to_the_first_and_are_said(values, seeds, taken, said):
+    candidates = [{"scale": scale} for scale in values]
+    bright = Measure("brightness", True, lambda shots: [float(shot.image.getpixel((0, 0))) for shot in shots])
+    found = tune.search(candidates, shots_of(values), bright, prompts=["a"], seeds=range(seeds), **HELD)
+    assert found.best == {"scale": taken}
+    told = tune.undecided(found.rounds, higher_is_better=True)
+    assert told.startswith(said)
+    assert bool(told) == bool(said)
+
+
+def test_a_joint_of_nothing_is_undecided_too():
+    nothing = Measure("nothing", True, lambda shots: [0.0] * len(shots))
+    bright = Measure("brightness", True, lambda shots: [float(shot.image.getpixel((0, 0))) for shot in shots])
+    both = tune.Joint(metrics=[nothing, bright], references={"nothing": 1.0, "brightness": 1.0})
+    found = tune.search(
+        [{"scale": 1}, {"scale": 2}], shots_of({1: [4], 2: [9]}), both, prompts=["a"], seeds=[0], **HELD
+    )
+    assert found.best == {"scale": 1}
+    assert tune.undecided(found.rounds, higher_is_better=True).startswith("all 2 candidates measure 0: ")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

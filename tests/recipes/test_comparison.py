@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -142,6 +143,12 @@ def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: 
     assert found.facts()["overfitting"] == found.overfitting()
     counted = Tuned.read(tuned(tmp_path / "counted", **chosen, steps=[10, 40]))
     assert counted.checkpoints() == {"what was maximised": [(10, 0.5, 0.5, 0.5, "chosen"), (40, 0.4, 0.4, 0.4, "")]}
+    even = [{**one, "mean": 0.0} for one in results]
+    tied = {"adapter": "runs/step-10", "rounds": {"checkpoint": [{"seeds": 1, "results": even}]}}
+    assert Tuned.read(tuned(tmp_path / "tied", **tied)).facts()["tuning checkpoint, undecided"] == (
+        "all 2 candidates measure 0: the search cannot tell them apart, and the first of them was taken"
+    )
+    assert "tuning checkpoint, undecided" not in old.facts()
     half = Tuned.read(tuned(tmp_path / "half", **chosen, steps=[10, None]))
     assert half.checkpoints() == {"what was maximised": curve}
 
@@ -184,8 +191,8 @@ WRONG: dict[str, list[object]] = {
         {"CFG": {"method": "cfg"}, "S-CFG": {"guidance_scale": "inf"}},
         {"CFG": {"method": "cfg"}, "S-CFG": {"weight": "nan"}},
         {"CFG": {"method": "cfg"}, "S-CFG": {"rescale": 2}},
-        {"CFG": {"method": "cfg"}, "S-CFG": {}, "s cfg": {}},
-        {"CFG": {"method": "cfg"}, "S-CFG": {}, "base": {}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {}, "s cfg": {"method": "cfg"}},
+        {"CFG": {"method": "cfg"}, "S-CFG": {}, "base": {"method": "cfg"}},
     ],
     "measure.guidance_scale": [0.5, "inf", "nan"],
     "measure.arm": ["SCFG", "CFG"],
@@ -295,6 +302,82 @@ def test_an_impossible_value_is_refused_before_anything_is_drawn(
         assert said.err.startswith("error: ")
         assert len(said.err.splitlines()) == 1, said.err
         assert not out.exists(), f"{field}={given} left something behind"
+
+
+POSSIBLE: dict[str, list[object]] = {  # in a run that trains an adapter of a subject: what they need is there
+    "measure.prompts": [["a {}", "a dog"]],
+    "measure.weights": [[0.5]],
+    "measure.metrics": [["relation accuracy"]],
+    "tune.prompts": [["a red car"]],
+    "tune.metric": ["joint"],
+}
+
+
+@pytest.fixture
+def rex(tmp_path: Path) -> Path:
+    """Three photos of a dog, and nothing else."""
+    folder = tmp_path / "rex"
+    folder.mkdir()
+    for number in range(3):
+        shutil.copy(DOG / f"{number}.png", folder)
+    return folder
+
+
+def wrong_for_new() -> list[object]:
+    """(field, value) of all that is wrong there too; the first of each field in every run of the tests."""
+    found = []
+    for field, values in WRONG.items():
+        left = [value for value in values if value not in POSSIBLE.get(field, [])]
+        marks = [(), *[(pytest.mark.slow,)] * (len(left) - 1)]
+        found += [pytest.param(field, value, marks=mark) for value, mark in zip(left, marks, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize(("field", "value"), wrong_for_new())
+def test_new_refuses_the_same_and_writes_nothing(
+    field: str, value: object, call: Callable, rex: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.dreambooth_lora._trained", None)  # to try a step would end with a traceback
+    out = tmp_path / "run"
+    more = [words for words in MORE.get(field, []) if not words.startswith("--adapter")]
+    given = value if isinstance(value, str) else json.dumps(value)
+    said = call("new", rex, "--class=dog", *more, f"--{field}={given}", f"--out={out}")
+    assert said.code == 2, f"{field}={given} was taken: {said.out}"
+    assert said.err.startswith("error: ")
+    assert len(said.err.splitlines()) == 1, said.err
+    assert not out.exists(), f"{field}={given} left something behind"
+    assert [path.name for path in sorted(rex.iterdir())] == ["0.png", "1.png", "2.png"]
+
+
+def test_new_takes_what_can_be_into_its_config(call: Callable, rex: Path, tmp_path: Path) -> None:
+    from recipes import dreambooth_lora
+    from training.command_line import parse
+
+    possible = [
+        f"--{field}={value if isinstance(value, str) else json.dumps(value)}"
+        for field, values in POSSIBLE.items()
+        for value in values
+        if field not in ("measure.prompts", "measure.metrics")  # they do not go together with the others
+    ]
+    possible += [
+        "--measure.seeds",
+        "[3]",
+        "--measure.metrics=['prompt accuracy', 'similarity (judge)', 'relation accuracy']",
+        '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {}}',
+        "--ship.title=#1 dog",
+    ]
+    config = tmp_path / "run" / "config.yaml"
+    said = call("new", rex, "--class=dog", f"--out={tmp_path / 'run'}", "--no-trial", *possible, "--region=sks dog")
+    assert said.code == 0, said.err
+    read = parse(dreambooth_lora.Settings, [f"--config={config}"])
+    assert (read.measure.weights, read.measure.seeds, read.measure.metrics[2:]) == ([0.5], [3], ["relation accuracy"])
+    assert list(read.measure.arms) == ["CFG", "S-CFG"]
+    assert (read.ship.title, read.region, read.tune.metric) == ("#1 dog", "sks dog", "joint")
+    assert (read.tune.seeds, read.train.steps) == ([101, 102], 400)  # of `new`, beside what was given
+    for own, remedy in (("--base.path=x", "give --base"), ("--config=x", "it is what is written"), ("typo", "typo")):
+        said = call("new", rex, "--class=dog", f"--out={tmp_path / 'other'}", "--no-trial", own)
+        assert (said.code, remedy in said.err) == (2, True), said.err
+        assert not (tmp_path / "other").exists()
 
 
 def test_what_is_wrong_is_said_with_arm_and_flag(call: Callable, tmp_path: Path, wordless: Path) -> None:

@@ -150,6 +150,7 @@ def folder(
     conditioning: str | Path | None = None,
     minimum: int = 64,
     say: Say = print,
+    setting: str = "data.source",
 ) -> Folder:
     """Reads and checks a folder of images and its subfolders.
 
@@ -165,12 +166,13 @@ def folder(
         conditioning: the same for conditioning images.
         minimum: shortest allowed side in pixels.
         say: told once what is left out, as unreadable pictures are, and what is repeated, resized or scaled.
+        setting: what named the folder, for errors.
 
     Raises:
         TrainingError: naming the folder, or every file that is animated, too small, without caption or without
             partner; also every unreadable one, where fewer than three others remain.
     """
-    root = _existing(path, "data.source")
+    root = _existing(path, setting)
     given: dict[Role, str | Path | None] = {"mask": masks, "conditioning": conditioning}
     places = {
         role: _existing(where, f"data.{'masks' if role == 'mask' else role}") for role, where in given.items() if where

@@ -36,7 +36,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
 th[scope=row], thead th:first-child, td.text { text-align: left; }
-th[scope=row], td.text { min-width: 8rem; white-space: normal; overflow-wrap: anywhere; }
+th[scope=row], td.text { min-width: 8rem; white-space: normal; overflow-wrap: break-word; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-size: .9rem; margin-bottom: .3rem; }
 img { width: 100%; height: auto; display: block; } img.sharp { image-rendering: pixelated; }

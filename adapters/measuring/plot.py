@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+
+from .labels import HEIGHT as LABEL
+from .labels import SIZE, Box, arrange, width
 
 __all__ = ["Point", "picture", "plot"]
 
 Point = tuple[float, float, float, float, str]
 Place = Callable[[float, float], tuple[float, float]]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 340, 64, 16, 28, 48  # HEIGHT without the legend
-_ENTRY, _ENTRIES = (166, 16), 3  # pixels of a legend's entry, entries a row
+_ROW, _SAMPLE = 16, 34  # pixels: height of a legend's row, width of the line before a name
 # Okabe-Ito colors, legible to color-blind readers on light and dark.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# A disc, a square, a triangle, a diamond, a triangle on its tip, a cross: each around the point it begins at.
+_MARKS = (
+    "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
+    "m-4 -4h8v8h-8z",
+    "m0 -5l5 9h-10z",
+    "m0 -5.5l5 5.5l-5 5.5l-5 -5.5z",
+    "m0 5l5 -9h-10z",
+    "m-1.5 -5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
+)
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4", "12 4")
 
 
@@ -47,7 +60,9 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, w
     points = [point for line in series.values() for point in line]
     x0, x1 = _span([p[0] for p in points])
     y0, y1 = _span([value for p in points for value in p[1:4]])
-    legend = _ENTRY[1] * -(-len(series) // _ENTRIES)
+    named = [name for name, line in series.items() if [name] != [point[4] for point in line]]  # others say it beside it
+    entries = _entries(named)
+    legend = _ROW * (1 + max((row for row, _ in entries.values()), default=-1))
     bottom, top = HEIGHT + legend - BOTTOM, TOP + legend
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -58,7 +73,9 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, w
 
     parts = [_axes((x0, x1, _ticks(x0, x1, whole)), (y0, y1, _ticks(y0, y1)), place, x_label, y_label)]
     for index, (name, line) in enumerate(series.items()):
-        parts.append(_line(name, line, _COLORS[index % 6], _DASHES[index % 6], index, place))
+        parts.append(_line(line, index, place))
+        parts += [_entry(name, index, *entries[name])] if name in entries else []
+    parts.append(_labels(list(series.values()), place, Box(LEFT, top, WIDTH, bottom)))
     title = f"{y_label} against {x_label}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + legend}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
@@ -90,20 +107,21 @@ def _axes(across: Axis, up: Axis, place: Place, x_label: str, y_label: str) -> s
     (x0, x1, xs), (y0, y1, ys) = across, up
     left, bottom = place(x0, y0)
     right, top = place(x1, y1)
-    parts = [f'<path d="M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}" fill="none" stroke="currentColor"/>']
-    for x in xs:
-        px, _ = place(x, y0)
-        parts.append(f'<path d="M{px:.1f} {bottom:.1f}v4" stroke="currentColor"/>')
-        parts.append(f'<text x="{px:.1f}" y="{bottom + 17:.1f}" text-anchor="middle">{_number(x, xs)}</text>')
-    for y in ys:
-        _, py = place(x0, y)
-        parts.append(f'<text x="{left - 6:.1f}" y="{py + 4:.1f}" text-anchor="end">{_number(y, ys)}</text>')
-        parts.append(f'<path d="M{left:.1f} {py:.1f}H{right:.1f}" stroke="currentColor" opacity=".12"/>')
-    parts.append(
-        f'<text x="{(left + right) / 2:.1f}" y="{bottom + 40:.1f}" text-anchor="middle">{escape(x_label)}</text>'
+    columns, rows = [place(x, y0)[0] for x in xs], [place(x0, y)[1] for y in ys]
+    axes = f"M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}" + "".join(f"M{px:.1f} {bottom:.1f}v4" for px in columns)
+    grid = "".join(f"M{left:.1f} {py:.1f}H{right:.1f}" for py in rows)
+    below = [_text(px, bottom + 17, _number(x, xs)) for px, x in zip(columns, xs, strict=True)]
+    below.append(_text((left + right) / 2, bottom + 40, x_label))
+    beside = [_text(left - 6, py + 4, _number(y, ys)) for py, y in zip(rows, ys, strict=True)]
+    return (
+        f'<path d="{axes}" fill="none" stroke="currentColor"/><path d="{grid}" stroke="currentColor" opacity=".12"/>'
+        f'<g text-anchor="middle">{"".join(below)}</g><g text-anchor="end">{"".join(beside)}</g>'
+        f'<g font-weight="bold">{_text(left, 14, y_label)}</g>'
     )
-    parts.append(f'<text x="{left}" y="14" font-weight="bold">{escape(y_label)}</text>')
-    return "".join(parts)
+
+
+def _text(x: float, y: float, said: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}">{escape(said)}</text>'
 
 
 def _number(value: float, ticks: Sequence[float]) -> str:
@@ -113,19 +131,51 @@ def _number(value: float, ticks: Sequence[float]) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def _line(name: str, line: Sequence[Point], color: str, dash: str, index: int, place: Place) -> str:
-    spots = [place(p[0], p[1]) for p in line]
+def _line(line: Sequence[Point], index: int, place: Place) -> str:
+    """The points of a series with their intervals, and the line through them."""
+    color, spots = _COLORS[index % 6], [place(p[0], p[1]) for p in line]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
-    parts = [f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>']
-    for (x, _, low, high, label), (px, py) in zip(line, spots, strict=True):
-        _, bottom = place(x, low)
-        _, top = place(x, high)
-        parts.append(f'<path d="M{px:.1f} {bottom:.1f}V{top:.1f}" stroke="{color}" stroke-width="1.5"/>')
-        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" fill="{color}"/>')
-        side, shift = (' text-anchor="end"', -6) if px > WIDTH * 0.75 else ("", 6)  # or it would leave the picture
-        parts.append(f'<text x="{px + shift:.1f}" y="{py - 6:.1f}" font-size="11"{side}>{escape(label)}</text>')
-    row, column = divmod(index, _ENTRIES)
-    x, y = LEFT + column * _ENTRY[0], TOP + row * _ENTRY[1] + 4
-    parts.append(f'<path d="M{x} {y - 4}h28" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>')
-    parts.append(f'<text x="{x + 34}" y="{y}">{escape(name)}</text>')
-    return "".join(parts)
+    marks = "".join(f"M{x:.1f} {y:.1f}{_MARKS[index % 6]}" for x, y in spots)
+    ends = [(*place(p[0], p[2]), place(p[0], p[3])[1]) for p in line if p[2] != p[3]]
+    bars = "".join(f"M{x:.1f} {bottom:.1f}V{top:.1f}" for x, bottom, top in ends)
+    return (
+        (_stroke(path, index) if len(line) > 1 else "")
+        + (f'<path d="{bars}" stroke="{color}" stroke-width="1.5"/>' if bars else "")
+        + f'<path d="{marks}" fill="{color}"/>'
+    )
+
+
+def _stroke(path: str, index: int) -> str:
+    dash = f' stroke-dasharray="{_DASHES[index % 6]}"' if _DASHES[index % 6] else ""
+    return f'<path d="{path}" fill="none" stroke="{_COLORS[index % 6]}" stroke-width="2"{dash}/>'
+
+
+def _entries(names: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Name -> row and left edge of its entry in the legend: equally wide columns that the longest name fits into."""
+    widest = max((_SAMPLE + 1.1 * width(name) + 12 for name in names), default=1.0)
+    columns = max(1, int((WIDTH - LEFT) // widest))
+    return {name: (i // columns, LEFT + i % columns * widest) for i, name in enumerate(names)}
+
+
+def _entry(name: str, index: int, row: int, x: float) -> str:
+    y = TOP + row * _ROW + 4
+    mark = f'<path d="M{x + 14:.1f} {y - 4}{_MARKS[index % 6]}" fill="{_COLORS[index % 6]}"/>'
+    return f'{_stroke(f"M{x:.1f} {y - 4}h28", index)}{mark}<text x="{x + _SAMPLE:.1f}" y="{y}">{escape(name)}</text>'
+
+
+def _labels(series: Sequence[Sequence[Point]], place: Place, area: Box) -> str:
+    """What is written beside the points, with a thin line to those that had to move away."""
+    lines, labels = [], []
+    for line in series:
+        spots = [place(p[0], p[1]) for p in line]
+        lines += list(itertools.pairwise(spots))
+        lines += [(place(p[0], p[2]), place(p[0], p[3])) for p in line if p[2] != p[3]]
+        labels += [(spot, p[4]) for spot, p in zip(spots, line, strict=True) if p[4]]
+    leaders, texts = "", []
+    for (spot, text), box in zip(labels, arrange(labels, area, lines), strict=True):
+        x, y = box.nearest(spot)
+        if math.dist(spot, (x, y)) > LABEL:
+            leaders += f"M{spot[0]:.1f} {spot[1]:.1f}L{x:.1f} {y:.1f}"
+        texts.append(_text(box.left, box.bottom - 3, text))
+    drawn = f'<path d="{leaders}" stroke="currentColor" stroke-width=".7" opacity=".6"/>' if leaders else ""
+    return f'{drawn}<g font-size="{SIZE}">{"".join(texts)}</g>'

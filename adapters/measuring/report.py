@@ -6,6 +6,7 @@ of them large, by style alone. Nothing is fetched: pictures are data URIs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -23,6 +24,7 @@ from .sample import Shot
 
 __all__ = ["render"]
 
+RESULTS = "Results: same prompt, same seed, same noise"
 Overlay = Callable[[Shot], Mapping[str, Image.Image]]
 
 
@@ -68,7 +70,7 @@ def render(
             *_verdicts(gains),
             _how_to_read(gains, terms or {}),
             strips.references(references, draw),
-            "<h2>Results: same prompt, same seed, same noise</h2>",
+            f"<h2>{RESULTS}</h2>",
             strips.gallery("shown", joined, shown, draw, over),
             figures.plane(gains),
             "<h2>Every way to sample</h2>",
@@ -102,18 +104,31 @@ def _how_to_read(gains: Gains, terms: Mapping[str, str]) -> str:
     """The words of the two sentences, and behind a fold all others."""
     design, counts = gains.design, gains.counts
     every = words.arms(gains)
-    first = {**terms, **dict(words.TERMS if gains.adapter else words.TERMS[1:])}
-    first |= {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
-    first |= {name: said for name in words.decide(gains) if (said := words.metric(name))}
+    own = {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
+    own |= {name: said for name in words.decide(gains) if (said := words.metric(name))}
+    count = " ".join([_many(counts["prompts"], "prompt"), "with", _many(counts["seeds"], "seed"), "each"])
+    summary = f"How to read the rest: {count}, drawn in {_many(len(gains.arms), 'way')}"
+    shown = [RESULTS, words.adapter(gains), words.guidance(gains), summary]
+    first = words.terms(" ".join([*shown, *itertools.chain(*terms.items(), *own.items())]), known=[*terms, *own])
+    first = {**terms, **first, **own}
+    later = " ".join([*itertools.chain(*every.items()), "arm", *_recorded(gains)])
     more = {
+        **words.terms(later, known=[*first]),
         **every,
         **{name: said for name in design.higher_is_better if (said := words.metric(name)) and name not in first},
         design.primary: "the measure that decides about the guidance; " + words.metric(design.primary),
         "pair": "two pictures of the same prompt that began with the same noise; only what is compared differs",
-        "interval": f"where the true mean lies, in {design.confidence:.0%} of such studies",
+        "interval": f"where the true mean lies, in {100 * design.confidence:.0f} % of such studies",
     }
-    count = f"{counts['prompts']} prompts, {counts['seeds']} seed(s) each, drawn in {len(gains.arms)} ways"
-    return f"{_terms(first)}<details><summary>How to read the rest: {escape(count)}</summary>{_terms(more)}</details>"
+    return f"{_terms(first)}<details><summary>{escape(summary)}</summary>{_terms(more)}</details>"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _recorded(gains: Gains) -> set[str]:
+    return {name for arm in gains.arms for name in arm["recorded"]}
 
 
 def _terms(said: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from . import words
 from .gains import Gains
@@ -29,7 +30,8 @@ def plane(gains: Gains) -> str:
     for one in drawn["points"]:
         if one["arm"] not in drawn["front"]:
             series[one["arm"]] = [point(one["arm"])]
-    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences(drawn))
+    told = [*_front(drawn, means), *sentences(drawn)]
+    said = "".join(f"<li>{escape(sentence)}</li>" for sentence in told)
     rows = [[name, *(f"{words.number(m, means[name][m])}" for m in (x, y))] for name in means]
     listed = html_table("The points of the figure", ["point", x, y], rows)
     return (
@@ -38,6 +40,18 @@ def plane(gains: Gains) -> str:
         f"<div class=curves>{plot(series, x, y)}</div><ul>{said}</ul>"
         f"<details><summary>The figure as a table</summary>{listed}</details>"
     )
+
+
+def _front(drawn: Mapping[str, Any], means: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where the line runs, for those who do not see it; nothing where it is a point."""
+    x, y, names = drawn["identity"], drawn["accuracy"], drawn["front"]
+    if len(names) < 2:
+        return []
+    both = [(words.number(x, means[name][x]), words.number(y, means[name][y])) for name in names]
+    first, *others = [f"{name} ({one}, {other})" for name, (one, other) in zip(names, both, strict=True)]
+    first = f"{names[0]} ({x} {both[0][0]}, {y} {both[0][1]})"
+    between = f" over {', '.join(others[:-1])}" if others[1:] else ""
+    return [f"The line of plain guidance goes from {first}{between} to {others[-1]}."]
 
 
 def curves(gains: Gains, checkpoints: Mapping[str, Sequence[Point]], along: str, overfitting: str) -> str:

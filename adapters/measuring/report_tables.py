@@ -15,7 +15,7 @@ __all__ = ["arms", "ends", "ends_table", "facts", "statistics"]
 
 def arms(gains: Gains) -> str:
     metrics = gains.design.higher_is_better
-    head = ["arm", *(f"{m} {'↑' if up else '↓'}" for m, up in metrics.items()), "s per image"]
+    head = ["arm", *(f"{m} {'↑' if up else '↓'}" for m, up in metrics.items()), "seconds per picture"]
     hidden = gains.design.notes.get("only at equal effective scale", ())
     recorded = sorted({name for arm in gains.arms for name in arm["recorded"]} - {*hidden})
     rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .gains import Gains
@@ -21,13 +21,15 @@ __all__ = [
     "number",
     "scale_of",
     "scope_words",
+    "terms",
 ]
 
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
     "gain": "The adapter draws its subject, and the pictures keep to their prompts as the base's do.",
     "unclear": "The adapter draws its subject. Whether the pictures keep to their prompts as before is not clear.",
-    "trade-off": "The adapter has a price: of subject and prompt one is better than with the base, the other worse.",
+    "trade-off": "The adapter draws its subject, at a price: the pictures keep less to their prompts than the base's.",
+    "lost": "The adapter does not draw its subject; the pictures keep more to their prompts than the base's.",
     "harm": "The adapter does harm: its pictures are worse than the base's.",
     "no detectable change": "The adapter is not shown to draw its subject.",
 }
@@ -43,12 +45,26 @@ _GUIDANCE = {
     "harm": "{arm} makes the pictures worse than plain guidance does.",
     "no detectable gain": "{arm} is not shown to make the pictures better than plain guidance does.",
 }
-TERMS = (
-    ("adapter", "what was trained: a small change to the base model, which teaches it a subject or a task"),
-    ("guidance", "what pushes a picture towards its prompt while it is drawn; the scale says how strongly"),
-    ("prompt", "the text that a picture is drawn from"),
-)
-"""What the two sentences take for known."""
+TERMS = {
+    r"prompts?": ("prompt", "the text that a picture is drawn from"),
+    r"base model|base|base's": ("base model", "the program that draws pictures from texts, as it was before training"),
+    r"subjects?": ("subject", "one particular thing, animal or person, learnt from a few pictures"),
+    r"class|classes": ("class", "the kind of thing that the subject is, such as dog"),
+    r"adapter": ("adapter", "what the training made: a small file of changes to the base model"),
+    r"weight": ("weight", "how much of the adapter's change is used: 0 is none, 1 is all"),
+    r"guidance": ("guidance", "what pushes a picture towards its prompt while it is drawn"),
+    r"scale": ("scale", "how strongly guidance pushes; 1 is not at all"),
+    r"steps?": ("step", "a picture is drawn from noise in so many steps, each a little clearer than the last"),
+    r"noise": ("noise", "the random grain that a picture begins as"),
+    r"seeds?": ("seed", "a number that chooses the noise; the same seed gives the same noise"),
+    r"regions?": ("region", "the part of a picture that a word of its prompt fills"),
+    r"control": ("control", "an arm that lacks the one thing that is tested"),
+    r"network": ("network", "a program that has learnt to compare pictures"),
+    r"arms?": ("arm", "one of the ways to sample that are compared"),
+    r"sample|sampling": ("sample", "to draw a picture"),
+    r"effective scale": ("effective scale", "the scale of plain guidance that would push as strongly"),
+}
+"""Pattern of a term of the field -> the term, and what it means, in words that are plain or terms themselves."""
 _METRICS = {
     r"identity": "share of pictures that show this very subject, and not just another thing of its kind",
     r"identity margin": "how much nearer to the subject's photos a picture is than to others of its kind, above 0",
@@ -88,11 +104,14 @@ def adapter(gains: Gains) -> str:
     if gains.adapter is None:
         return ""
     design, means = gains.design, {arm["name"]: arm["metrics"] for arm in gains.arms}
-    said = (_ALONE if design.identity is None else _ADAPTER)[gains.adapter.word]
+    before, after, word = means[str(design.base)], means[design.baseline], gains.adapter.word
+    if word == "trade-off" and design.identity is not None:
+        moved = after[design.identity]["mean"] - before[design.identity]["mean"]
+        word = word if (moved > 0) == design.higher_is_better[design.identity] else "lost"
+    said = (_ALONE if design.identity is None else _ADAPTER)[word]
     names = [design.primary] if design.identity is None else [design.identity, str(design.accuracy)]
-    before, after = means[str(design.base)], means[design.baseline]
-    moved = [f"{name} {number(name, before[name])} without it, {number(name, after[name])} with it" for name in names]
-    return f"{said} {_sentence('; '.join(moved))}"
+    told = [f"{name} {number(name, before[name])} without it, {number(name, after[name])} with it" for name in names]
+    return f"{said} {_sentence('; '.join(told))}"
 
 
 def guidance(gains: Gains) -> str:
@@ -104,13 +123,33 @@ def guidance(gains: Gains) -> str:
     return f"{said} {_sentence(f'{name} {plain} with {design.baseline}, {own} with {design.arm}')}"
 
 
+def terms(text: str, known: Collection[str] = ()) -> dict[str, str]:
+    """The terms of the field that a text uses, and those that their explanations use; each with what it means.
+
+    Args:
+        text: what is read first.
+        known: terms that are explained already.
+    """
+    found: dict[str, str] = {}
+    while True:
+        read = " ".join([text, *found.values()])
+        more = {
+            name: said
+            for pattern, (name, said) in TERMS.items()
+            if name not in (*known, *found) and re.search(rf"\b(?:{pattern})\b", read, re.IGNORECASE)
+        }
+        if not more:
+            return {name: said for name, said in TERMS.values() if name in found}
+        found |= more
+
+
 def arms(gains: Gains) -> dict[str, str]:
     """Arm -> what it is, in a line."""
     told, notes = {}, gains.design.notes.get("guidance", {})
     for arm in gains.arms:
         name = arm["name"]
         if name == gains.design.base or (name == "base" and name not in notes):
-            told[name] = "the model that the adapter was trained on, without it, with plain guidance"
+            told[name] = "the base model alone, with plain guidance"
         elif name in notes:
             told[name] = _arm(notes[name])
     return told
@@ -124,7 +163,8 @@ def scale_of(guidance: Mapping[str, Any]) -> float:
 def _arm(guidance: Mapping[str, Any]) -> str:
     said = [_METHODS.get(guidance["method"], guidance["method"]), f"scale {scale_of(guidance):g}"]
     said += [f"adapter weight {guidance['weight']:g}"] if guidance.get("weight") not in (None, 1.0) else []
-    said += [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
+    set_to = [f"{key} {value}" for key, value in guidance.get("options", {}).items()]
+    said += [f"set to {' and '.join(set_to)} (see docs/guidance.md)"] if set_to else []
     return ", ".join([*said, *scope_words(guidance.get("scope") or {})])
 
 
@@ -132,7 +172,7 @@ def scope_words(scope: Mapping[str, Any]) -> list[str]:
     """Where, when and how strongly the adapter acts, as far as that is not everywhere, always and fully."""
     said = []
     if (where := scope.get("where")) is not None:
-        until = f" in the first {round(100 * scope['where_stop'])} % of the steps" if scope["where_stop"] < 1 else ""
+        until = f", in the first {round(100 * scope['where_stop'])} % of the steps" if scope["where_stop"] < 1 else ""
         said.append(f"{_PLACES[where]}{until}")
     if (scope.get("start", 0), scope.get("stop", 1)) != (0, 1):
         said.append(

@@ -140,8 +140,8 @@ def title(comparison: Comparison, record: Mapping[str, Any]) -> str:
 def _terms(comparison: Comparison, record: Mapping[str, Any]) -> dict[str, str]:
     """The words of the title that a stranger does not know."""
     called = [case.calls for case in comparison.units if case.calls]
-    named = {calls: "what prompts call the subject" for calls in called if len(called) <= 3}
-    return named | {Path(record["base"]["path"]).name: "the base model, which the pictures are drawn with"}
+    named = {calls: "what the subject is called in prompts" for calls in called if len(called) <= 3}
+    return named | {Path(record["base"]["path"]).name: "the name of the base model"}
 
 
 def _pictures_of(comparison: Comparison) -> list[Any]:

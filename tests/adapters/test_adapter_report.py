@@ -6,20 +6,24 @@ import itertools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
+import figures
 import numpy as np
 import pytest
 from PIL import Image
 
-from adapters.measuring import gains, report, words
+from adapters.measuring import archive, gains, report, verify, words
 from adapters.measuring.gains import Design
+from adapters.measuring.labels import Box, arrange, width
 from adapters.measuring.plot import plot
 from adapters.measuring.sample import Shot
 from adapters.measuring.table import Row
 
 EVIL = '</title></script><script>document.title="owned"</script><img src=x onerror=alert(1)>" onload="x'
+RESULTS = figures.ROOT / "benchmarks" / "study" / "results"
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -186,7 +190,7 @@ def test_every_way_to_sample_is_explained_with_what_makes_it_differ():
     del before["guidance_scale"]
     assert words._arm(before) == words._arm(plain)
     assert words._arm({**plain, "scope": placed}) == (
-        f"{words._arm(plain)}, the adapter acts only where the subject is in the first 30 % of the steps"
+        f"{words._arm(plain)}, the adapter acts only where the subject is, in the first 30 % of the steps"
     )
     assert words._arm({**plain, "scope": early}) == (
         f"{words._arm(plain)}, the adapter acts from 0 to 50 % of the steps, adapter weight 0 in what guidance pushes "
@@ -206,7 +210,8 @@ def test_checkpoints_are_curves_and_overfitting_is_a_sentence_above_them():
 
 def ticks(figure: str, anchor: str) -> list[str]:
     """What is written at an axis: below it in the middle, beside it at the end."""
-    return re.findall(rf'text-anchor="{anchor}">(-?[\d.]+)</text>', figure)
+    [written] = re.findall(rf'<g text-anchor="{anchor}">(.*?)</g>', figure)
+    return [text for _, _, text in figures.TEXT.findall(written) if re.fullmatch(r"-?[\d.]+", text)]
 
 
 @pytest.mark.parametrize("places", [(1, 2), (1, 2, 3), (100, 200, 300, 400), (250, 1000), (1, 30), (7, 12_000)])
@@ -225,6 +230,88 @@ def test_counted_axes_have_whole_numbers_and_shares_stay_between_zero_and_one(pl
 def test_the_first_screen_explains_its_words(page):
     first = noisy(16, 2)
     first = re.sub(r"<style>.*?</style>", "", first[: first.index("<details>")], flags=re.DOTALL)
-    assert "the model that the adapter was trained on" in first
-    assert all(f"<dt>{word}</dt>" in first for word in ("sks bird", "adapter", "guidance", "prompt"))
+    assert "the base model alone" in first
+    shown = ("sks bird", "adapter", "base model", "guidance", "prompt", "seed", "noise")
+    assert all(f"<dt>{word}</dt>" in first for word in shown)
+    assert "<dt>class</dt>" not in first  # it is not used
     assert first.count('class="verdict"') == 2
+
+
+def test_a_term_is_explained_where_it_is_used_with_those_that_its_explanation_needs():
+    assert list(words.terms("pictures of the class")) == ["subject", "class"]
+    assert list(words.terms("nothing but a word")) == []
+    assert list(words.terms("the same SEED", known=["noise"])) == ["seed"]
+    for name, said in words.TERMS.values():
+        assert not set(words.terms(said, known=[name])) - {name for name, _ in words.TERMS.values()}
+
+
+@pytest.fixture(scope="module")
+def sixteen():
+    """The study's sixteen subjects: the comparison, and its page without pictures."""
+    with archive.unpacked(RESULTS / "subjects-kept.zip") as folder:
+        found = verify.recompute(folder)
+    shots = {name: [] for name in (found.design.base, found.design.baseline, found.design.arm)}
+    return found, report.render(found, shots, title="16 subjects on pocket", terms={"pocket": "the base model's name"})
+
+
+def test_no_term_of_the_glossary_stands_above_the_pictures_without_its_explanation(sixteen, page):
+    assert figures.unexplained(sixteen[1]) == []
+    bare = re.sub(r"<dt>identity</dt><dd>.*?</dd>|<dt>adapter</dt><dd>.*?</dd>", "", sixteen[1])
+    assert {"identity", "adapter"} <= set(figures.unexplained(bare)), "the test would not see it"
+
+
+def test_labels_of_the_study_s_figures_do_not_overlap(sixteen):
+    named = [said for said, _ in figures.labels(sixteen[1])]
+    assert sorted(named) == sorted(arm["name"] for arm in sixteen[0].arms)
+    assert figures.overlaps(sixteen[1]) == []
+    for name in ("subjects-lora", "text-tuned", "canny"):
+        with archive.unpacked(RESULTS / f"{name}.zip") as folder:
+            drawn = report.figures.curves(verify.recompute(folder), {}, "", "")
+        assert figures.labels(drawn)
+        assert figures.overlaps(drawn) == []
+
+
+@pytest.mark.parametrize("spread", [0, 5, 300])
+def test_labels_find_a_place_whatever_the_points_are(spread):
+    """All in one spot, in a heap, and all over the figure."""
+    generator = np.random.default_rng(spread)
+    spots = [(200 + x, 150 + y) for x, y in generator.random((25, 2)) * (spread, spread / 2)]
+    texts = [f"CFG @ {number}, weight 0.85" if number % 3 else "S-CFG" for number in range(25)]
+    area = Box(64, 30, 560, 340)
+    boxes = arrange(list(zip(spots, texts, strict=True)), area, list(itertools.pairwise(spots)))
+    assert all(area.holds(box) for box in boxes)
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.meets(b)]
+    assert not [box for box in boxes for x, y in spots if box.meets(Box(x - 4, y - 4, x + 4, y + 4))]
+    assert [round(box.right - box.left - width(text), 6) for box, text in zip(boxes, texts, strict=True)] == [0.0] * 25
+
+
+def test_a_line_cuts_a_box_or_does_not():
+    box = Box(10, 10, 20, 20)
+    assert box.cut_by(((0, 15), (30, 15)))
+    assert box.cut_by(((0, 0), (30, 30)))
+    assert box.cut_by(((15, 15), (16, 16)))
+    assert not box.cut_by(((0, 15), (9, 15)))
+    assert not box.cut_by(((0, 25), (30, 25)))
+    assert not box.cut_by(((0, 0), (30, 0)))
+
+
+def test_the_plane_is_told_in_words(sixteen):
+    said = figures.html.unescape(sixteen[1])
+    assert (
+        "The line of plain guidance goes from base (identity 3 %, prompt accuracy 90 %) over CFG, weight 0.85 (68 %, "
+        "84 %) to CFG (80 %, 77 %)."
+    ) in said
+
+
+def test_a_price_is_told_apart_from_a_loss_of_the_subject(sixteen):
+    found, _ = sixteen
+    assert words.adapter(found).startswith("The adapter draws its subject, at a price")
+    means = {"base": (0.8, 0.5), "CFG": (0.1, 0.9)}
+    arms = [
+        {"name": name, "metrics": {"identity": {"mean": x}, "prompt accuracy": {"mean": y}}}
+        for name, (x, y) in means.items()
+    ]
+    assert words.adapter(replace(found, arms=arms)) == (
+        "The adapter does not draw its subject; the pictures keep more to their prompts than the base's. Identity 80 % "
+        "without it, 10 % with it; prompt accuracy 50 % without it, 90 % with it."
+    )

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import figures
 import numpy as np
 import pytest
 import torch
@@ -81,6 +82,10 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     assert gains["format"] == 2
     assert [one["arm"] for one in gains["plane"]["points"] if one["plain"]] == ["base", "CFG", "CFG, weight 0.7"]
     assert "<h2>The subject</h2>" in (out / "measured" / "report.html").read_text("utf-8")
+    text = (out / "measured" / "report.html").read_text("utf-8")
+    assert figures.unexplained(text) == []
+    assert figures.labels(text)
+    assert figures.overlaps(text) == []
     for page in (out / "measured" / "report.html", out / "release" / "report.html"):
         assert "regions and gamma over the steps" in page.read_text("utf-8")
 

@@ -125,7 +125,7 @@ def prepare(
         values[table] = values.get(table, {}) | chosen
     if "measure" in values:
         values["tune"] = {"prompts": tuning(noun, pocket=base == POCKET), "seeds": [101, 102]}
-    values, asked = given.merged(values, more) if more else (values, None)
+    values, asked = given.merged(dreambooth_lora.Settings, values, more) if more else (values, None)
     text = f"# {_command(config)}\n{yaml.safe_dump(values, sort_keys=False)}"
     require(
         not config.exists() or config.read_text("utf-8") == text,

@@ -35,7 +35,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 .scroll:focus-visible, input:focus-visible, summary:focus-visible { outline: 3px solid var(--mark); }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th[scope=row], thead th:first-child, td.text { text-align: left; }
+thead th { white-space: normal; } th[scope=row], thead th:first-child, td.text { text-align: left; }
 th[scope=row], td.text { min-width: 8rem; white-space: normal; overflow-wrap: break-word; }
 .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(28rem, 100%), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-size: .9rem; margin-bottom: .3rem; }
@@ -50,7 +50,8 @@ input { accent-color: var(--mark); }
 .pair:has(.pick3:checked) .side:not(.side3) { display: none; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1rem; margin: .75rem 0;
   font-size: .9rem; } dt { font-weight: bold; } dd { margin: 0; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 .4rem 1rem; } }
+@media (max-width: 40rem) { dl { display: block; } dt, dd { display: inline; }
+  dt::after { content: ": "; } dd::after { content: "\\A"; white-space: pre; line-height: 2; } }
 details summary { cursor: pointer; font-size: .9rem; padding: .4rem 0; }
 pre { background: var(--soft); padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }

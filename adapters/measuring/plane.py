@@ -85,9 +85,9 @@ def sentences(drawn: Mapping[str, Any] | None) -> list[str]:
         if one["gap"] is None:
             said.append(f"{one['arm']} lies {one['word']} of plain guidance: try other weights and scales there.")
             continue
-        how = {"above": "above", "below": "below"}.get(one["word"], "on, or not told from,")
+        how = {"above": "lies above", "below": "lies below"}.get(one["word"], "is not told apart from")
         interval = f"interval {one['low']:+.2g} to {one['high']:+.2g}"
-        said.append(f"{one['arm']} lies {how} the front of plain guidance: {one['gap']:+.2g} ({interval}).")
+        said.append(f"{one['arm']} {how} the front of plain guidance: {one['gap']:+.2g} ({interval}).")
     return said
 
 

@@ -69,7 +69,7 @@ def render(
             f"<h1>{escape(title)}</h1>",
             *_verdicts(gains),
             _how_to_read(gains, terms or {}),
-            strips.references(references, draw),
+            strips.references(references, draw, gains.counts["subjects"]),
             f"<h2>{RESULTS}</h2>",
             strips.gallery("shown", joined, shown, draw, over),
             figures.plane(gains),
@@ -97,7 +97,8 @@ def render(
 
 def _verdicts(gains: Gains) -> list[str]:
     sentences = (words.adapter(gains), words.guidance(gains))
-    return [f'<p class="verdict">{escape(sentence)}</p>' for sentence in sentences if sentence]
+    whole = [escape(sentence).replace(" %", "&nbsp;%") for sentence in sentences if sentence]  # no line begins with %
+    return [f'<p class="verdict">{sentence}</p>' for sentence in whole]
 
 
 def _how_to_read(gains: Gains, terms: Mapping[str, str]) -> str:

@@ -78,12 +78,13 @@ def _strip(pictures: Mapping[str, Shot], draw: Draw, over: Mapping[str, Image.Im
     )
 
 
-def references(references: Sequence[Image.Image], draw: Draw) -> str:
-    """The first four pictures of the subject, or nothing.
+def references(references: Sequence[Image.Image], draw: Draw, subjects: int) -> str:
+    """The first four pictures of the subject, or of several, or nothing.
 
     Args:
-        references: the subject's pictures.
+        references: the subjects' pictures.
         draw: shows one picture.
+        subjects: how many were measured.
     """
     if not references:
         return ""
@@ -91,4 +92,8 @@ def references(references: Sequence[Image.Image], draw: Draw) -> str:
         f"<div>{draw(image, f'The subject, picture {number}')}</div>"
         for number, image in enumerate(references[:4], start=1)
     )
-    return f'<h2>The subject</h2><div class="references">{pictures}</div>'
+    shown = min(subjects, 4)
+    title = (
+        "The subject" if subjects <= 1 else "The subjects" if shown == subjects else f"{shown} of {subjects} subjects"
+    )
+    return f'<h2>{title}</h2><div class="references">{pictures}</div>'

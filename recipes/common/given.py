@@ -8,15 +8,15 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from recipes import dreambooth_lora
 from training import naming
 from training.command_line import parse
 from training.config import require, resolved, write
 
 __all__ = ["merged", "standing"]
 
+SettingsT = TypeVar("SettingsT")
 OWN = {  # what `new` asks for itself
     "config": "it is what is written here",
     "base.path": "give --base",
@@ -26,10 +26,11 @@ OWN = {  # what `new` asks for itself
 }
 
 
-def merged(values: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], dreambooth_lora.Settings]:
+def merged(kind: type[SettingsT], values: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], SettingsT]:
     """The tables of a config, and in them the settings of a command line; and the same as a training reads them.
 
     Args:
+        kind: the training's settings.
         values: the config's tables.
         words: settings of the training with their values.
 
@@ -37,13 +38,13 @@ def merged(values: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, A
         TrainingError: an unknown name, a value that cannot be, or a setting that `new` has an option for.
     """
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-    names = [naming.current_flag(dreambooth_lora.Settings, flag).removeprefix("--").removesuffix("+") for flag in flags]
+    names = [naming.current_flag(kind, flag).removeprefix("--").removesuffix("+") for flag in flags]
     for name in names:
         require(name not in OWN, f"--{name}: {OWN.get(name)}")
     with tempfile.TemporaryDirectory() as home:
         config = Path(home) / "config.yaml"
         write(dict(values), config)
-        read = parse(dreambooth_lora.Settings, [f"--config={config}", *words])
+        read = parse(kind, [f"--config={config}", *words])
     found = copy.deepcopy(dict(values))
     for name in names:
         _put(found, read, resolved(read), name.split("."))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+import figures
 import numpy as np
 import pytest
 import torch
@@ -182,7 +183,9 @@ def test_a_stage_runs_once_and_its_table_is_recomputed(tmp_path: Path, done: Cal
     assert "[" in lines["S-CFG"][2]  # at equal effective scale
     root = ElementTree.parse(kept / "text-ddim.svg").getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len([node for node in root.iter() if node.tag.endswith("circle")]) >= 5
+    drawn = (kept / "text-ddim.svg").read_text("utf-8")
+    assert len(figures.labels(drawn)) >= 5  # one a point
+    assert figures.overlaps(drawn) == []
 
 
 def test_blind_pages_give_nothing_away_and_answers_are_counted(

@@ -67,6 +67,8 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         return found
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise TrainingError(naming.in_words(str(error))) from error
+    except RecursionError as error:
+        raise TrainingError("a setting on the command line is nested too deeply") from error
 
 
 COMMON = (  # what most runs set; of these --help shows the first ten that a command has
@@ -130,7 +132,7 @@ def _table(kind: type, flag: str, text: str) -> str:
     """A flag's table of settings, the same way; what needs no change is left as it is."""
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
     parts = flag.removeprefix("--").removesuffix("+").split(".")
     changed = values

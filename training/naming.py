@@ -65,6 +65,8 @@ def check_flags(kind: type, arguments: Sequence[str]) -> None:
             raise TrainingError(
                 f"--{name}: {value} is neither JSON nor YAML ({' '.join(str(error).split())})"
             ) from error
+        except RecursionError as error:
+            raise TrainingError(f"--{name}: nested too deeply") from error
         for part in reversed(name.removesuffix("+").split(".")):
             nested = {part: nested}
         check(kind, nested, "--")

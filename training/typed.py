@@ -61,6 +61,8 @@ def config(kind: type, file: str) -> dict[str, Any]:
         raise TrainingError(f"--config {file}{line}: {error.problem}; {QUOTES}") from error
     except yaml.YAMLError as error:
         raise TrainingError(f"--config {file}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise TrainingError(f"--config {file}: nested too deeply") from error
 
 
 def _texts(hint: Any, node: yaml.Node, name: str) -> Iterator[tuple[str, yaml.Node]]:

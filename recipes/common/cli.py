@@ -124,7 +124,7 @@ def training_recipe(words: Sequence[str], chosen: str | None = None) -> str:
         return files[0].parent.name
     try:
         tables = yaml.safe_load(read_text(files[0], "--config"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise TrainingError(f"config {files[0]} cannot be read: {' '.join(str(error).split())}") from error
     return "controlnet" if isinstance(tables, dict) and "controlnet" in tables else TRAININGS[0]
 

@@ -29,6 +29,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = {"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}}
+PATIENCE = 600  # seconds after which a run of seconds counts as hanging, also on a machine that does much else
 PLENTY = 64 * 2**20  # bytes of disk that a whole run does not need
 # What differs between two runs of the same command.
 PASSING = ("seconds", "peak memory of the process, MiB", "mean seconds")
@@ -133,7 +134,7 @@ class Run:
         raise AssertionError("it ended before it was stopped")
 
     def ended(self) -> Said:
-        self.process.join(120)
+        self.process.join(PATIENCE)
         code = self.process.exitcode
         if code is None:
             self.process.kill()
@@ -216,7 +217,7 @@ def short_of_disk(folder: Path, words: list[str], size: int) -> tuple[Said, Said
     said = [Path(tempfile.mkdtemp(prefix="said-", dir=folder.parent)) for _ in range(2)]
     process = CONTEXT.Process(target=_short_of_disk, args=(folder, words, size, said))
     process.start()
-    process.join(240)
+    process.join(2 * PATIENCE)
     if process.exitcode == 77:
         raise PermissionError("a small file system cannot be mounted")
     assert process.exitcode == 0, process.exitcode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import typing
@@ -207,4 +208,13 @@ def test_letters_that_no_file_can_hold_are_refused_by_the_setting(letter: str, t
             command_line.parse(Texts, words)
     (tmp_path / "mine.yaml").write_text('words: {"a": "\\0"}\n', "utf-8")
     with pytest.raises(TrainingError, match=r"^words.a .* holds a zero byte"):
+        command_line.parse(Texts, ["--config", str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize(("word", "deep"), [("--words={}", "{a: " * 1500), ("--prompts={}", "[" * 1500 + "]" * 1500)])
+def test_what_is_nested_thousands_deep_is_refused(word: str, deep: str, tmp_path: Path) -> None:
+    with contextlib.suppress(TrainingError):
+        command_line.parse(Texts, [word.format(deep)])
+    (tmp_path / "mine.yaml").write_text(f"words: {deep}\n", "utf-8")
+    with pytest.raises(TrainingError, match=r"mine\.yaml"):
         command_line.parse(Texts, ["--config", str(tmp_path / "mine.yaml")])

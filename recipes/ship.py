@@ -16,6 +16,7 @@ from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
+from training.errors import TrainingError
 from training.text import read_text
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def run(settings: Settings) -> Path | None:
         models=adapters.base.modules_of(pipe),
         config=_config(weights),
         facts=facts,
-        page=adapters.files.read_bytes(measured / "report.html", MAX_PAGE).decode() if measured else None,
+        page=_page(measured) if measured else None,
         compact=settings.ship.compact,
         key=settings.ship.sign,
     )
@@ -104,12 +105,28 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
         (folder / "settings.yaml").is_file(), f"measured {folder} has no settings.yaml; run recipes/measure.py first"
     )
     made = parse(measure.Settings, ["--config", str(folder / "settings.yaml")])
-    gains = adapters.measuring.verify.recompute(folder)
+    gains, stored = adapters.measuring.verify.checked(folder)
+    guidance: Any = gains.design.notes.get("guidance")
+    facts = stored.get("facts")
+    arm = guidance_to_ship(gains)
+    require(
+        isinstance(guidance, dict) and isinstance(guidance.get(arm), dict) and isinstance(facts, dict),
+        f"measured {folder}: gains.json lacks facts or the guidance of {arm}; run recipes/measure.py again",
+    )
     rows = adapters.measuring.table.read_csv(folder / "per_image.csv")
-    best = GuidanceSettings.of(gains.design.notes["guidance"][guidance_to_ship(gains)])
-    facts = adapters.files.read_json(folder / "gains.json")["facts"]
+    best = GuidanceSettings.of(guidance[arm])
     names = [arm["name"] for arm in gains.arms]
     return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts
+
+
+def _page(measured: Path) -> str:
+    """The report; it is the last thing that is read, so that what is said of the others comes first."""
+    from adapters.files import read_bytes
+
+    try:
+        return read_bytes(measured / "report.html", MAX_PAGE).decode()
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{measured / 'report.html'} is damaged ({error}); run recipes/measure.py again") from error
 
 
 def guidance_to_ship(gains: Gains) -> str:

@@ -14,7 +14,7 @@ from . import archive, tune
 from .gains import Design, Gains, compare
 from .table import read_csv
 
-__all__ = ["difference", "recompute", "verify"]
+__all__ = ["checked", "difference", "recompute", "verify"]
 
 _SINCE_2 = {  # fields that format 2 of gains.json added
     "gains": {"adapter", "effects", "plane", "best"},
@@ -48,16 +48,12 @@ def _figures(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What was measured and tuned, recomputed."""
     summary: dict[str, Any] = {}
     if "gains.json" in manifest["files"]:
-        stored = files.read_json(path / "gains.json")
-        gains = recompute(path)
-        ours = _as_stored(gains.to_dict(), stored)
+        gains, stored = checked(path)
         _check_identity(path, manifest, stored.get("identity"))
-        if changed := difference(ours, {name: stored.get(name) for name in ours}, "gains"):
-            raise GainsError(f"{path}: {changed}; gains.json does not follow from per_image.csv")
         if gains.adapter is not None:
             summary["adapter"] = gains.adapter.sentence
         summary["verdict"] = gains.verdict.sentence
-        summary["numbers"] = _count(ours)
+        summary["numbers"] = _count(_as_stored(gains.to_dict(), stored))
     if "tuned.json" in manifest["files"]:
         summary["tuned"] = _tuned(path)
     return summary
@@ -107,6 +103,15 @@ def _tuned(folder: Path) -> dict[str, Any]:
     if ours != best:
         raise GainsError(f"{folder}: tuned.json names {best} as the best, recomputed {ours}")
     return ours
+
+
+def checked(folder: Path) -> tuple[Gains, dict[str, Any]]:
+    """The comparison recomputed, and what `gains.json` holds; a `GainsError` where they differ."""
+    gains, stored = recompute(folder), files.read_object(folder / "gains.json")
+    ours = _as_stored(gains.to_dict(), stored)
+    if changed := difference(ours, {name: stored.get(name) for name in ours}, "gains"):
+        raise GainsError(f"{folder}: {changed}; gains.json does not follow from per_image.csv")
+    return gains, stored
 
 
 def recompute(folder: Path) -> Gains:

@@ -182,8 +182,12 @@ def edges_of(controlnet: str) -> Any:
         said = " ".join(str(error).split())[:300]
         raise TrainingError(f"controlnet {controlnet} cannot be loaded: {said}") from error
     if KEY not in config and (file := Path(place) / "settings.yaml").is_file():
-        trained = yaml.safe_load(read_text(file))
-        if trained.get("data", {}).get("source") in (POCKET, "pocket-fluent"):
+        try:
+            trained = yaml.safe_load(read_text(file))
+        except (yaml.YAMLError, RecursionError) as error:
+            raise TrainingError(f"{file} is no YAML ({' '.join(str(error).split())[:200]})") from error
+        data = trained.get("data") if isinstance(trained, dict) else None
+        if isinstance(data, dict) and data.get("source") in (POCKET, "pocket-fluent"):
             return EDGES
     return Canny.of(config)
 

@@ -49,7 +49,7 @@ def draw_adapter(pipe: StableDiffusionPipeline) -> None:
     """Four training pictures; below them four held-out prompts without and with the shipped LoRA, at its own scale."""
     folder = ROOT / "recipes" / "zoo" / SUBJECT
     scale = json.loads((folder / "guider_config.json").read_text())["guidance_scale"]
-    photos = [Image.open(ROOT / "recipes" / "subjects" / SUBJECT / f"{i}.png").convert("RGB") for i in range(4)]
+    photos = [Image.open(ROOT / "recipes" / "subjects" / SUBJECT / f"{i}.webp").convert("RGB") for i in range(4)]
     without = [_draw(pipe, prompt, scale) for prompt in HELD_OUT]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the shipped guider is plain CFG here; only its scale is used

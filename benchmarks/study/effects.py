@@ -113,7 +113,7 @@ def tagged(source: Path, place: Path) -> Path:
         place: receives copies.
     """
     place.mkdir(parents=True, exist_ok=True)
-    for picture in sorted(source.glob("[0-9].png")):
+    for picture in sorted(source.glob("[0-9].webp")):
         said = picture.with_suffix(".txt").read_text("utf-8").strip()
         where = next(phrase for phrase in sorted(PHRASES, key=len, reverse=True) if said.endswith(phrase))
         tags = [*said.removesuffix(where).strip().split(" and "), where]

@@ -212,7 +212,9 @@ def _shots(pictures: np.ndarray, calls: str) -> list[Shot]:
 
 
 def _images(folder: Path) -> list[Image.Image]:
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("[0-9].png"))]
+    """A subject's pictures, or its masks."""
+    found = sorted(path for path in folder.glob("[0-9].*") if path.suffix != ".txt")
+    return [Image.open(path).convert("RGB") for path in found]
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def losses_of_edges(worse: Callable) -> np.ndarray:
 
 def losses_of_subjects(features: Callable, worse: Callable) -> np.ndarray:
     """What similarity to a subject's first four pictures loses, for each of the last four of all subjects."""
-    folders = [[Image.open(file).convert("RGB") for file in sorted(folder.glob("*.png"))] for folder in SUBJECTS]
+    folders = [[Image.open(file).convert("RGB") for file in sorted(folder.glob("*.webp"))] for folder in SUBJECTS]
     by_place = [[worse([pictures[4 + k] for pictures in folders])] for k in range(4)]  # swapped between subjects
     losses = []
     for number, pictures in enumerate(folders):

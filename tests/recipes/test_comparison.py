@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -276,7 +275,7 @@ def wordless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("subject")
-    Image.open(DOG / "0.png").save(folder / "0.png")
+    Image.open(DOG / "0.webp").save(folder / "0.png")
     (folder / "subject.json").write_text((DOG / "subject.json").read_text("utf-8"), "utf-8")
     return folder
 
@@ -316,10 +315,12 @@ POSSIBLE: dict[str, list[object]] = {  # in a run that trains an adapter of a su
 @pytest.fixture
 def rex(tmp_path: Path) -> Path:
     """Three photos of a dog, and nothing else."""
+    from PIL import Image
+
     folder = tmp_path / "rex"
     folder.mkdir()
     for number in range(3):
-        shutil.copy(DOG / f"{number}.png", folder)
+        Image.open(DOG / f"{number}.webp").save(folder / f"{number}.png")
     return folder
 
 

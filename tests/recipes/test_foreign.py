@@ -67,7 +67,7 @@ def test_a_config_and_a_subject_are_made_of_a_file_and_photos(kohya: Path, tmp_p
     assert list(settings.measure.arms) == list(FEW) == ["CFG", "S-CFG"]
     assert "base: pocket, as the keys are of pocket" in capsys.readouterr().out
     subject = tmp_path / "a" / "subject" / "teapot"
-    assert len(list(subject.glob("*.png"))) == len(list((subject / "masks").glob("*.png"))) == 8
+    assert len(list(subject.glob("*.webp"))) == len(list((subject / "masks").glob("*.png"))) == 8
     facts = yaml.safe_load((subject / "subject.json").read_text("utf-8"))
     assert (facts["class"], facts["identifier"], len(facts["prompts"])) == ("teapot", "sks", 6)
     edited = (subject / "subject.json").read_text("utf-8").replace("a sks teapot at night", "a sks teapot in the snow")

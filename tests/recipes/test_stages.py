@@ -439,7 +439,7 @@ def test_control_generation_writes_a_sheet_with_the_conditions(tmp_path: Path, d
     large = tmp_path / "teapots"
     large.mkdir()
     for number in (0, 1):  # of another size and shape than the base draws
-        Image.open(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.png").resize((160, 128)).save(
+        Image.open(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.webp").resize((160, 128)).save(
             large / f"{number}.png"
         )
         shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.txt", large)
@@ -471,7 +471,7 @@ def mine(tmp_path: Path) -> Path:
     folder = tmp_path / "mine"
     folder.mkdir()
     for number in range(3):
-        shutil.copy(DOG / f"{number}.png", folder)
+        Image.open(DOG / f"{number}.webp").save(folder / f"{number}.png")
     return folder
 
 

@@ -60,7 +60,7 @@ def test_an_identity_that_can_be_told_stays() -> None:
     assert standard.untold(comparison, [case], [other]) == {}
     own = [
         adapters.Shot(prompt="a dog", seed=i, latents="", image=Image.open(file).convert("RGB"))
-        for i, file in enumerate(sorted((SUBJECTS / "dog").glob("*.png")))
+        for i, file in enumerate(sorted((SUBJECTS / "dog").glob("*.webp")))
     ]
     gone = standard.untold(comparison, [case], [own])
     assert "does not tell them apart (dog)" in gone["identity (color)"]

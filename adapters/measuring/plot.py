@@ -20,7 +20,7 @@ _ROW, _SAMPLE = 16, 34  # pixels: height of a legend's row, width of the line be
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 # A disc, a square, a triangle, a diamond, a triangle on its tip, a cross: each around the point it begins at.
 _MARKS = (
-    "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0",
+    "h0",
     "m-4 -4h8v8h-8z",
     "m0 -5l5 9h-10z",
     "m0 -5.5l5 5.5l-5 5.5l-5 -5.5z",
@@ -108,8 +108,10 @@ def _axes(across: Axis, up: Axis, place: Place, x_label: str, y_label: str) -> s
     left, bottom = place(x0, y0)
     right, top = place(x1, y1)
     columns, rows = [place(x, y0)[0] for x in xs], [place(x0, y)[1] for y in ys]
-    axes = f"M{left:.1f} {top:.1f}V{bottom:.1f}H{right:.1f}" + "".join(f"M{px:.1f} {bottom:.1f}v4" for px in columns)
-    grid = "".join(f"M{left:.1f} {py:.1f}H{right:.1f}" for py in rows)
+    axes = f"M{_at(left)} {_at(top)}V{_at(bottom)}H{_at(right)}" + "".join(
+        f"M{_at(px)} {_at(bottom)}v4" for px in columns
+    )
+    grid = "".join(f"M{_at(left)} {_at(py)}H{_at(right)}" for py in rows)
     below = [_text(px, bottom + 17, _number(x, xs)) for px, x in zip(columns, xs, strict=True)]
     below.append(_text((left + right) / 2, bottom + 40, x_label))
     beside = [_text(left - 6, py + 4, _number(y, ys)) for py, y in zip(rows, ys, strict=True)]
@@ -120,8 +122,12 @@ def _axes(across: Axis, up: Axis, place: Place, x_label: str, y_label: str) -> s
     )
 
 
+def _at(place: float) -> str:
+    return f"{place:.1f}".removesuffix(".0")
+
+
 def _text(x: float, y: float, said: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}">{escape(said)}</text>'
+    return f'<text x="{_at(x)}" y="{_at(y)}">{escape(said)}</text>'
 
 
 def _number(value: float, ticks: Sequence[float]) -> str:
@@ -134,15 +140,20 @@ def _number(value: float, ticks: Sequence[float]) -> str:
 def _line(line: Sequence[Point], index: int, place: Place) -> str:
     """The points of a series with their intervals, and the line through them."""
     color, spots = _COLORS[index % 6], [place(p[0], p[1]) for p in line]
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
-    marks = "".join(f"M{x:.1f} {y:.1f}{_MARKS[index % 6]}" for x, y in spots)
+    path = "M" + "L".join(f"{_at(x)} {_at(y)}" for x, y in spots)
     ends = [(*place(p[0], p[2]), place(p[0], p[3])[1]) for p in line if p[2] != p[3]]
-    bars = "".join(f"M{x:.1f} {bottom:.1f}V{top:.1f}" for x, bottom, top in ends)
+    bars = "".join(f"M{_at(x)} {_at(bottom)}V{_at(top)}" for x, bottom, top in ends)
     return (
         (_stroke(path, index) if len(line) > 1 else "")
         + (f'<path d="{bars}" stroke="{color}" stroke-width="1.5"/>' if bars else "")
-        + f'<path d="{marks}" fill="{color}"/>'
+        + _marks(spots, index)
     )
+
+
+def _marks(spots: Sequence[tuple[float, float]], index: int) -> str:
+    path = "".join(f"M{_at(x)} {_at(y)}{_MARKS[index % 6]}" for x, y in spots)
+    how = "stroke-width='8' stroke-linecap='round' stroke" if index % 6 == 0 else "fill"  # a disc is a round end alone
+    return f"<path d='{path}' {how}='{_COLORS[index % 6]}'/>".replace("'", '"')
 
 
 def _stroke(path: str, index: int) -> str:
@@ -159,8 +170,8 @@ def _entries(names: Sequence[str]) -> dict[str, tuple[int, float]]:
 
 def _entry(name: str, index: int, row: int, x: float) -> str:
     y = TOP + row * _ROW + 4
-    mark = f'<path d="M{x + 14:.1f} {y - 4}{_MARKS[index % 6]}" fill="{_COLORS[index % 6]}"/>'
-    return f'{_stroke(f"M{x:.1f} {y - 4}h28", index)}{mark}<text x="{x + _SAMPLE:.1f}" y="{y}">{escape(name)}</text>'
+    mark = _marks([(x + 14, y - 4)], index)
+    return f'{_stroke(f"M{_at(x)} {y - 4}h28", index)}{mark}<text x="{_at(x + _SAMPLE)}" y="{y}">{escape(name)}</text>'
 
 
 def _labels(series: Sequence[Sequence[Point]], place: Place, area: Box) -> str:
@@ -175,7 +186,7 @@ def _labels(series: Sequence[Sequence[Point]], place: Place, area: Box) -> str:
     for (spot, text), box in zip(labels, arrange(labels, area, lines), strict=True):
         x, y = box.nearest(spot)
         if math.dist(spot, (x, y)) > LABEL:
-            leaders += f"M{spot[0]:.1f} {spot[1]:.1f}L{x:.1f} {y:.1f}"
+            leaders += f"M{_at(spot[0])} {_at(spot[1])}L{_at(x)} {_at(y)}"
         texts.append(_text(box.left, box.bottom - 3, text))
     drawn = f'<path d="{leaders}" stroke="currentColor" stroke-width=".7" opacity=".6"/>' if leaders else ""
     return f'{drawn}<g font-size="{SIZE}">{"".join(texts)}</g>'

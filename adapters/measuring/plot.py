@@ -79,7 +79,7 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, w
     title = f"{y_label} against {x_label}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + legend}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
-        f'font-size="12" font-family="system-ui, sans-serif">{"".join(parts)}</svg>'
+        f'font-size="12" font-family="sans-serif">{"".join(parts)}</svg>'
     )
 
 

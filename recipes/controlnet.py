@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.after_training import finish
-from recipes.common.base import POCKET, edges_of, load_parts
+from recipes.common.base import POCKET, edges_of
 from recipes.common.cli import launch
-from recipes.common.training import Training, check_stages, data, train
+from recipes.common.comparison import Comparison
+from recipes.common.training import Training, check_stages, data, load, train
 from training.config import (
     ControlNetSettings,
     ObjectiveSettings,
@@ -41,16 +42,16 @@ def run(settings: Settings) -> Path | None:
         settings.measure is None or settings.measure.targets is not None,
         "measure of a ControlNet needs measure.targets and measure.control",
     )
-    check_stages(settings, controlnet=True)
-    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    comparison = check_stages(settings, controlnet=True)
+    folder = _trained(settings, comparison)  # what it loads is freed, before the later stages load theirs
     return finish(settings, folder, controlnet=True) if folder else None
 
 
-def _trained(settings: Settings) -> Path | None:
+def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     """The folder of what was trained."""
     from training import controlnet
 
-    parts = load_parts(settings.base)
+    parts = load(settings, comparison)
     edges = _edges(settings)
     pictures = data(settings.data, parts=parts, edges=edges)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, edges=edges, seed=settings.train.seed)

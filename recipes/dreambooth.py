@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.common.after_training import finish
-from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import SubjectTraining, check_stages, subjects, train
+from recipes.common.comparison import Comparison
+from recipes.common.training import SubjectTraining, check_stages, load, subjects, train
 from training.config import require
 
 __all__ = ["Settings", "run"]
@@ -29,17 +29,17 @@ def run(settings: Settings) -> Path | None:
         "a release holds the U-net alone: with dreambooth.text_encoder the pipeline in `dreambooth` is the result; "
         "leave measure out",
     )
-    check_stages(settings, whole=True)
-    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    comparison = check_stages(settings, whole=True)
+    folder = _trained(settings, comparison)  # what it loads is freed, before the later stages load theirs
     return finish(settings, folder / "unet") if folder else None
 
 
-def _trained(settings: Settings) -> Path | None:
+def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     """The folder of what was trained."""
     from recipes.common.region_mask import region_of
     from training import dreambooth
 
-    parts = load_parts(settings.base)
+    parts = load(settings, comparison)
     pictures, prior, others = subjects(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.common.after_training import finish
-from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import SubjectTraining, check_stages, subjects, train
+from recipes.common.comparison import Comparison
+from recipes.common.training import SubjectTraining, check_stages, load, subjects, train
 from training.config import LoraSettings
 
 __all__ = ["Settings", "run"]
@@ -27,17 +27,17 @@ class Settings(SubjectTraining):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
-    check_stages(settings)
-    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    comparison = check_stages(settings)
+    folder = _trained(settings, comparison)  # what it loads is freed, before the later stages load theirs
     return finish(settings, folder) if folder else None
 
 
-def _trained(settings: Settings) -> Path | None:
+def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     """The folder of what was trained."""
     from recipes.common.region_mask import region_of
     from training import lora
 
-    parts = load_parts(settings.base)
+    parts = load(settings, comparison)
     lora.plan(parts, settings.lora)  # what is wrong with it is said before class images are drawn
     pictures, prior, others = subjects(parts, settings, settings.lora.tokens)
     region = region_of(settings.region) if settings.region else None

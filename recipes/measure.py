@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.base import check_text, painted, pipeline, size_of, without_control
-from recipes.common.cli import explained, launch, named, say
+from recipes.common.cli import explained, launch, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
-from recipes.common.draw import draw
-from recipes.common.guidance import guided
+from recipes.common.draw import OWN, TUNED, draw, first_calls
 from recipes.common.results import write_results
 from recipes.common.settings import MeasureSettings, SamplingSettings
 from recipes.common.stages import span
+from recipes.common.trial import class_folder, folder_of, try_arms
 from recipes.common.units import Case
 from training.config import BaseSettings, resolved
 from training.errors import exit_on_error
@@ -81,9 +81,7 @@ def run(settings: Settings) -> Path | None:
     )
     comparison = resolved_with(settings.measure)
     check_text(pipe, *(case.adapter for case in comparison.units))
-    for arm in comparison.arms.values():
-        with named(f"measure.arms, {arm.name!r}"), guided(pipe, arm.guidance)():
-            pass
+    try_arms(pipe, comparison, settings.sampling, settings.out, _renewed(settings))
     if settings.dry_run:
         _would(pipe, comparison, settings.sampling)
         return None
@@ -109,11 +107,8 @@ def run(settings: Settings) -> Path | None:
 
 
 def _would(pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSettings) -> None:
-    """A dry run: every adapter is put on as every arm would have it; arms, pictures and time are said."""
+    """A dry run: arms, pictures and time are said."""
     for case in comparison.units:
-        for arm in {arm.worn: arm for arm in comparison.arms.values() if not arm.bare}.values():
-            with named(f"measure.arms, {arm.name!r}"), worn(pipe, case, arm):
-                pass
         count = len(case.prompts) * len(comparison.plan.seeds)
         say(f"would draw {count} pictures an arm of {case.name or 'the task'}")
     arms, seeds = comparison.arms, len(comparison.plan.seeds)
@@ -126,15 +121,13 @@ def _would(pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSe
 
 
 def _picture_seconds(pipe: DiffusionPipeline, sampling: SamplingSettings) -> float:
-    """Of one picture of a batch, from two steps of a batch of one; the first call warms up."""
-    took = 0.0
-    for steps in (1, 2):
-        began = time.perf_counter()
-        plain = without_control(pipe)
-        size = {"height": sampling.height, "width": sampling.width}
-        plain("", num_inference_steps=steps, output_type="np", **size, **painted(plain, sampling))
-        took = time.perf_counter() - began
-    return took / 2 * sampling.steps
+    """Of one picture of a batch, from the third step of a batch of one, as the first ones warm up."""
+    plain = without_control(pipe)
+    size = {"height": sampling.height, "width": sampling.width}
+    with first_calls(plain, 3) as moments:
+        plain("", num_inference_steps=sampling.steps, output_type="np", **size, **painted(plain, sampling))
+    *_, before, last = [*moments, time.perf_counter()][:4]
+    return (last - before) * sampling.steps
 
 
 def _sample(pipe: DiffusionPipeline, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
@@ -153,22 +146,42 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
     """The base's pictures of the class, where a metric asks for them."""
     if not comparison.asks_for_class:
         return []
-    folder, seeds = Path(settings.out) / "class_pictures" / case.name, settings.measure.seeds
+    folder, seeds = class_folder(settings.out, case), settings.measure.seeds
     prompts, guidance = case.of_class.prompts, comparison.bare.guidance
-    return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
+    own = _renewed(settings)
+    return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None, renewed=own)
 
 
 def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) -> list[Any]:
-    from adapters.card import slug
-
-    place = Path(settings.out) / "pictures" / case.name / slug(arm.name)
+    place = folder_of(settings.out, case, arm)
     weights = None if arm.bare else f"{digest_of(case.adapter)} {arm.worn}"
     inputs = None if arm.bare else case.given
     seeds, sampling = settings.measure.seeds, settings.sampling
-    shots = draw(pipe, case.prompts, seeds, arm.guidance, sampling, place, weights, arm=arm.name, inputs=inputs)
+    shots = draw(
+        pipe,
+        case.prompts,
+        seeds,
+        arm.guidance,
+        sampling,
+        place,
+        weights,
+        arm=arm.name,
+        inputs=inputs,
+        renewed=_renewed(settings),
+    )
     seconds = sum(shot.seconds for shot in shots) / len(shots)
     say(f"{case.name:>12} {arm.name:>14}: {len(shots)} pictures, {seconds:.2f} s each")
     return shots
+
+
+def _renewed(settings: Settings) -> Sequence[str]:
+    """What this run trained or found itself, in the folder where it draws."""
+    out = Path(settings.out).resolve()
+
+    def own(*places: str | None) -> bool:
+        return any(out in Path(place).resolve().parents for place in places if place is not None)
+
+    return (*(OWN if own(settings.adapter, settings.controlnet) else ()), *(TUNED if own(settings.tuned) else ()))
 
 
 def _drift(pipe: DiffusionPipeline, comparison: Comparison, settings: Settings) -> dict[str, float]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from recipes.common.base import adapted, pipeline
-from recipes.common.cli import launch, say
-from recipes.common.draw import draw, keep, sheet
-from recipes.common.guidance import guided
+from recipes.common.base import adapted, pipeline, pipeline_arguments
+from recipes.common.cli import launch, named, say
+from recipes.common.draw import draw, keep, sheet, trial
+from recipes.common.guidance import check_guided
 from recipes.common.prompts import texts
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings, require
@@ -53,24 +54,39 @@ def run(settings: Settings) -> Path | None:
     """Sample; returns the sheet of all pictures, or None after a dry run."""
     prompts = texts(settings.prompts, settings.prompt_file)
     require(bool(prompts), "no prompts; set prompts or prompt_file")
+    if settings.upscaler is not None:
+        with named("upscaler"):
+            pipeline_arguments(settings.upscaler)
     pipe = pipeline(settings.base, settings.sampling)
     with adapted(pipe, settings.adapter, settings.weight):
+        with named("guidance"):
+            trial(pipe, prompts[0], settings.guidance, settings.sampling)
         if settings.dry_run:
-            with guided(pipe, settings.guidance)():
-                say(f"would draw {len(prompts) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            say(f"would draw {len(prompts) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            if settings.upscaler is not None:
+                _second(settings)
             return None
         folder = Path(settings.out) / "pictures"
         shots = draw(pipe, prompts, settings.seeds, settings.guidance, settings.sampling, folder, settings.adapter)
     if settings.upscaler is not None:
-        second = pipeline(settings.upscaler, settings.sampling)
+        second, guidance = _second(settings)
         small = {(shot.prompt, shot.seed): shot.image for shot in shots}
-        guidance = settings.upscaler_guidance or settings.guidance
         folder, inputs = Path(settings.out) / "enlarged", lambda prompt, seed: {"image": small[prompt, seed]}
         shots = draw(second, prompts, settings.seeds, guidance, settings.sampling, folder, None, inputs=inputs)
     page = Path(settings.out) / "sheet.png"
     keep(sheet({settings.guidance.method: shots}), page)
     say(f"{len(shots)} pictures in {folder}; side by side: {page}")
     return page
+
+
+def _second(settings: Settings) -> tuple[Any, GuidanceSettings]:
+    """The second stage and its guidance, which fits it."""
+    assert settings.upscaler is not None
+    guidance = settings.upscaler_guidance or settings.guidance
+    with named("upscaler"):
+        pipe = pipeline(settings.upscaler, settings.sampling)
+        check_guided(pipe, guidance, settings.sampling)
+    return pipe, guidance
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.common.after_training import finish
-from recipes.common.base import load_parts
 from recipes.common.cli import launch
-from recipes.common.training import Training, check_stages, data, train
+from recipes.common.comparison import Comparison
+from recipes.common.training import Training, check_stages, data, load, train
 from training.config import LoraSettings, ObjectiveSettings
 
 __all__ = ["Settings", "run"]
@@ -29,16 +29,16 @@ class Settings(Training):
 
 def run(settings: Settings) -> Path | None:
     """Train and finish; returns the last stage's folder, or None after a dry run."""
-    check_stages(settings)
-    folder = _trained(settings)  # what it loads is freed, before the later stages load theirs
+    comparison = check_stages(settings)
+    folder = _trained(settings, comparison)  # what it loads is freed, before the later stages load theirs
     return finish(settings, folder) if folder else None
 
 
-def _trained(settings: Settings) -> Path | None:
+def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     """The folder of what was trained."""
     from training import lora
 
-    parts = load_parts(settings.base)
+    parts = load(settings, comparison)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
     result = train(settings, method, pictures)

@@ -21,6 +21,7 @@ from recipes.common.draw import draw
 from recipes.common.guidance import guider_of
 from recipes.common.search import Search, resolve_search, step_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
+from recipes.common.trial import try_candidates
 from recipes.common.tuned import Tuned
 from recipes.common.units import Case
 from training.config import BaseSettings
@@ -80,6 +81,7 @@ def run(settings: Settings) -> Path | None:
 
     comparison, search = resolved(settings.measure, settings.tune)
     check_text(pipe, *(case.adapter for case in search.units))
+    try_candidates(pipe, search, settings.sampling, weight=settings.weight)
     if settings.dry_run:
         for name, candidates in search.candidates.items():
             say(f"{name}: would try {len(candidates)} candidates on {len(search.prompts)} prompts")
@@ -180,8 +182,8 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
     """The base's pictures of the class, where a metric asks for them."""
     if not comparison.asks_for_class:
         return []
-    prompts, folder = case.of_class.prompts, Path(settings.out) / "tuning" / "class" / case.name
-    guidance, seeds = comparison.bare.guidance, settings.tune.seeds
+    prompts, guidance, seeds = case.of_class.prompts, comparison.bare.guidance, settings.tune.seeds
+    folder = _folder(settings, {"class": asdict(guidance)}) / case.name
     return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
 
 
@@ -199,7 +201,7 @@ def _signs(pipe: Any, search: Search, comparison: Comparison, settings: Settings
     units = [case for case in search.units if len(case.prompts) > 1]
     if not units:
         return {}
-    real = [[] if case.folder is None else spaces.pictures(case.folder)[0] for case in units]
+    real = [spaces.shown(case.folder) for case in units]
     bare = [_try(pipe, case, {**first, "adapter": None}, seeds, settings) for case in units]
 
     def kept(case: Case, shots: Sequence[Any]) -> float | None:
@@ -229,16 +231,17 @@ def _try(
     guidance, adapter = _guidance(values), values["adapter"]
     path = adapter.replace("{subject}", case.name) if adapter else None
     weight = settings.weight if guidance.weight is None else guidance.weight
-    label = json.dumps({**values, "adapter": digest_of(path)}, sort_keys=True)
-    folder = Path(settings.out) / "tuning" / _short(label) / case.name
+    folder = _folder(settings, {**values, "adapter": digest_of(path)}) / case.name
     arm = Arm(name="", guidance=guidance, weight=weight)
     weights = f"{digest_of(path)} {arm.worn}"
     with worn(pipe, replace(case, adapter=path), arm):
         return draw(pipe, case.prompts, seeds, guidance, settings.sampling, folder, weights, inputs=case.given)
 
 
-def _short(label: str) -> str:
-    return hashlib.sha256(label.encode()).hexdigest()[:12]
+def _folder(settings: Settings, drawn: Mapping[str, Any]) -> Path:
+    """Pictures of other candidates, or sampled in another way, lie in another folder."""
+    label = json.dumps({**drawn, "sampling": asdict(settings.sampling)}, sort_keys=True)
+    return Path(settings.out) / "tuning" / hashlib.sha256(label.encode()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

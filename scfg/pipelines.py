@@ -164,6 +164,11 @@ class PipelineView:
         return "guidance_rescale" in self._parameters
 
     @property
+    def empty_is_zeros(self) -> bool:
+        """Whether zeros stand for the text of the unconditional half where no negative prompt is given (SDXL)."""
+        return bool(self.pipe.config.get("force_zeros_for_empty_prompt"))
+
+    @property
     def ways(self) -> int:
         """Predictions per image in one batch: [uncond | cond], and a perturbed third with PAG."""
         return 3 if getattr(self.pipe, "do_perturbed_attention_guidance", False) else 2

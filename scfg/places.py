@@ -65,8 +65,8 @@ class WordMaps:
         Raises:
             ScfgError: a prompt has none of the words; or, when the maps are asked for, the forward gave none.
         """
-        asked = set(phrase.split())
-        chosen = [[i for i, word in enumerate(own) if word.text in asked] for own in words]
+        asked = set(phrase.lower().split())
+        chosen = [[i for i, word in enumerate(own) if word.text.lower() in asked] for own in words]
         for own, found in zip(words, chosen, strict=True):
             if not found:
                 said = " ".join(word.text for word in own)

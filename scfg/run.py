@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .arms import make_guidance
-from .attention import eager
+from .attention import eager, find_blocks, select_blocks
 from .clean import clean_sample, require_clean, sigma_of
 from .errors import ScfgError
 from .guidance import Guidance
 from .pipelines import PipelineView
 from .precision import widened
 from .scale import ScaleMap, rewrite
+from .segment import foreground_half
+from .semantic import SemanticCFG
 from .session import RegionSession, Texts
 from .trace import RECORDABLE, Step
 from .words import Word, prompt_words
@@ -122,6 +124,24 @@ class Run:
     def trace(self) -> list[Step]:
         """One `Step` per U-net call of the latest image batch, in order."""
         return self._session.trace
+
+    def check(self, height: int, width: int, *, negative_prompt: str | None = None) -> None:
+        """Raise now what a call would in the first step that it guides.
+
+        Args:
+            height: rows of the prediction, which are latents but for DeepFloyd IF.
+            width: its columns.
+            negative_prompt: that the call will have; None: none, for which SDXL puts zeros in the place of a text.
+
+        Raises:
+            ScfgError: this U-net has no regions of that size, or the half that tells the foreground carries no text.
+        """
+        settings = self.guidance
+        if not isinstance(settings, SemanticCFG):
+            return
+        select_blocks(find_blocks(self._view.unet), height, width, settings.latent_ratio, settings.last_blocks)
+        if settings.reference == "foreground" and negative_prompt is None and self._view.empty_is_zeros:
+            foreground_half(settings.foreground, torch.zeros(1, 1, 1))
 
     # -- attaching and detaching
 

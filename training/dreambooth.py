@@ -168,32 +168,18 @@ def prior(
         batch_size: class images drawn at once.
 
     Raises:
-        TrainingError: `preserve: base` without a class prompt or an identifier, captions without the identifier, or
-            pictures without masks where the settings look outside the subject.
+        TrainingError: see `check`; or the base's attention finds the class in none of its class images.
     """
-    if settings.preserve == "off" or (settings.preserve == "pictures" and settings.class_prompt is None):
+    if not _preserves(settings):
         return None
-    if parts.inpainting and settings.company:
-        raise TrainingError(
-            f"dreambooth.company {settings.company}: words are not looked for in inpainting models; leave it out"
-        )
-    if settings.surroundings == "base" and data.source[0].mask is None:
-        raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
+    check(parts, settings, data, folder=folder, words=words, seed=seed, batch_size=batch_size)
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
-    named = settings.preserve == "base" and (settings.identifier is not None or bool(words))
-    own = data.renamed(rename) if named else None
-    if settings.company:
-        assert settings.identifier is not None  # see the settings
-        company.check(data, settings.identifier)
+    own = data.renamed(rename) if _named(settings, words) else None
     if settings.class_prompt is not None:
         views = _class_views(parts, settings, data, Path(settings.class_folder or folder), seed, batch_size)
-    elif own is not None:
-        views, own = own, None
     else:
-        raise TrainingError(
-            "dreambooth.preserve: base needs samples of the class: set dreambooth.class_prompt (class images), or "
-            "dreambooth.identifier (the subject's own pictures, their captions without it); off trains without them"
-        )
+        assert own is not None  # see check
+        views, own = own, None
     placed = None
     if settings.company:
         assert region is not None
@@ -214,6 +200,68 @@ def prior(
         placed=placed,
         placed_share=settings.company,
     )
+
+
+def check(
+    parts: Parts,
+    settings: DreamBoothSettings,
+    data: Views,
+    *,
+    folder: str | Path,
+    words: Mapping[str, str] | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+) -> None:
+    """What `prior` would find wrong, before a class image is drawn.
+
+    Args:
+        parts: see `prior`.
+        settings: see `prior`.
+        data: see `prior`.
+        folder: see `prior`.
+        words: see `prior`.
+        seed: see `prior`.
+        batch_size: see `prior`.
+
+    Raises:
+        TrainingError: `preserve: base` without a class prompt or an identifier, captions without the identifier, class
+            images of other settings, or pictures without masks where the settings look outside the subject.
+    """
+    if not _preserves(settings):
+        return
+    if parts.inpainting and settings.company:
+        raise TrainingError(
+            f"dreambooth.company {settings.company}: words are not looked for in inpainting models; leave it out"
+        )
+    if settings.surroundings == "base" and data.source[0].mask is None:
+        raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")
+    if _named(settings, words):
+        data.renamed(partial(class_caption, identifier=settings.identifier, words=words or {}))
+    elif settings.class_prompt is None:
+        raise TrainingError(
+            "dreambooth.preserve: base needs samples of the class: set dreambooth.class_prompt (class images), or "
+            "dreambooth.identifier (the subject's own pictures, their captions without it); off trains without them"
+        )
+    if settings.company:
+        assert settings.identifier is not None  # see the settings
+        company.check(data, settings.identifier)
+    if settings.class_prompt is None:
+        return
+    place, prompts = Path(settings.class_folder or folder), class_prompts(settings)
+    if settings.class_folder is not None and _holds_own(place):
+        _own_class(place, settings, say=_silent)
+        return
+    steps, scale = settings.steps, settings.guidance_scale
+    _check_manifest(place, _made_of(parts, prompts, data.resolution, steps, scale, seed, batch_size))
+
+
+def _preserves(settings: DreamBoothSettings) -> bool:
+    return settings.preserve == "base" or (settings.preserve == "pictures" and settings.class_prompt is not None)
+
+
+def _named(settings: DreamBoothSettings, words: Mapping[str, str] | None) -> bool:
+    """Whether class captions are those of the subject's pictures, renamed."""
+    return settings.preserve == "base" and (settings.identifier is not None or bool(words))
 
 
 def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, str]) -> str:
@@ -240,7 +288,7 @@ def _class_views(
     """Class images at every size that the subject's pictures have, so that they can be beside each other in a step."""
     resolution, sizes = data.resolution, data.used()
     if settings.class_folder is not None and _holds_own(folder):
-        return Views(_own_class(folder, settings), resolution=resolution, multiple=1).at(sizes)
+        return Views(_own_class(folder, settings, say=_once), resolution=resolution, multiple=1).at(sizes)
     class_images(
         parts,
         class_prompts(settings),
@@ -267,16 +315,16 @@ def _holds_own(folder: Path) -> bool:
     return folder.is_dir() and not (folder / MANIFEST).is_file() and bool(images.scan(folder).pictures)
 
 
-def _own_class(folder: Path, settings: DreamBoothSettings) -> images.Folder:
+def _own_class(folder: Path, settings: DreamBoothSettings, *, say: Callable[[str], None]) -> images.Folder:
     """The user's own pictures of the class; nothing is written among them."""
     require(
         not settings.company,
         f"dreambooth.company {settings.company} needs class images that are made here; class_folder {folder} holds "
         "pictures of your own",
     )
-    source = images.folder(folder, otherwise=settings.class_prompt, minimum=1, say=_once)
+    source = images.folder(folder, otherwise=settings.class_prompt, minimum=1, say=say)
     used = min(settings.class_images, len(source))
-    _once(f"{folder}: {used} of your own {len(source)} class pictures are used, none are generated")
+    say(f"{folder}: {used} of your own {len(source)} class pictures are used, none are generated")
     return source.chosen(range(used))
 
 
@@ -335,17 +383,7 @@ def class_images(
     Raises:
         TrainingError: the folder's manifest names other prompts, base, sampler or size, or images lack one.
     """
-    wanted = {
-        "prompts": prompts,
-        "base": parts.identity,
-        "scheduler": parts.scheduler.get("_class_name", ""),
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "resolution": resolution,
-        "seed": seed,
-        "batch_size": batch_size,
-        **({} if parts.text.neutral else {"text": parts.text.to_config()}),
-    }
+    wanted = _made_of(parts, prompts, resolution, steps, guidance_scale, seed, batch_size)
     ranks = state()
     _check_manifest(folder, wanted)
     ranks.wait_for_everyone()  # all have looked before the first one writes
@@ -360,6 +398,23 @@ def class_images(
         say(f"drawing class images: {len(missing)} of {count} are missing or damaged in {folder}")
         _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
     ranks.wait_for_everyone()
+
+
+def _made_of(
+    parts: Parts, prompts: list[str], resolution: int, steps: int, guidance_scale: float, seed: int, batch_size: int
+) -> dict[str, Any]:
+    """What class images are made of, as their manifest keeps it."""
+    return {
+        "prompts": prompts,
+        "base": parts.identity,
+        "scheduler": parts.scheduler.get("_class_name", ""),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "resolution": resolution,
+        "seed": seed,
+        "batch_size": batch_size,
+        **({} if parts.text.neutral else {"text": parts.text.to_config()}),
+    }
 
 
 def _readable(path: Path) -> bool:

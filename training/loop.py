@@ -40,6 +40,7 @@ from .signals import Signals
 __all__ = ["Result", "train"]
 
 SNAPSHOTS = "snapshots"
+CONTENT = "content of "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,7 @@ def train(
             if estimated is not None and accelerator.is_main_process:
                 estimated(found)
             if settings.dry_run:
+                _resumable(run, contents=False)
                 return None
             _resume(run)
             return _loop(run)
@@ -184,7 +186,7 @@ def _facts(method: Method, prepared: Prepared, record: dict[str, Any]) -> dict[s
         "schedule of the base": {key: value for key, value in method.parts.scheduler.items() if key[0] != "_"},
         "training method": method.name,
         "samples per step": prepared.feed.per_step,
-        **{f"content of {what}": _digest(names) for what, names in prepared.names.items()},
+        **{f"{CONTENT}{what}": _digest(names) for what, names in prepared.names.items()},
         "settings": record,
     }
 
@@ -239,8 +241,12 @@ def _start(
     )
 
 
-def _resume(run: _Run) -> None:
-    """Restores the checkpoint that `train.resume` names, if any, after checking that it fits.
+def _resumable(run: _Run, *, contents: bool = True) -> tuple[Path, checkpoint.State] | None:
+    """The checkpoint that `train.resume` names, if any, which fits this run.
+
+    Args:
+        run: that is to go on.
+        contents: what the data holds is compared too; a dry run has not encoded it and knows it under other names.
 
     Raises:
         TrainingError: settings or data that shape the weights have changed, each named with both values.
@@ -248,7 +254,7 @@ def _resume(run: _Run) -> None:
     resume, stop = run.settings.resume, run.settings.if_damaged == "stop"
     found = checkpoint.find(resume, run.out / "checkpoints", run.say, stop_if_damaged=stop) if resume else None
     if found is None:
-        return
+        return None
     path, state = found
     if state.step > run.settings.steps:
         raise TrainingError(
@@ -256,9 +262,21 @@ def _resume(run: _Run) -> None:
             "out, or --train.resume null to start anew"
         )
     # The number of steps is free unless the learning rate depends on it.
-    checkpoint.refuse_changes(
-        path, state, run.facts, free=["train.steps"] if run.settings.schedule == "constant" else []
-    )
+    free, before = ["train.steps"] if run.settings.schedule == "constant" else [], state
+    if not contents:
+        own = {name: value for name, value in run.facts.items() if name.startswith(CONTENT)}
+        kept = {name: value for name, value in state.facts.items() if not name.startswith(CONTENT)}
+        before = replace(state, facts=kept | own)
+    checkpoint.refuse_changes(path, before, run.facts, free=free)
+    return found
+
+
+def _resume(run: _Run) -> None:
+    """Restores the checkpoint that `train.resume` names, if any."""
+    found = _resumable(run)
+    if found is None:
+        return
+    path, state = found
     with torch.no_grad():
         for name, parameter in run.trainable.items():
             sharding.local(parameter).copy_(sharding.local(sharding.like(state.weights[name], parameter)))

@@ -361,6 +361,7 @@ def pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
         pieces["controlnet"] = controlnet
     if parts.family == "sdxl":
         pieces |= {"text_encoder_2": encoders[1], "tokenizer_2": parts.tokenizers[1]}
+        pieces["force_zeros_for_empty_prompt"] = parts.index.get("force_zeros_for_empty_prompt", True)
         classes: tuple[Any, ...] = (
             StableDiffusionXLPipeline,
             StableDiffusionXLControlNetPipeline,

@@ -152,6 +152,7 @@ def prepare_run(
     parts, device, data = method.parts, accelerator.device, concepts[0].views
     for concept in concepts:
         _refuse(method, concept.views, prior=concept.prior, region=region, cache=cache)
+    validate.check(method, settings.validation, data.sizes[0])
     if any(concept.prior is not None and concept.prior.to_base for concept in concepts):
         assert method.switch is not None  # see _refuse
         method.base = method.switch()

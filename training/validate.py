@@ -25,7 +25,7 @@ from .method import Method
 from .models import everywhere, pipeline
 from .text import read_bytes
 
-__all__ = ["fixed_loss", "fixed_loss_batches", "samples", "untouched"]
+__all__ = ["check", "fixed_loss", "fixed_loss_batches", "samples", "untouched"]
 
 
 @contextlib.contextmanager
@@ -45,6 +45,24 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
                 part.training = mode
             random.setstate(python)
             np.random.set_state(numpy_state)
+
+
+def check(method: Method, settings: ValidationSettings, size: tuple[int, int]) -> None:
+    """What `samples` would find wrong.
+
+    Args:
+        method: what trains.
+        settings: prompts and their conditions.
+        size: (height, width) of the samples.
+
+    Raises:
+        TrainingError: a ControlNet's prompts without an image each, or one that cannot be read.
+    """
+    given, asked = len(settings.conditioning), len(settings.prompts)
+    if given and given != asked:
+        raise TrainingError(f"train.validation.conditioning needs one image per prompt: {given} for {asked}")
+    for number in range(asked) if method.controlnet is not None else ():
+        _conditioning(settings, number, size)
 
 
 def samples(
@@ -74,11 +92,6 @@ def samples(
         processes: how many share the prompts.
         write: whether to keep the pictures; one of several processes that draw the same ones does.
     """
-    if settings.conditioning and len(settings.conditioning) != len(settings.prompts):
-        raise TrainingError(
-            f"train.validation.conditioning needs one image per prompt: {len(settings.conditioning)} for "
-            f"{len(settings.prompts)}"
-        )
     parts = method.parts
     pipe: Any = pipeline(parts, controlnet=method.controlnet)
     parts.vae.to(device)

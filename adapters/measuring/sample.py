@@ -12,7 +12,7 @@ import inspect
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -29,7 +29,7 @@ from ..files import opened, write_file
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Shot", "images", "initial_latents", "read", "shots_in", "write"]
+__all__ = ["Shot", "check_kept", "images", "initial_latents", "read", "shots_in", "write"]
 
 METADATA_KEY = "adapters.settings"
 Context = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
@@ -78,6 +78,7 @@ def images(
     record: Record | None = None,
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    renewed: Collection[str] = (),
     rank: int = 0,
     world: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -103,6 +104,8 @@ def images(
         folder: where PNGs go. Images found there with equal settings are read, not sampled again (a batch that was cut
             short is made anew as a whole, so that a resumed run ends with the same bits); a PNG of other settings under
             the same name is an error.
+        renewed: names of `settings` that stand for something which was made again since, such as an adapter that was
+            trained once more: a PNG that differs in one of them is out of date, and is drawn again.
         rank: this process's number; it samples every `world`-th image, starting at `rank`.
         world: number of processes; `shots_in(folder)` collects the images of all.
         progress: called after each batch with the number of images drawn in this call, and of all that it draws.
@@ -129,7 +132,7 @@ def images(
         **(settings or {}),
     }
     units = list(product(prompts, seeds))[rank::world]
-    done = {unit: shot for unit in units if (shot := _resume(folder, unit, facts)) is not None}
+    done = {unit: shot for unit in units if (shot := _resume(folder, unit, facts, renewed)) is not None}
     batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
     todo = [batch for batch in batches if any(unit not in done for unit in batch)]
     if not todo:
@@ -284,7 +287,38 @@ def read(path: Path) -> tuple[Shot, dict[str, Any]]:
         raise FileError(f"{path}: not a whole image written by adapters.sample ({error!r:.120})") from error
 
 
-def _resume(folder: Path | None, unit: tuple[str, int], facts: Mapping[str, Any]) -> Shot | None:
+def check_kept(folder: Path, units: Iterable[tuple[str, int]], facts: Mapping[str, Any]) -> None:
+    """Says before anything is drawn what `images` would find in its folder: pictures of other settings.
+
+    Args:
+        folder: of `images`.
+        units: prompts and seeds.
+        facts: settings that pictures must have been drawn with; others are not compared.
+
+    Raises:
+        AdapterError: a picture of other settings lies there.
+    """
+    for unit in units:
+        try:
+            with Image.open(folder / _name(*unit)) as image:  # its pixels are not read
+                settings = json.loads(image.text[METADATA_KEY])["settings"]  # type: ignore[attr-defined]
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, SyntaxError):
+            continue  # none is there, or it is drawn again
+        _refuse_others(folder / _name(*unit), {name: settings.get(name) for name in facts}, facts)
+
+
+def _refuse_others(path: Path, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    wanted = json.loads(json.dumps(dict(facts), default=str))
+    if settings != wanted:
+        different = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
+        raise AdapterError(
+            f"{path} was sampled with other settings ({', '.join(different)}); use another folder or remove it"
+        )
+
+
+def _resume(
+    folder: Path | None, unit: tuple[str, int], facts: Mapping[str, Any], renewed: Collection[str]
+) -> Shot | None:
     if folder is None or not (path := folder / _name(*unit)).exists():
         return None
     try:
@@ -292,12 +326,9 @@ def _resume(folder: Path | None, unit: tuple[str, int], facts: Mapping[str, Any]
     except FileError as error:
         warnings.warn(f"{error}; it is drawn again", stacklevel=4)
         return None
-    wanted = json.loads(json.dumps(dict(facts), default=str))
-    if settings != wanted:
-        different = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
-        raise AdapterError(
-            f"{path} was sampled with other settings ({', '.join(different)}); use another folder or remove it"
-        )
+    if any(settings.get(name) != facts.get(name) for name in renewed):
+        return None
+    _refuse_others(path, settings, facts)
     return shot
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -16,9 +16,12 @@ from training.errors import TrainingError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from training.models import Parts
+
 __all__ = [
     "POCKET",
     "adapted",
+    "around",
     "base_folder",
     "check_text",
     "controlnet_folder",
@@ -28,11 +31,13 @@ __all__ = [
     "paints_holes",
     "pipeline",
     "pipeline_arguments",
+    "sampled_as",
     "size_of",
     "without_control",
 ]
 
 POCKET = "pocket"
+GRAIN = 8  # pixels: what diffusers asks of every side
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -136,24 +141,49 @@ def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str 
         if paints_holes(pipe) and "mask_image" not in signature(pipe.__call__).parameters:
             pipe = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
         _follow(pipe, base)
-        _check_picture(pipe, base, sampling)
     except TrainingError:
         raise
     except (OSError, ValueError) as error:
         what = f"base {base.path}" + (f" with ControlNet {controlnet}" if controlnet else "")
         raise TrainingError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if sampling.scheduler != "base":
-        kind = getattr(diffusers, SCHEDULERS[sampling.scheduler])
-        require(
-            sampling.scheduler != "pndm" or not pipe.scheduler.config.get("rescale_betas_zero_snr"),
-            "sampling.scheduler pndm knows no noise schedule without signal at its end, as this base has; take another",
-        )
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    sampled_as(pipe, base, sampling)
     pipe.set_progress_bar_config(disable=True)
     if state().device.type == "cpu":  # convolutions then read their inputs as they lie: a sixth less time
         for network in filter(None, (getattr(pipe, name, None) for name in ("unet", "vae", "controlnet"))):
             network.to(memory_format=torch.channels_last)
     return pipe.to(state().device)
+
+
+def sampled_as(pipe: DiffusionPipeline, base: BaseSettings, sampling: SamplingSettings) -> None:
+    """The pipeline gets the scheduler of the settings, after a look at whether it can draw as they say.
+
+    Args:
+        pipe: of the base.
+        base: which it is, for the messages.
+        sampling: scheduler, and the picture that is painted into.
+
+    Raises:
+        TrainingError: a picture to paint into that cannot be read or is of no use, or a scheduler that does not fit.
+    """
+    import diffusers
+
+    _check_picture(pipe, base, sampling)
+    width, height = size_of(pipe, sampling)
+    require(
+        getattr(pipe, "vae", None) is None or width % GRAIN == height % GRAIN == 0,
+        f"sampling.width and sampling.height must be multiples of {GRAIN}, got {width} and {height}",
+    )
+    if sampling.scheduler != "base":
+        require(
+            sampling.scheduler != "pndm" or not pipe.scheduler.config.get("rescale_betas_zero_snr"),
+            "sampling.scheduler pndm knows no noise schedule without signal at its end, as this base has; take another",
+        )
+        pipe.scheduler = getattr(diffusers, SCHEDULERS[sampling.scheduler]).from_config(pipe.scheduler.config)
+    try:
+        pipe.scheduler.set_timesteps(sampling.steps)
+    except (ValueError, IndexError) as error:
+        kind, said = type(pipe.scheduler).__name__, " ".join(str(error).split())[:200]
+        raise TrainingError(f"sampling.steps {sampling.steps}: {kind} does not take so many ({said})") from error
 
 
 def controlnet_folder(controlnet: str) -> str | Path:
@@ -192,8 +222,35 @@ def edges_of(controlnet: str) -> Any:
     return Canny.of(config)
 
 
-def _opened(base: BaseSettings, dtype: Any) -> Any:
-    """The base's own pipeline, on the CPU, with the noise schedule that the settings say it has."""
+def around(parts: Parts, base: BaseSettings) -> Any:
+    """The pipeline that will draw, around parts that are loaded already; what it takes besides is loaded now.
+
+    Args:
+        parts: of the base.
+        base: which it is.
+
+    Raises:
+        TrainingError: something that drawing needs and training does not is missing.
+    """
+    import torch
+
+    from training import models, single_file
+
+    if single_file.is_file(base.path):
+        return models.pipeline(parts)
+    given: dict[str, Any] = {"unet": parts.unet, "vae": parts.vae}
+    for number, name in enumerate(("", "_2")[: len(parts.text_encoders)]):
+        given |= {f"text_encoder{name}": parts.text_encoders[number], f"tokenizer{name}": parts.tokenizers[number]}
+    try:
+        pipe = _opened(base, torch.float32, given)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"base {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    _follow(pipe, base)
+    return pipe
+
+
+def _opened(base: BaseSettings, dtype: Any, given: Mapping[str, Any] | None = None) -> Any:
+    """The base's own pipeline, on the CPU, with the noise schedule that the settings say it has; `given` is loaded."""
     import diffusers
     import torch
 
@@ -206,7 +263,7 @@ def _opened(base: BaseSettings, dtype: Any) -> Any:
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
     index = diffusers.DiffusionPipeline.load_config(folder, revision=base.revision)
     absent = {name: None for name in ("safety_checker", "watermarker") if name in index}
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **half, **absent)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **half, **absent, **(given or {}))
     own = {"_class_name": type(pipe.scheduler).__name__} | dict(pipe.scheduler.config)
     said = single_file.scheduled(own, base.prediction, base.zero_snr)
     if said != own:

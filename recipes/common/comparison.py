@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -347,10 +348,27 @@ def check_scope(
     if scope is None:
         return
     require(adapter is not None, f"{flag}: there is no adapter that it could be of; set adapter, or scope to null")
-    above = scope.uncond_weight is not None and scope.uncond_weight > weight
-    require(not above, f"{flag}.uncond_weight {scope.uncond_weight} is above the adapter's weight {weight:g}")
-    named_all = scope.where is None or all(case.identifier for case in units)
-    require(named_all, f"{flag}.where {scope.where}: no subject is given; set measure.subjects")
+    share = scope.uncond_weight
+    require(share is None or share <= weight, f"{flag}.uncond_weight {share} is above the adapter's weight {weight:g}")
+    require(
+        share in (None, 0, 1) or whole(units[0].adapter) is None,
+        f"{flag}.uncond_weight {share}: a whole network has no weights between 0 and 1",
+    )
+    if scope.where is None:
+        return
+    for case in units:
+        require(bool(case.identifier), f"{flag}.where {scope.where}: no subject is given; set measure.subjects")
+        words = _words(case.calls)
+        for prompt in case.prompts:
+            require(
+                bool(words & _words(prompt)),
+                f"{flag}.where {scope.where}: none of the words {case.calls!r} is in the prompt {prompt!r}, so its "
+                "place cannot be found",
+            )
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: Tuned) -> None:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
 from recipes.common.base import painted
-from recipes.common.cli import say
-from recipes.common.guidance import arguments_of, effective_scales, guided
+from recipes.common.cli import explained, say
+from recipes.common.guidance import arguments_of, check_guided, effective_scales, guided
 from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import GuidanceSettings, SamplingSettings
+from training.errors import TrainingError
 from training.progress import Progress
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["draw", "keep", "sheet"]
+__all__ = ["OWN", "TUNED", "check_kept", "draw", "first_calls", "keep", "sheet", "trial"]
+
+OWN = ("weights", "controlnet")
+"""What a run trains itself: pictures of what it trained before are out of date, and are drawn again."""
+TUNED = ("guidance", "guidance_scale", "rescale")
+"""The same of what a search finds."""
 
 
 def draw(
@@ -34,6 +43,7 @@ def draw(
     arm: str = "",
     inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
     common: Mapping[str, Any] | None = None,
+    renewed: Collection[str] = (),
 ) -> list[Any]:
     """All shots, each process having sampled its share; what is in `folder` with equal settings is not sampled again.
 
@@ -48,11 +58,11 @@ def draw(
         arm: what the shots are called.
         inputs: further arguments of one picture, see `adapters.measuring.sample.images`.
         common: further arguments of every call, see `adapters.measuring.sample.images`.
+        renewed: what was made again since pictures in `folder` were drawn, see `OWN`.
     """
     import adapters
     from training.ranks import state
 
-    plain = guidance.method == "cfg"
     chosen = of_sampling(pipe, sampling, say)
     made_with = _made_with(pipe, guidance, sampling, chosen, weights)
 
@@ -61,19 +71,14 @@ def draw(
             pipe,
             prompts,
             seeds,
-            around=drawing_in(pipe, chosen, guided(pipe, guidance)),
-            record=None if plain or guidance.guidance_scale == 1 else effective_scales,  # at scale 1 nothing is guided
-            guidance_scale=guidance.guidance_scale,
             steps=sampling.steps,
             batch_size=sampling.batch_size,
-            height=sampling.height,
-            width=sampling.width,
-            negative_prompt=sampling.negative_prompt,
             arm=arm,
             inputs=inputs,
-            common={**arguments_of(pipe, guidance, sampling), **(common or {})},
+            **_how(pipe, guidance, sampling, chosen, common),
             folder=folder,
             settings=made_with,
+            renewed=renewed,
             rank=rank,
             world=world,
             progress=Progress(f"drawing {arm}".strip(), say),
@@ -84,6 +89,141 @@ def draw(
         share(ranks.process_index, ranks.num_processes)
         ranks.wait_for_everyone()
     return share(0, 1)  # with several processes: all are read back, in order
+
+
+def check_kept(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance: GuidanceSettings,
+    sampling: SamplingSettings,
+    folder: Path,
+    *,
+    arm: str,
+    unknown: Collection[str],
+) -> None:
+    """Pictures that `draw` would find in its folder were drawn with these settings, as far as they are known yet.
+
+    Args:
+        pipe: see `draw`.
+        prompts: see `draw`.
+        seeds: see `draw`.
+        guidance: see `draw`.
+        sampling: see `draw`.
+        folder: see `draw`.
+        arm: see `draw`.
+        unknown: names of what is not known yet, or may differ, such as the weights of an adapter to be trained.
+
+    Raises:
+        AdapterError: pictures of other settings lie there.
+    """
+    import adapters
+
+    if not any(folder.glob("*.png")):
+        return
+    facts = {
+        **_made_with(pipe, guidance, sampling, sampling.precision, None),
+        "steps": sampling.steps,
+        "guidance_scale": guidance.guidance_scale,
+        "negative_prompt": sampling.negative_prompt,
+        "height": sampling.height,
+        "width": sampling.width,
+        "arm": arm,
+        "scheduler": type(pipe.scheduler).__name__,
+    }
+    known = {name: value for name, value in facts.items() if name not in unknown}
+    adapters.measuring.sample.check_kept(folder, product(prompts, seeds), known)
+
+
+def trial(
+    pipe: DiffusionPipeline,
+    prompt: str,
+    guidance: GuidanceSettings,
+    sampling: SamplingSettings,
+    *,
+    inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
+    common: Mapping[str, Any] | None = None,
+    record: Sequence[str] = (),
+) -> None:
+    """One step of one picture, which is not kept: what refuses to be drawn like this says so before anything is.
+
+    Args:
+        pipe: with the adapter that the pictures will have.
+        prompt: of the picture.
+        guidance: see `draw`.
+        sampling: see `draw`.
+        inputs: see `draw`.
+        common: see `draw`.
+        record: maps that will be asked for, see `scfg.attach`.
+
+    Raises:
+        TrainingError: the pipeline refuses the settings of sampling.
+        AdapterError, ScfgError: a scope or the guidance does not fit.
+    """
+    import adapters
+
+    check_guided(pipe, guidance, sampling, record=record)
+    how = _how(pipe, guidance, sampling, of_sampling(pipe, sampling, say), common)
+    try:
+        with first_calls(pipe, 1):
+            adapters.measuring.sample.images(pipe, [prompt], [0], steps=sampling.steps, inputs=inputs, **how)
+    except ValueError as error:
+        if isinstance(error, (TrainingError, *explained())):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise TrainingError(f"{type(pipe).__name__} cannot draw with these settings of sampling: {said}") from error
+
+
+@contextmanager
+def first_calls(pipe: DiffusionPipeline, count: int) -> Iterator[list[float]]:
+    """A picture that is drawn inside is left when its U-net is called for the next time after `count` times.
+
+    Fewer steps of sampling would not do: some schedulers take no less than four.
+
+    Args:
+        pipe: which draws.
+        count: of the U-net's calls.
+
+    Yields:
+        The moments of the calls, that at which the picture was left among them.
+    """
+    moments: list[float] = []
+
+    def called(*_: Any) -> None:
+        moments.append(time.perf_counter())
+        if len(moments) > count:
+            raise _EnoughError
+
+    handle = pipe.unet.register_forward_pre_hook(called)
+    try:
+        with suppress(_EnoughError):
+            yield moments
+    finally:
+        handle.remove()
+
+
+class _EnoughError(Exception):
+    """A picture was drawn as far as it had to be."""
+
+
+def _how(
+    pipe: DiffusionPipeline,
+    guidance: GuidanceSettings,
+    sampling: SamplingSettings,
+    chosen: str,
+    common: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """How pictures are drawn, as `adapters.measuring.sample.images` is told it; `chosen` is the precision."""
+    unguided = guidance.method == "cfg" or guidance.guidance_scale == 1
+    return {
+        "around": drawing_in(pipe, chosen, guided(pipe, guidance)),
+        "record": None if unguided else effective_scales,
+        "guidance_scale": guidance.guidance_scale,
+        "height": sampling.height,
+        "width": sampling.width,
+        "negative_prompt": sampling.negative_prompt,
+        "common": {**arguments_of(pipe, guidance, sampling), **(common or {})},
+    }
 
 
 def _made_with(

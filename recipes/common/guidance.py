@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from recipes.common.base import painted
+from recipes.common.base import painted, size_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import require
 
@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from scfg.run import Run
 
-__all__ = ["EFFECTIVE", "arguments_of", "effective_scales", "guidance_of", "guided", "guider_of", "method_title"]
+__all__ = [
+    "EFFECTIVE",
+    "arguments_of",
+    "check_guided",
+    "effective_scales",
+    "guidance_of",
+    "guided",
+    "guider_of",
+    "method_title",
+]
 
 EFFECTIVE = "effective scale"
 """What the table calls the guidance scale that an image was pushed by on average."""
@@ -96,6 +105,29 @@ def guided(
     if settings.method == "cfg":
         return nullcontext
     return lambda: scfg.attach(pipe, guidance, guidance_scale=settings.guidance_scale, record=record)
+
+
+def check_guided(
+    pipe: DiffusionPipeline, settings: GuidanceSettings, sampling: SamplingSettings, *, record: Sequence[str] = ()
+) -> None:
+    """What a guidance would find wrong while pictures are drawn, from the pipeline's configs alone.
+
+    Args:
+        pipe: which will draw.
+        settings: method, preset, options and rescale.
+        sampling: size and negative prompt.
+        record: maps that will be asked for, see `scfg.attach`.
+
+    Raises:
+        TrainingError: the pipeline takes no rescale, or a picture to paint into cannot be read.
+        ScfgError: the guidance does not fit the pipeline, the size or the scheduler.
+    """
+    arguments_of(pipe, settings, sampling)
+    width, height = size_of(pipe, sampling)
+    factor = pipe.vae_scale_factor if getattr(pipe, "vae", None) is not None else 1
+    with guided(pipe, settings, record=record)() as run:
+        if run is not None:
+            run.check(height // factor, width // factor, negative_prompt=sampling.negative_prompt)
 
 
 def effective_scales(run: Run) -> list[dict[str, float]]:

@@ -111,6 +111,7 @@ def made(name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot],
         cut = partial(found_in, shown) if masks is None else masks
         return kinds.Similarity(name=name, features=features, references=shown, reference_masks=cut, mask=found_in)
     require(masks is not None, f"{name} needs {case.folder}/masks, or measure.models.detector, which finds the subject")
+    _shows(name, case.folder, masks or ())
     label = label_of(name, case.noun)
     seen = lambda shots: [_resized(m, shots[0].size) for m in judge().segment(shots) == label]  # noqa: E731
     return kinds.Similarity(name=name, features=features, references=shown, reference_masks=masks, mask=seen)
@@ -146,7 +147,14 @@ def _masked(what: str, case: Case) -> tuple[list[Image.Image], list[np.ndarray]]
     shown, masks = pictures(folder)
     require(masks is not None, f"{what} needs {folder / 'masks'}, white where the subject is")
     assert masks is not None
+    _shows(what, folder, masks)
     return shown, masks
+
+
+def _shows(what: str, folder: Path | None, masks: Sequence[np.ndarray]) -> None:
+    require(
+        any(mask.any() for mask in masks), f"{what}: every mask in {folder}/masks is black, so none shows the subject"
+    )
 
 
 def _resized(mask: Tensor, size: tuple[int, int]) -> np.ndarray:

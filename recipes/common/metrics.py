@@ -40,6 +40,7 @@ from .units import Case
 
 __all__ = ["PREFERENCE", "PROMPT", "SUBJECT", "check_metrics", "defaults", "judged", "metrics", "of_subject"]
 
+SSIM_SIDE = 11  # pixels of its window
 # How far each goes in whatever it measures, for the two that say what an adapter does for a subject.
 OF_SUBJECT = re.compile(r"identity|identity \(\w+\)|subject similarity|(masked )?similarity \(\w+\)")
 OF_PROMPT = (PROMPT, "alignment (clip)", "alignment (siglip2)", "VQAScore", *SCORERS["vqa"], *SCORERS["detector"])
@@ -117,6 +118,11 @@ def check_metrics(settings: MeasureSettings, units: Sequence[Case], *, pocket: b
         require(
             name not in ("canny F1", "class IoU", "MS-SSIM") or settings.targets is not None,
             f"measure.metrics: {name} needs conditions: set measure.targets and measure.control",
+        )
+        sides = [side for case in units for picture in case.targets.values() for side in picture.size]
+        require(
+            name != "MS-SSIM" or min(sides) >= SSIM_SIDE,
+            f"measure.metrics: MS-SSIM needs targets of {SSIM_SIDE} pixels a side or more, not {min(sides, default=0)}",
         )
         wanted = {"class IoU": "canny", "canny F1": "segmentation"}.get(name)
         require(

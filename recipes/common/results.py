@@ -148,8 +148,7 @@ def _pictures_of(comparison: Comparison) -> list[Any]:
     """A few pictures of the subjects, as what the report's are to be held against."""
     from recipes.common import spaces
 
-    folders = [case.folder for case in comparison.units if case.folder is not None]
-    found = [spaces.pictures(folder)[0] for folder in folders[:4]]
+    found = [own for case in comparison.units[:4] if (own := spaces.shown(case.folder))]
     return [picture for several in found for picture in several[: 4 // len(found)]]
 
 
@@ -247,6 +246,8 @@ def _overlay(
                 inputs=case.inputs,
                 common=arguments_of(pipe, arm.guidance, sampling),
             )
+            if not any(step.gamma is not None for step in run.trace):  # at scale 1, or between the steps it acts in
+                return {}
             return {"regions and gamma over the steps": strip(run, pipe)}
 
     return overlay

@@ -25,7 +25,7 @@ from adapters.measuring.metrics.detection import Detector, ObjectAccuracy, read_
 from adapters.measuring.metrics.located import Depth, DepthRmse, Located, Sam
 from adapters.measuring.metrics.networks import Clip
 from adapters.measuring.metrics.phrases import said_in
-from adapters.measuring.metrics.questions import QuestionAccuracy, Reader, VqaScore, read_questions
+from adapters.measuring.metrics.questions import QuestionAccuracy, Reader, VqaScore, questions_of, read_questions
 from adapters.measuring.sample import Shot
 from adapters.scope import without_identifier
 from training.config import require
@@ -137,14 +137,36 @@ def check_scorers(settings: MeasureSettings, names: Sequence[str], units: Sequen
         told = read(settings)
         missing = next((prompt for prompt in asked if prompt not in told), None)
         require(missing is None, f"measure.{flag}: {getattr(settings, flag)} has nothing on the prompt {missing!r}")
-    if "detected objects" in names and "clip" not in settings.spaces:
-        told = _objects(settings)
-        colored = next((p for p in asked if any(t.color for t in (told.get(p) or said_in(p)).things)), None)
-        require(
-            colored is None,
-            f"measure.metrics: detected objects looks at colors by clip, and {colored!r} names one: set "
-            "measure.spaces.clip",
-        )
+    if "detected objects" in names:
+        _check_objects(settings, asked)
+    if {"question accuracy", "question probability"} & set(names):
+        _check_choices(settings, asked)
+
+
+def _check_objects(settings: MeasureSettings, asked: Sequence[str]) -> None:
+    """Prompts name things that a detector can look for, and colors only where a model judges them."""
+    told = _objects(settings)
+    said = [(prompt, (told.get(prompt) or said_in(prompt)).things) for prompt in asked]
+    nothing = [prompt for prompt, things in said if not things]
+    require(
+        len(said) - len(nothing) >= 2,
+        f"measure.metrics: detected objects needs two prompts that name a thing, and {nothing[:1]} does not: say in "
+        "measure.objects what is to be there",
+    )
+    colored = next((prompt for prompt, things in said if any(thing.color for thing in things)), None)
+    require(
+        colored is None or "clip" in settings.spaces,
+        f"measure.metrics: detected objects looks at colors by clip, and {colored!r} names one: set "
+        "measure.spaces.clip",
+    )
+
+
+def _check_choices(settings: MeasureSettings, asked: Sequence[str]) -> None:
+    """The model tells the choices of every question apart by the word that they begin with."""
+    reader, told = _model("vqa", settings, "question accuracy"), _questions(settings)
+    with named("measure.questions" if settings.questions else "measure.models.vqa"):
+        for question in {one for prompt in asked for one in told.get(prompt) or questions_of(prompt)}:
+            reader.begins(question)
 
 
 # ---------------------------------------------------------------------------------------------- small things

@@ -17,7 +17,7 @@ from recipes.common.settings import TuneSettings
 from recipes.common.units import Case, cases
 from training.config import require
 
-__all__ = ["JOINT", "Search", "resolve_search", "step_of"]
+__all__ = ["JOINT", "Search", "combinations", "resolve_search", "step_of"]
 
 TUNING = 50_000  # so many of the pocket world's held-out scenes are left to reports
 JOINT = "joint"
@@ -139,11 +139,10 @@ def _candidates(
     search: TuneSettings, comparison: Comparison, name: str, weights: Sequence[float], adapter: str | None
 ) -> list[dict[str, Any]]:
     """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
-    from recipes.common.guidance import guidance_of
+    from recipes.common.guidance import guidance_of, guider_of
 
     arm = comparison.plan.arms[name]
-    grid = [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
-    scales, scopes = list(search.guidance_scales), search.scopes or [arm.scope]
+    grid, scales, scopes = combinations(search), list(search.guidance_scales), search.scopes or [arm.scope]
     if name == comparison.plan.baseline:  # grid and scopes are the arm's alone
         if len(grid) * len(scopes) > 1:
             low, high, count = min(scales), max(scales), len(scales) * len(grid) * len(scopes)
@@ -165,7 +164,15 @@ def _candidates(
         check_scope("tune.scopes", guidance.scope, guidance.weight or 0.0, comparison.units, adapter)
         with named(f"tune.grid, for {name!r}"):
             guidance_of(guidance)
+        if name == comparison.plan.arm:  # what is found is written as it would ship
+            with named(f"measure.arms, {name!r}"):
+                guider_of(guidance, comparison.units[0].identifier, comparison.units[0].noun)
     return [asdict(guidance) for guidance in tried]
+
+
+def combinations(search: TuneSettings) -> list[dict[str, Any]]:
+    """Every combination of the further options that are tried; one without any where there is no grid."""
+    return [dict(zip(search.grid, values, strict=True)) for values in product(*search.grid.values())]
 
 
 def _checkpoints(search: TuneSettings, comparison: Comparison, adapter: str | None) -> list[dict[str, Any]]:

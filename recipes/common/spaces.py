@@ -16,6 +16,7 @@ from adapters.measuring.metrics.networks import Clip, Vit, efficientnet_lite0
 from adapters.measuring.sample import Shot
 from training.config import require
 from training.data import images
+from training.errors import TrainingError
 from training.pocket import judge, scenes
 from training.pocket.control import Scenes
 
@@ -32,6 +33,7 @@ __all__ = [
     "looks",
     "pictures",
     "reference",
+    "shown",
     "space",
     "space_of",
 ]
@@ -133,15 +135,18 @@ def check_frechet(settings: MeasureSettings) -> None:
     space_of(settings.frechet, settings)
     require(settings.reference is not None, "measure.frechet needs measure.reference, a folder of pictures or pocket")
     if settings.reference != POCKET:
-        images.folder(str(settings.reference), prompt="", minimum=1, say=_silent, setting=REFERENCE)
+        found = images.folder(str(settings.reference), prompt="", minimum=1, say=_silent, setting=REFERENCE)
+        _several(len(found), settings.reference)
 
 
 @lru_cache(maxsize=2)
 def _real(name: str, given: tuple[Any, ...], place: str | None) -> Any:
     """Features of the reference's pictures, the same for every arm."""
-    rows = space(name, *given)(reference(place, "measure.frechet"))
-    require(len(rows) >= 2, f"measure.reference {place} has fewer than two pictures")
-    return rows
+    return space(name, *given)(reference(place, "measure.frechet"))
+
+
+def _several(count: int, place: str | None) -> None:
+    require(count >= 2, f"measure.reference {place} has fewer than two pictures")
 
 
 def reference(place: str | None, what: str) -> list[Image.Image]:
@@ -151,7 +156,9 @@ def reference(place: str | None, what: str) -> list[Image.Image]:
     if place == POCKET:
         drawn = Scenes(count=1000, seed=scenes.HELD_OUT_SEED, begin=100_000)
         return [drawn[i].image for i in range(len(drawn))]
-    return pictures(Path(place), REFERENCE)[0]
+    found = pictures(Path(place), REFERENCE)[0]
+    _several(len(found), place)
+    return found
 
 
 def pictures(folder: Path, setting: str = "data.source") -> tuple[list[Image.Image], list[np.ndarray] | None]:
@@ -163,6 +170,14 @@ def pictures(folder: Path, setting: str = "data.source") -> tuple[list[Image.Ima
     samples = [source[i] for i in range(len(source))]
     given = [np.asarray(sample.mask.convert("L")) > 127 for sample in samples if sample.mask is not None]
     return [sample.image for sample in samples], given or None
+
+
+def shown(folder: Path | None) -> list[Image.Image]:
+    """The pictures of a folder, for a page to show; none where there are none that can be read."""
+    try:
+        return [] if folder is None else pictures(folder)[0]
+    except TrainingError:
+        return []
 
 
 def _silent(line: str) -> None:

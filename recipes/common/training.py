@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET
+from recipes.common.base import POCKET, around, load_parts, sampled_as
 from recipes.common.cli import named, say
-from recipes.common.comparison import TO_COME, WHOLE_TO_COME, resolve
+from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, resolve
+from recipes.common.draw import OWN, TUNED
 from recipes.common.guidance import guider_of
-from recipes.common.search import resolve_search
-from recipes.common.settings import MeasureSettings, SamplingSettings, ShipSettings, TuneSettings
+from recipes.common.search import combinations, resolve_search
+from recipes.common.settings import MeasureSettings, SamplingSettings, ScopeSettings, ShipSettings, TuneSettings
 from training.config import (
     BaseSettings,
     ConceptSettings,
@@ -36,7 +37,7 @@ if MYPY:
     from training.method import Method
     from training.models import Parts
 
-__all__ = ["SubjectTraining", "Training", "check_stages", "data", "record", "subjects", "train"]
+__all__ = ["SubjectTraining", "Training", "check_stages", "data", "load", "record", "subjects", "train"]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -97,8 +98,8 @@ def record(settings: Training) -> dict[str, Any]:
     return {name: value for name, value in resolved(settings).items() if name not in LATER}
 
 
-def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = False) -> None:
-    """What the later stages would find wrong is said before training.
+def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = False) -> Comparison | None:
+    """What the later stages would find wrong is said before training; returns the comparison that follows, if any.
 
     Args:
         settings: of the recipe.
@@ -116,7 +117,8 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
     if settings.ship is not None and settings.ship.sign:
         adapters.signing.check_key(settings.ship.sign)
     if settings.measure is None:
-        return
+        return None
+    _check_scopes(settings)
     network, adapter = (TO_COME, None) if controlnet else (None, WHOLE_TO_COME if whole else TO_COME)
     comparison = resolve(settings.measure, base=settings.base, adapter=adapter, controlnet=network)
     if settings.tune is not None:
@@ -128,6 +130,55 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
                 guider_of(arm.guidance, case.identifier, case.noun)
     for kept in (spaces.space, scorers.model):
         kept.cache_clear()  # networks of metrics would keep their memory while training
+    return comparison
+
+
+def _check_scopes(settings: Training) -> None:
+    """Scopes are for adapters of the U-net alone."""
+    assert settings.measure is not None
+    texts = getattr(getattr(settings, "lora", None), "text_encoder", False)
+    scopes = {f"measure.arms, {name!r}: scope": arm.scope for name, arm in settings.measure.arms.items()}
+    if settings.tune is not None:
+        scopes |= {f"tune.scopes, {place}": scope for place, scope in enumerate(settings.tune.scopes)}
+    for flag, scope in scopes.items():
+        require(
+            not texts or scope in (None, ScopeSettings()),
+            f"{flag}: lora.text_encoder adapts the text encoders, which take no part in single steps of sampling; a "
+            "scope is for adapters of the U-net alone",
+        )
+
+
+def load(settings: Training, comparison: Comparison | None) -> Parts:
+    """The base's parts for training; what could not be drawn with the base afterwards is said now.
+
+    Args:
+        settings: of the recipe.
+        comparison: that follows; null: there is none.
+
+    Raises:
+        TrainingError: no such base, or sampling and guidances that do not fit it, or pictures of other settings where
+            the comparison will draw its own.
+    """
+    from recipes.common.guidance import check_guided
+    from recipes.common.trial import check_pictures
+    from scfg.trace import RECORDABLE
+
+    parts: Parts = load_parts(settings.base)
+    if comparison is None:
+        return parts
+    pipe, plan = around(parts, settings.base), comparison.plan
+    sampled_as(pipe, settings.base, settings.sampling)
+    for arm in comparison.arms.values():
+        shown = RECORDABLE if arm.name == plan.arm and plan.overlays else ()
+        with named(f"measure.arms, {arm.name!r}"):
+            check_guided(pipe, arm.guidance, settings.sampling, record=shown)
+    for options in [] if settings.tune is None else combinations(settings.tune):
+        own = plan.arms[plan.arm]
+        with named("tune.grid"):
+            check_guided(pipe, replace(own, options={**own.options, **options}), settings.sampling)
+    unknown = ("base", "precision", *OWN, *(() if settings.tune is None else TUNED))
+    check_pictures(pipe, comparison, settings.sampling, settings.out, unknown=unknown)
+    return parts
 
 
 def train(settings: Training, method: Method, pictures: Views, **more: Any) -> Result | None:
@@ -237,13 +288,11 @@ def _class_prior(
 ) -> Prior | None:
     """The samples of the class that the settings of a subject ask for; missing class images are generated."""
     from recipes.common.region_mask import region_of
-    from training import company, dreambooth
+    from training import dreambooth
 
-    chosen = settings.dreambooth
+    chosen, folder = settings.dreambooth, Path(settings.out) / "class_images"
     if settings.train.dry_run and chosen.class_prompt and chosen.preserve != "off":
-        if chosen.company:
-            assert chosen.identifier is not None  # see the settings
-            company.check(pictures, chosen.identifier)
+        dreambooth.check(parts, chosen, pictures, folder=folder, words=words, seed=settings.train.seed)
         say(f"would generate up to {chosen.class_images} pictures of the class; the trial takes the subject's instead")
         return dreambooth.Prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
@@ -254,7 +303,7 @@ def _class_prior(
         pictures,
         region=region_of,
         words=words,
-        folder=Path(settings.out) / "class_images",
+        folder=folder,
         seed=settings.train.seed,
     )
 

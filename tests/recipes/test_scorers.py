@@ -94,6 +94,51 @@ def test_a_file_of_questions_or_objects_is_read_first(
     assert said in found.err
 
 
+@pytest.mark.parametrize(
+    ("given_models", "metrics", "flag", "text", "said"),
+    [
+        (
+            {"vqa": "reader"},
+            "question accuracy",
+            "questions",
+            '{"a red car": [{"question": "What is it?", "answer": "car", "choices": ["car", "car red"]}], "a dog": []}',
+            "measure.questions: question 'What is it?': for this model its choices do not begin with different words",
+        ),
+        (
+            {"vqa": "reader"},
+            "question probability",
+            "questions",
+            '{"a red car": [{"question": "Zebra?", "answer": "zebra", "choices": ["zebra", "no"]}], "a dog": []}',
+            "its choices do not begin with different words",
+        ),
+        (
+            {"detector": "owl"},
+            "detected objects",
+            "objects",
+            '{"prompt": "a red car", "include": []}\n{"prompt": "a dog", "include": [{"class": "dog"}]}',
+            "detected objects needs two prompts that name a thing, and ['a red car'] does not: say in measure.objects",
+        ),
+    ],
+)
+def test_what_a_scorer_cannot_ask_is_refused_first(
+    given_models: dict, metrics: str, flag: str, text: str, said: str, scorers: Path, call: Callable, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text(text, "utf-8")
+    found = call(
+        "measure",
+        "--base.path=pocket",
+        f"--measure.prompts={json.dumps(PROMPTS)}",
+        f"--measure.models={given(scorers, given_models)}",
+        f"--measure.metrics={json.dumps([metrics])}",
+        f"--measure.{flag}={file}",
+        "--dry_run=true",
+        f"--out={tmp_path / 'out'}",
+    )
+    assert found.code == 2, found.out
+    assert said in found.err
+
+
 def test_every_scorer_runs_and_a_preference_is_told_at_equal_scale_only(
     scorers: Path, done: Callable[..., str], tmp_path: Path
 ) -> None:

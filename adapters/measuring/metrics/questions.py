@@ -129,6 +129,20 @@ class Reader(Pretrained):
         begins = [tokenizer(text, add_special_tokens=False).input_ids for text in spelled]
         return sorted({ids[0] for ids in begins if ids} - {tokenizer.unk_token_id})
 
+    def begins(self, question: Question) -> dict[str, list[int]]:
+        """Choice of a question -> the tokens that it can begin with, by which it is told from the others.
+
+        Raises:
+            GainsError: two choices begin with one token, or this model has no token for the beginning of one.
+        """
+        found = {choice: self.of(choice) for choice in question.choices}
+        tokens = [token for own in found.values() for token in own]
+        if len(set(tokens)) < len(tokens) or not all(found.values()):
+            raise GainsError(
+                f"question {question.text!r}: for this model its choices do not begin with different words"
+            )
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class VqaScore:
@@ -169,13 +183,7 @@ class QuestionAccuracy:
         return np.array([np.mean(part) for part in np.split(np.array(right), ends[:-1])])
 
     def _right(self, row: torch.Tensor, question: Question) -> float:
-        begins = {choice: self.reader.of(choice) for choice in question.choices}
-        tokens = [token for own in begins.values() for token in own]
-        if len(set(tokens)) < len(tokens) or not all(begins.values()):
-            raise GainsError(
-                f"question {question.text!r}: for this model its choices do not begin with different words"
-            )
-        chances = {choice: float(row[own].sum()) for choice, own in begins.items()}
+        chances = {choice: float(row[own].sum()) for choice, own in self.reader.begins(question).items()}
         if self.soft:
             return chances[question.answer] / max(sum(chances.values()), 1e-12)
         return float(chances[question.answer] > max(v for c, v in chances.items() if c != question.answer))

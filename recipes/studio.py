@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from PIL import Image
 
@@ -46,6 +46,13 @@ LIMITS = ("gamma_min", "gamma_max", "scale_cap")
 SLIDERS = {"smoothing_sigma": 3, "start": 1, "stop": 1}
 METHOD = "semantic is S-CFG; the others are control arms. interval guides between start and stop only."
 PROMPT = "a red dog and a blue cat on the grass"
+WHERE: dict[str, Literal["subject", "uniform", "elsewhere"] | None] = {
+    "everywhere": None,
+    "the subject's region": "subject",
+    "evenly (a control)": "uniform",
+    "another place (a control)": "elsewhere",
+}
+STALE = "These pictures were drawn before something was changed; press Draw."
 COLUMNS = 4  # of the strip: its words stay readable at the width of a page
 # Small pictures fill their place; the strip keeps a readable size, and is moved sideways on a phone.
 STYLE = """
@@ -337,7 +344,8 @@ def build(gr: ModuleType, settings: Settings) -> Any:
                     what = "Adapter, " if settings.adapter else ""
                     base = _picture(gr, "base", "Base, CFG", visible=bool(settings.adapter))
                     left, right = _picture(gr, "left", f"{what}CFG"), _picture(gr, "right", f"{what}S-CFG")
-                line = gr.Markdown(elem_id="line")
+                line, stale = gr.Markdown(elem_id="line"), gr.Markdown(elem_id="stale")
+                drawn = gr.State(False)
         strip = _picture(gr, "strip", "Picture, regions, gamma", visible=False)
         with gr.Accordion("Guider"):
             parts |= _guider(gr, settings.guidance)
@@ -345,22 +353,34 @@ def build(gr: ModuleType, settings: Settings) -> Any:
 
         def on_draw(data: Mapping[Any, Any]) -> tuple[Any, ...]:
             said = {name: data[part] for name, part in parts.items()}
-            with _told(gr):
+            try:
                 guidance, sampling = _asked(settings, said)
                 require(said["seed"] is not None, "there is no seed; give a whole number")
                 adapter = said["adapter"].strip() or None
                 pair = draw_pair(pipe(said["base"]), said["prompt"], said["seed"], guidance, sampling, adapter)
+            except _mendable() as error:  # what was drawn before is not what is asked for now
+                empty = [gr.update(value=None) for _ in range(3)]  # gradio empties the update itself: one each
+                return *empty, gr.update(value=None, visible=False), _plainly("Not drawn", error), "", False
             alone = gr.update(value=pair.base.image if pair.base else None, visible=pair.base is not None)
             what = "Adapter, " if pair.base else ""
             plain = gr.update(value=pair.plain.image, label=f"{what}CFG")
             other = gr.update(value=pair.guided.image, label=f"{what}{pair.guided.arm}")
-            return alone, plain, other, gr.update(value=pair.strip, visible=pair.strip is not None), pair.line
+            strips = gr.update(value=pair.strip, visible=pair.strip is not None)
+            return alone, plain, other, strips, pair.line, "", True
 
         draw.click(
             on_draw,
             {*parts.values()},
-            [base, left, right, strip, line],
+            [base, left, right, strip, line, stale, drawn],
             show_progress_on=[left, right],
+            api_visibility="private",
+        )
+        gr.on(
+            [part.change for part in parts.values()],
+            lambda there: STALE if there else "",
+            drawn,
+            stale,
+            show_progress="hidden",
             api_visibility="private",
         )
     return page
@@ -378,9 +398,11 @@ def _saving(gr: ModuleType, settings: Settings, parts: Mapping[str, Any]) -> Non
         return gr.update(visible=True), f"Write this guider into {adapter.strip() or 'no adapter'}?"
 
     def on_save(data: Mapping[Any, Any]) -> tuple[Any, str]:
-        with _told(gr):
+        try:
             guidance, _ = _asked(settings, {name: data[part] for name, part in parts.items()})
             return gr.update(visible=False), save_guider(data[parts["adapter"]], guidance)
+        except _mendable() as error:
+            return gr.update(visible=False), _plainly("Not saved", error)
 
     save.click(on_ask, parts["adapter"], [asked, saved], api_visibility="private")
     sure.click(on_save, {*parts.values()}, [asked, saved], api_visibility="private")
@@ -414,6 +436,11 @@ def _request(gr: ModuleType, settings: Settings, prompt: str) -> dict[str, Any]:
     with gr.Row():
         parts["begin"] = gr.Slider(0, 0.95, reach.start, label="Acts from (share of steps)", elem_id="begin", **acts)
         parts["end"] = gr.Slider(0.05, 1, reach.stop, label="Acts until (share of steps)", elem_id="end", **acts)
+    place = next(words for words, where in WHERE.items() if where == reach.where)
+    with gr.Row():
+        parts["where"] = gr.Dropdown(list(WHERE), value=place, label="Acts where", min_width=130, elem_id="where")
+        label = "In that place until (share of steps)"
+        parts["where_stop"] = gr.Slider(0.05, 1, reach.where_stop, label=label, elem_id="where_stop", **acts)
     return parts
 
 
@@ -460,7 +487,14 @@ def _asked(settings: Settings, said: Mapping[str, Any]) -> tuple[GuidanceSetting
     options = {**settings.guidance.options, **fields}
     weight, share = said["weight"], said["uncond"]
     own = settings.guidance.scope or ScopeSettings()
-    scope = replace(own, uncond_weight=None if share == 1 else share * weight, start=said["begin"], stop=said["end"])
+    scope = replace(
+        own,
+        uncond_weight=None if share == 1 else share * weight,
+        start=said["begin"],
+        stop=said["end"],
+        where=WHERE[said["where"]],
+        where_stop=said["where_stop"] if WHERE[said["where"]] else 1.0,
+    )
     guidance = replace(
         settings.guidance,
         method=said["method"],
@@ -473,14 +507,14 @@ def _asked(settings: Settings, said: Mapping[str, Any]) -> tuple[GuidanceSetting
     return guidance, replace(settings.sampling, steps=said["steps"], negative_prompt=negative)
 
 
-@contextmanager
-def _told(gr: ModuleType) -> Iterator[None]:
-    """Explained errors are said on the page; any other is a bug of ours and keeps its traceback."""
-    mendable: tuple[type[Exception], ...] = (TrainingError, OSError, *explained())
-    try:
-        yield
-    except mendable as error:
-        raise gr.Error(str(error), duration=None, print_exception=False) from error
+def _mendable() -> tuple[type[Exception], ...]:
+    """Errors that are said on the page; any other is a bug of ours and keeps its traceback."""
+    return TrainingError, OSError, *explained()
+
+
+def _plainly(what: str, error: Exception) -> str:
+    """An error as markdown that shows its words as they are."""
+    return f"**{what}:** " + re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

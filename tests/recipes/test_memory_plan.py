@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from recipes.common import memory_plan
-from recipes.common.memory_plan import GIB, LADDER, MEMORIES, SAMPLES, choose, plan_for
+from recipes.common.memory_plan import GIB, LADDER, MEMORIES, SAMPLES, Choice, choose, plan_for
+from recipes.common.settings import SamplingSettings
 from training import memory
 from training.errors import TrainingError
 from training.memory import Needs, architecture_of, needs
@@ -149,6 +150,23 @@ def test_what_training_loaded_is_gone_before_the_later_stages(
     few = ["--train.steps=1", "--train.trackers=[]", f"--out={tmp_path}"]
     text_to_image_lora.run(parse(text_to_image_lora.Settings, [*words, *few]))
     assert alive == [None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_a_config_says_the_gpu_that_the_code_computes_for_it(name: str) -> None:
+    import yaml
+
+    from training.architectures import FAMILIES
+
+    text = (ROOT / "recipes" / "configs" / "dreambooth_lora" / f"{name}_subject.yaml").read_text("utf-8")
+    given, known = yaml.safe_load(text), FAMILIES[name]
+    assert given["train"]["precision"] == given["sampling"]["precision"] == "bf16"
+    chosen = Choice(batch=1, checkpointing=given["train"]["gradient_checkpointing"], rank=given["lora"]["rank"])
+    found = needs(known, known.resolution, "attention")
+    peak = max(memory_plan._peaks(found, chosen, SamplingSettings().batch_size).values())
+    fits = next(size for size in MEMORIES if peak <= memory_plan.ROOM * size * GIB)
+    assert f"# For a GPU with {fits} GB, " in text
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from adapters import files, signing
 from recipes.common.base import pipeline
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
-from recipes.studio import Settings, _opened, build, draw_pair, opening, run, save_guider
+from recipes.studio import Settings, _opened, _plainly, build, draw_pair, opening, run, save_guider
 from training.config import BaseSettings
 from training.errors import TrainingError
 from training.pocket import VERSION
@@ -178,6 +178,11 @@ def test_the_base_stands_beside_the_adapter_whose_weight_and_scope_are_its_own(p
         draw_pair(pipe, PROMPT, 3, where, FEW, str(release))
 
 
+def test_an_error_keeps_its_words_on_the_page() -> None:
+    said = _plainly("Not drawn", TrainingError("a_b *c* `d` [e](f)\n<g>"))
+    assert said == r"**Not drawn:** a\_b \*c\* \`d\` \[e\](f) \<g\>"
+
+
 def test_the_page_opens_with_what_the_release_says() -> None:
     zoo = ROOT / "recipes" / "zoo" / "teapot"
     found = opening(str(zoo))
@@ -260,9 +265,12 @@ def test_in_a_browser(studio: str, release: Path) -> None:
         page.on("request", lambda request: asked.append(request.url))
         page.goto(studio)
 
-        def draw() -> tuple[str, str]:
-            with page.expect_response(lambda answer: answer.url.endswith(".png") and answer.ok):
+        def draw(*, known: bool = False) -> tuple[str, str]:
+            if known:  # the browser has these pictures and asks for none
                 page.click("#draw")
+            else:
+                with page.expect_response(lambda answer: answer.url.endswith(".png") and answer.ok):
+                    page.click("#draw")
             page.wait_for_selector(".progress-text", state="detached")
             page.wait_for_function(
                 "() => ['base', 'left', 'right', 'strip'].every("
@@ -288,9 +296,22 @@ def test_in_a_browser(studio: str, release: Path) -> None:
         page.click("#save")
         page.click("#sure")
         page.wait_for_selector("#saved >> text=saved")
+        assert page.inner_text("#stale").strip() == ""
         page.fill("#prompt textarea", " ")
+        page.wait_for_selector("#stale >> text=drawn before something was changed")
         page.click("#draw")
-        page.wait_for_selector("text=there is no prompt")
+        page.wait_for_selector("#line >> text=Not drawn: there is no prompt")
+        for name in ("base", "left", "right", "strip"):  # nothing looks as if it were what is asked for now
+            page.wait_for_selector(f"#{name} img", state="detached")
+        assert page.inner_text("#stale").strip() == ""
+        page.fill("#prompt textarea", PROMPT)
+        page.click("#where input")
+        page.click("text=the subject's region")
+        page.click("#draw")
+        page.wait_for_selector("#line >> text=the adapter's card names none")
+        page.click("#where input")
+        page.click("text=everywhere")
+        assert draw(known=True)[0] == first[0]
         size = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         browser.close()
     assert size[0] <= size[1]

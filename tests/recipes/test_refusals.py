@@ -212,7 +212,8 @@ def arms(**changed: object) -> str:
     return "--measure.arms=" + json.dumps({"CFG": plain | {"method": "cfg"}, "S-CFG": plain | changed})
 
 
-TRAINING = ["--config=recipes/configs/dreambooth_lora/pocket_dog.yaml", "--train.dry_run=true", "--tune=null"]
+POCKET = ["--config=recipes/configs/dreambooth_lora/pocket_dog.yaml", "--tune=null", "--measure.arm=S-CFG"]
+TRAINING = [*POCKET, "--train.dry_run=true"]
 CASES = {
     "latent ratio": ([arms(options={"latent_ratio": 16})], "latent_ratio=16: this U-net attends to text"),
     "painted": (["--sampling.image=a.png", "--sampling.mask=a.png"], "is for inpainting models"),
@@ -284,7 +285,7 @@ def test_a_training_is_measured_anew_in_the_folder_of_an_earlier_one(
     done: Callable, call: Callable, tmp_path: Path
 ) -> None:
     """It refused what the earlier one had drawn, after training; other settings of sampling it refuses before."""
-    given = [*TRAINING[:1], "--tune=null", "--ship=null", arms(), "--measure.limit=2", "--measure.seeds=[1]", *QUICK]
+    given = [*POCKET, "--ship=null", arms(), "--measure.limit=2", "--measure.seeds=[1]", *QUICK]
     given += ["--dreambooth.preserve=off", "--dreambooth.company=0", "--dreambooth.class_prompt=null"]
     given += ["--dreambooth.class_prompt_file=null"]
     given += ["--train.steps=1", "--train.batch_size=1", "--train.resume=null", "--measure.weights=null"]

@@ -261,6 +261,7 @@ def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str
             plan.arm in known or plan.baseline in known,
             f"tuned: the search was for {', '.join(tuned.best)}, and neither measure.arm nor measure.baseline is one",
         )
+        apart = [replace(guidances[name], scope=None) for name in (plan.arm, plan.baseline)]
         guidances |= known
         # A control arm differs from the tuned one in its method alone.
         guidances |= {
@@ -268,12 +269,12 @@ def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str
             for name, arm in guidances.items()
             if name not in known and arm.method in ("dose", "placebo", "pointwise")
         }
-        # An arm with a scope differs from the tuned one of its method in the scope alone.
+        # An arm with another scope, or with none, differs from the tuned one of its method in the scope alone.
         best = {guidances[name].method: guidances[name] for name in (plan.arm, plan.baseline)}
         guidances |= {
             name: replace(best[arm.method], scope=arm.scope)
             for name, arm in guidances.items()
-            if name not in known and arm.scope is not None and arm.method in best
+            if name not in known and arm.method in best and (arm.scope is not None or arm in apart)
         }
     for name in (plan.baseline, plan.arm):
         own = guidances[name]

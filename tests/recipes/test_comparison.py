@@ -72,6 +72,22 @@ def tuned(folder: Path, **change: object) -> Path:
     return folder
 
 
+def test_arms_beside_a_tuned_one_differ_in_their_scope_alone(tmp_path: Path) -> None:
+    place = ScopeSettings(where="subject", where_stop=0.3)
+    arms = {
+        "CFG": GuidanceSettings(method="cfg"),
+        "S-CFG": GuidanceSettings(),
+        "S-CFG placed": GuidanceSettings(scope=place),
+        "mean": GuidanceSettings(options={"reference": "mean"}),
+    }
+    subject = str(ROOT / "recipes" / "subjects" / "bird")
+    plan = MeasureSettings(subjects=[subject], seeds=[9], limit=2, arms=arms, arm="S-CFG placed")
+    best = {"S-CFG placed": GuidanceSettings(guidance_scale=3.0, weight=0.6, scope=place)}
+    found = resolve(plan, base=POCKET, adapter=TEAPOT, tuned=str(tuned(tmp_path / "tuned", best=best))).arms
+    assert found["S-CFG"].guidance == GuidanceSettings(guidance_scale=3.0, weight=0.6)
+    assert found["mean"].guidance.guidance_scale == found["CFG"].guidance.guidance_scale == 7.5
+
+
 def test_metrics_and_spaces_may_have_their_names_of_before(capsys: pytest.CaptureFixture[str]) -> None:
     naming.note.cache_clear()
     plan = MeasureSettings(prompts=PROMPTS, metrics=["colour accuracy"], primary="colour accuracy", frechet="colour")

@@ -122,11 +122,26 @@ def plan(parts: Parts, settings: LoraSettings) -> tuple[dict[str, Size], list[st
     layers = {"unet": _matching(parts.unet, targets, preset=isinstance(settings.targets, str))}
     encoders = _encoders(parts) if settings.text_encoder else {}
     layers |= {name: _ending(encoder, TEXT_TARGETS) for name, encoder in encoders.items()}
-    sizes, chosen = _sizes(settings, [f"{name}.{layer}" for name, found in layers.items() for layer in found])
+    named = [f"{name}.{layer}" for name, found in layers.items() for layer in found]
+    silent = _silent({"unet": parts.unet, **encoders}, layers) if settings.dora else []
+    sizes, chosen = _sizes(settings, [name for name in named if name not in silent])
+    if silent:
+        chosen.append(f"lora.dora: an output without any weight has no direction, so not adapted: {', '.join(silent)}")
     if settings.start not in ("default", "gaussian"):
         for name, network in {"unet": parts.unet, **encoders}.items():
             starts.check(settings.start, network, {layer: size.rank for layer, size in _of(sizes, name).items()})
     return sizes, chosen
+
+
+def _silent(networks: Mapping[str, nn.Module], layers: Mapping[str, list[str]]) -> list[str]:
+    """Layers with an output whose weights are all zero: DoRA divides by their norm, and the loss would be NaN."""
+    return [
+        f"{name}.{layer}"
+        for name, found in layers.items()
+        for layer in found
+        if not (weight := networks[name].get_submodule(layer).weight).is_meta
+        and not bool(weight.detach().flatten(1).any(1).all())
+    ]
 
 
 def _encoders(parts: Parts) -> dict[str, Any]:

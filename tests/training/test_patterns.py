@@ -105,6 +105,20 @@ def test_lora_plus_has_the_rates_of_peft(dora: bool, base: Path) -> None:
     assert set(rates[0].values()) == {1e-3, 16e-3}
 
 
+def test_dora_leaves_out_layers_whose_norm_it_cannot_divide_by(base: Path, pictures: Path, tmp_path: Path) -> None:
+    parts = models.load(base)
+    names = [name for name, _ in parts.unet.named_modules() if name.endswith("attn2.to_v")]
+    with torch.no_grad():
+        parts.unet.get_submodule(names[0]).weight[1] = 0  # as half precision leaves rows of small numbers
+    method = lora.prepare(parts, config.LoraSettings(rank=2, dora=True))
+    assert any(f"no direction, so not adapted: unet.{names[0]}" in line for line in method.chosen)
+    result = train(method, pictures, tmp_path)
+    state = load_file(result.folder / lora.WEIGHTS_NAME)
+    assert not [key for key in state if names[0] in key]
+    assert [key for key in state if names[1] in key]
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def test_what_a_factor_of_0_freezes_stays_and_is_still_saved(base: Path, pictures: Path, tmp_path: Path) -> None:
     parts = models.load(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))

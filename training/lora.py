@@ -139,7 +139,8 @@ def _silent(networks: Mapping[str, nn.Module], layers: Mapping[str, list[str]]) 
         f"{name}.{layer}"
         for name, found in layers.items()
         for layer in found
-        if not (weight := networks[name].get_submodule(layer).weight).is_meta
+        if isinstance(weight := networks[name].get_submodule(layer).weight, Tensor)
+        and not weight.is_meta
         and not bool(weight.detach().flatten(1).any(1).all())
     ]
 

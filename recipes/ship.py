@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.common.base import POCKET, check_text, paints_holes, pipeline
 from recipes.common.cli import launch, say
@@ -19,7 +19,8 @@ from training.config import BaseSettings, require
 from training.errors import TrainingError
 from training.text import read_text
 
-if TYPE_CHECKING:
+MYPY = False  # see recipes.common.training
+if MYPY:
     from adapters.measuring.gains import Gains
 
 __all__ = ["Settings", "guidance_to_ship", "run"]

@@ -15,7 +15,6 @@ from recipes.common.draw import check_kept, trial
 from recipes.common.search import Search
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from recipes.common.units import Case
-from scfg.trace import RECORDABLE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -129,6 +128,8 @@ def _apart(units: Iterable[Case]) -> list[Case]:
 
 def _try(pipe: DiffusionPipeline, ways: Iterable[tuple[str, Case, Arm, bool]], sampling: SamplingSettings) -> None:
     """Each way once: a guidance at another scale is refused for nothing that the first was not."""
+    from scfg.trace import RECORDABLE  # torch: not before the options are known
+
     seen: set[str] = set()
     for flag, case, arm, shown in ways:
         guidance = asdict(replace(arm.guidance, guidance_scale=2.0))

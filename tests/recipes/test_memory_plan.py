@@ -126,18 +126,18 @@ def test_what_training_loaded_is_gone_before_the_later_stages(
     photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recipes import text_to_image_lora
-    from recipes.common import after_training
+    from recipes.common import after_training, training
     from training.command_line import parse
 
     loaded: list[weakref.ref] = []
-    load = text_to_image_lora.load_parts
+    load = training.load_parts
 
     def watched(base: object) -> object:
         parts = load(base)
         loaded.append(weakref.ref(parts.unet))
         return parts
 
-    monkeypatch.setattr(text_to_image_lora, "load_parts", watched)
+    monkeypatch.setattr(training, "load_parts", watched)
     alive: list[object] = []
     free = after_training._free
 

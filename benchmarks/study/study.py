@@ -248,7 +248,7 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
             config = f"{recipe}/pocket_dog.yaml"
             name, measured = f"{made}-{subject}", f"subjects-{made}"
             yield Stage(name=name, recipe=recipe, config=config, changes=more, quick=few, feeds=measured)
-        adapted = {
+        adapted: dict[str, Any] = {
             "adapter": out / f"{made}-{{subject}}" / weights,
             "measure.subjects": [str(folder) for folder in folders.values()],
         }
@@ -263,15 +263,14 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
             yield replace(stage, config="measure/aware.yaml")
             continue
         if made == "kept":
-            quick = {**stage.quick, "measure.weights": None}
-            yield replace(stage, config="measure/placed.yaml", quick=quick)
-            some = {**adapted, "measure.subjects": [str(folder) for folder in list(folders.values())[:8]]}
-            again = replace(stage, name="subjects-kept-controls", config="measure/placed_controls.yaml", changes=some)
-            yield replace(again, quick=quick)
+            stage = replace(stage, config="measure/placed.yaml", quick={**stage.quick, "measure.weights": None})
+            yield stage
+            some = {**adapted, "measure.subjects": adapted["measure.subjects"][:8]}
+            yield replace(stage, name=f"{measured}-controls", config="measure/placed_controls.yaml", changes=some)
             continue
         yield stage
         yield replace(stage, name=f"drift-{made}", config="measure/drift.yaml", quick=FEW)
-        if made == "lora":  # what is found there is what ships
+        if made == "lora":
             yield from _tuned(out, stage, "tune/subject.yaml", adapted, {})
 
 

@@ -46,6 +46,16 @@ def recipe() -> Recipe:
 
 
 @pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """Three photos of a dog, without captions or masks."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number in range(3):
+        Image.open(ROOT / "recipes" / "subjects" / "dog" / f"{number}.webp").save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """A recipe's main in this process, from the repository's root: seconds of imports less than `recipe`."""
 

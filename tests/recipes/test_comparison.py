@@ -328,18 +328,6 @@ POSSIBLE: dict[str, list[object]] = {  # in a run that trains an adapter of a su
 }
 
 
-@pytest.fixture
-def rex(tmp_path: Path) -> Path:
-    """Three photos of a dog, and nothing else."""
-    from PIL import Image
-
-    folder = tmp_path / "rex"
-    folder.mkdir()
-    for number in range(3):
-        Image.open(DOG / f"{number}.webp").save(folder / f"{number}.png")
-    return folder
-
-
 def wrong_for_new() -> list[object]:
     """(field, value) of all that is wrong there too; the first of each field in every run of the tests."""
     found = []
@@ -352,21 +340,21 @@ def wrong_for_new() -> list[object]:
 
 @pytest.mark.parametrize(("field", "value"), wrong_for_new())
 def test_new_refuses_the_same_and_writes_nothing(
-    field: str, value: object, call: Callable, rex: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    field: str, value: object, call: Callable, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.dreambooth_lora._trained", None)  # to try a step would end with a traceback
     out = tmp_path / "run"
     more = [words for words in MORE.get(field, []) if not words.startswith("--adapter")]
     given = value if isinstance(value, str) else json.dumps(value)
-    said = call("new", rex, "--class=dog", *more, f"--{field}={given}", f"--out={out}")
+    said = call("new", mine, "--class=dog", *more, f"--{field}={given}", f"--out={out}")
     assert said.code == 2, f"{field}={given} was taken: {said.out}"
     assert said.err.startswith("error: ")
     assert len(said.err.splitlines()) == 1, said.err
     assert not out.exists(), f"{field}={given} left something behind"
-    assert [path.name for path in sorted(rex.iterdir())] == ["0.png", "1.png", "2.png"]
+    assert [path.name for path in sorted(mine.iterdir())] == ["0.png", "1.png", "2.png"]
 
 
-def test_new_takes_what_can_be_into_its_config(call: Callable, rex: Path, tmp_path: Path) -> None:
+def test_new_takes_what_can_be_into_its_config(call: Callable, mine: Path, tmp_path: Path) -> None:
     from recipes import dreambooth_lora
     from training.command_line import parse
 
@@ -384,7 +372,7 @@ def test_new_takes_what_can_be_into_its_config(call: Callable, rex: Path, tmp_pa
         "--ship.title=#1 dog",
     ]
     config = tmp_path / "run" / "config.yaml"
-    said = call("new", rex, "--class=dog", f"--out={tmp_path / 'run'}", "--no-trial", *possible, "--region=sks dog")
+    said = call("new", mine, "--class=dog", f"--out={tmp_path / 'run'}", "--no-trial", *possible, "--region=sks dog")
     assert said.code == 0, said.err
     read = parse(dreambooth_lora.Settings, [f"--config={config}"])
     assert (read.measure.weights, read.measure.seeds, read.measure.metrics[2:]) == ([0.5], [3], ["relation accuracy"])
@@ -392,7 +380,7 @@ def test_new_takes_what_can_be_into_its_config(call: Callable, rex: Path, tmp_pa
     assert (read.ship.title, read.region, read.tune.metric) == ("#1 dog", "sks dog", "joint")
     assert (read.tune.seeds, read.train.steps) == ([101, 102], 400)  # of `new`, beside what was given
     for own, remedy in (("--base.path=x", "give --base"), ("--config=x", "it is what is written"), ("typo", "typo")):
-        said = call("new", rex, "--class=dog", f"--out={tmp_path / 'other'}", "--no-trial", own)
+        said = call("new", mine, "--class=dog", f"--out={tmp_path / 'other'}", "--no-trial", own)
         assert (said.code, remedy in said.err) == (2, True), said.err
         assert not (tmp_path / "other").exists()
 

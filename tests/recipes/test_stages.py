@@ -465,16 +465,6 @@ def test_controlled_names_its_own_flags(tmp_path: Path, call) -> None:
 # ---------------------------------------------------------------------------------------------- your own photos
 
 
-@pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    """Three photos and no captions."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for number in range(3):
-        Image.open(DOG / f"{number}.webp").save(folder / f"{number}.png")
-    return folder
-
-
 def test_photos_become_a_subject_and_a_config_that_runs(mine: Path, tmp_path: Path, done) -> None:
     said = done("new", mine, "--class", "dog", "--out", tmp_path / "run")
     config = tmp_path / "run" / "config.yaml"

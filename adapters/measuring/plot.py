@@ -152,8 +152,10 @@ def _line(line: Sequence[Point], index: int, place: Place) -> str:
 
 def _marks(spots: Sequence[tuple[float, float]], index: int) -> str:
     path = "".join(f"M{_at(x)} {_at(y)}{_MARKS[index % 6]}" for x, y in spots)
-    how = "stroke-width='8' stroke-linecap='round' stroke" if index % 6 == 0 else "fill"  # a disc is a round end alone
-    return f"<path d='{path}' {how}='{_COLORS[index % 6]}'/>".replace("'", '"')
+    color = _COLORS[index % 6]
+    if index % 6 == 0:  # a disc is a line's round end alone
+        return f'<path d="{path}" stroke-width="8" stroke-linecap="round" stroke="{color}"/>'
+    return f'<path d="{path}" fill="{color}"/>'
 
 
 def _stroke(path: str, index: int) -> str:

@@ -48,7 +48,7 @@ def _front(drawn: Mapping[str, Any], means: Mapping[str, Mapping[str, Any]]) -> 
     if len(names) < 2:
         return []
     both = [(words.number(x, means[name][x]), words.number(y, means[name][y])) for name in names]
-    first, *others = [f"{name} ({one}, {other})" for name, (one, other) in zip(names, both, strict=True)]
+    others = [f"{name} ({one}, {other})" for name, (one, other) in zip(names[1:], both[1:], strict=True)]
     first = f"{names[0]} ({x} {both[0][0]}, {y} {both[0][1]})"
     between = f" over {', '.join(others[:-1])}" if others[1:] else ""
     return [f"The line of plain guidance goes from {first}{between} to {others[-1]}."]

@@ -36,7 +36,9 @@ def unexplained(page: str) -> list[str]:
     """Terms of the glossary that the page uses above its first heading, and does not explain there."""
     glossary = (ROOT / "docs" / "glossary.md").read_text("utf-8")
     first = re.sub(r"<style>.*?</style>", "", page[: page.index("<h2>")], flags=re.DOTALL)
-    said = [html.unescape(term).lower() for term in re.findall(r"<dt>(.*?)</dt>", first)]
+    shown = [html.unescape(term) for term in re.findall(r"<dt>(.*?)</dt>", first)]
+    shown += [part for term in shown if (both := re.fullmatch(r"(.+) \(([A-Z]+)\)", term)) for part in both.groups()]
+    said = [term.lower() for term in shown]  # a term with its short form in brackets counts as both
     text = html.unescape(re.sub(r"<[^>]+>", " ", first)).lower()
     terms = [
         term.lower() for heading in re.findall(r"^## (.*)$", glossary, re.MULTILINE) for term in heading.split(", ")

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 import adapters
-from recipes.common.base import adapted, pipeline
+from recipes.common.base import adapted, sampling_pipeline
 from recipes.common.guidance import guided
 from recipes.common.precision import drawing_in
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
@@ -165,7 +165,7 @@ def main() -> None:
     if args.smoke:
         args.rounds, args.steps, args.judge = 1, 2, 4
     torch.set_num_threads(args.threads)
-    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings())
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), SamplingSettings())
     print(f"# Sampling speed\n\nCPU, {args.threads} thread(s), torch {torch.__version__}, {platform.platform()}\n")
     if args.scopes:
         print("\n".join(scope_times(pipe, args)), flush=True)

@@ -62,11 +62,11 @@ def base(name: str) -> Parts:
 
     if name == "pocket":
         try:
-            return models.load(base_path())
+            return models.load_parts(base_path())
         except PocketError:
             print("the pocket base is not here: random weights of its architecture", file=sys.stderr)
     torch.manual_seed(0)
-    words = tokenizer.build()
+    words = tokenizer.build_tokenizer()
     if name == "sd15":
         words.model_max_length = 77
         config = CLIPTextConfig(

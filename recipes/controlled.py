@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from recipes.common.base import adapted, edges_of, pipeline, size_of
+from recipes.common.base import adapted, edges_of, sampling_pipeline, size_of
 from recipes.common.cli import launch, named, say
 from recipes.common.draw import draw, keep, sheet, trial
 from recipes.common.guidance import method_title
@@ -71,7 +71,7 @@ def run(settings: Settings) -> Path | None:
     edges = edges_of(settings.controlnet) if settings.annotator == "canny" else None
     make = _annotator(settings, edges)
     source = _pictures(settings)
-    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    pipe = sampling_pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     given = _given(source, size_of(pipe, settings.sampling), make, nearest=settings.annotator == "none")
     plain = GuidanceSettings(
         method="cfg", guidance_scale=settings.guidance.guidance_scale, rescale=settings.guidance.rescale

@@ -13,7 +13,7 @@ from recipes.common.after_training import finish
 from recipes.common.base import POCKET, edges_of
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import Training, check_stages, data, load, train
+from recipes.common.training import Training, check_stages, data, load_for_training, train
 from training.config import (
     ControlNetSettings,
     ObjectiveSettings,
@@ -51,7 +51,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     """The folder of what was trained."""
     from training import controlnet
 
-    parts = load(settings, comparison)
+    parts = load_for_training(settings, comparison)
     edges = _edges(settings)
     pictures = data(settings.data, parts=parts, edges=edges)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, edges=edges, seed=settings.train.seed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import SubjectTraining, check_stages, load, subjects, train
+from recipes.common.training import SubjectTraining, check_stages, load_for_training, subjects, train
 from training.config import require
 
 __all__ = ["Settings", "run"]
@@ -39,7 +39,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     from recipes.common.region_mask import region_of
     from training import dreambooth
 
-    parts = load(settings, comparison)
+    parts = load_for_training(settings, comparison)
     pictures, prior, others = subjects(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import check_text, painted, pipeline, size_of, without_control
+from recipes.common.base import check_text, painted, sampling_pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import OWN, TUNED, draw, first_calls
@@ -69,7 +69,7 @@ def run(settings: Settings) -> Path | None:
     from training.ranks import state
 
     out = Path(settings.out)
-    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    pipe = sampling_pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     resolved_with = partial(
         resolve,
         base=settings.base,

@@ -24,7 +24,7 @@ from training.config import require
 from training.errors import TrainingError, exit_on_error
 from training.pocket.captions import article
 
-__all__ = ["prepare"]
+__all__ = ["prepare_subject"]
 
 ON_POCKET = (
     "base pocket: it draws small scenes of a drawn world in 64 pixels. A run on it tries every step in minutes; a "
@@ -66,7 +66,7 @@ def main() -> None:
     quiet()
     out = options.out or Path("runs") / options.folder.resolve().name
     networks = {"clip": options.clip, "dino": options.dino}
-    config = prepare(
+    config = prepare_subject(
         options.folder, options.noun, options.identifier, options.base, out, networks, options.memory, more
     )
     if not options.no_trial:
@@ -74,7 +74,7 @@ def main() -> None:
     print(f"\nconfig: {config}\nrun it:\n  {_command(config)}")
 
 
-def prepare(
+def prepare_subject(
     folder: Path,
     noun: str,
     identifier: str,

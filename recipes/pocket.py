@@ -164,7 +164,7 @@ def controlnet(name: str, steps: dict[str, int]) -> None:
     from training.pocket.control import EDGES, Scenes
     from training.pocket.making import ship as shipping
 
-    parts = models.load(base_path())
+    parts = models.load_parts(base_path())
     settings = TrainSettings(
         steps=steps.get("steps", 800),
         batch_size=16,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import adapted, pipeline, pipeline_arguments
+from recipes.common.base import adapted, pipeline_arguments, sampling_pipeline
 from recipes.common.cli import launch, named, say
 from recipes.common.draw import draw, keep, sheet, trial
 from recipes.common.guidance import check_guided
@@ -57,7 +57,7 @@ def run(settings: Settings) -> Path | None:
     if settings.upscaler is not None:
         with named("upscaler"):
             pipeline_arguments(settings.upscaler)
-    pipe = pipeline(settings.base, settings.sampling)
+    pipe = sampling_pipeline(settings.base, settings.sampling)
     with adapted(pipe, settings.adapter, settings.weight):
         with named("guidance"):
             trial(pipe, prompts[0], settings.guidance, settings.sampling)
@@ -84,7 +84,7 @@ def _second(settings: Settings) -> tuple[Any, GuidanceSettings]:
     assert settings.upscaler is not None
     guidance = settings.upscaler_guidance or settings.guidance
     with named("upscaler"):
-        pipe = pipeline(settings.upscaler, settings.sampling)
+        pipe = sampling_pipeline(settings.upscaler, settings.sampling)
         check_guided(pipe, guidance, settings.sampling)
     return pipe, guidance
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, check_text, paints_holes, pipeline
+from recipes.common.base import POCKET, check_text, paints_holes, sampling_pipeline
 from recipes.common.cli import launch, say
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
@@ -59,7 +59,7 @@ def run(settings: Settings) -> Path | None:
     plan, gains, rows, shots, best, facts = _measured(measured)
     if gains is not None and gains.adapter is not None and gains.adapter.word in ("harm", "no detectable change"):
         say(f"note: what ships does not help by its own measure, and its card says so. {gains.adapter.sentence}")
-    pipe = pipeline(settings.base, SamplingSettings())
+    pipe = sampling_pipeline(settings.base, SamplingSettings())
     check_text(pipe, settings.adapter)
     weights = Path(settings.adapter).expanduser()
     card = _card(settings, plan, 1.0 if best is None or best.weight is None else best.weight, pipe)

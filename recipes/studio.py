@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from PIL import Image
 
-from recipes.common.base import POCKET, adapted, pipeline
+from recipes.common.base import POCKET, adapted, sampling_pipeline
 from recipes.common.cli import explained, launch, say
 from recipes.common.guidance import (
     EFFECTIVE,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-__all__ = ["Pair", "Settings", "build", "draw_pair", "run", "save_guider"]
+__all__ = ["Pair", "Settings", "build_page", "draw_pair", "run", "save_guider"]
 
 CHOICES = ("completion", "foreground", "tokens", "reference")
 LIMITS = ("gamma_min", "gamma_max", "scale_cap")
@@ -84,7 +84,7 @@ class Settings:
 def run(settings: Settings) -> None:
     """Serve the page until Ctrl-C."""
     gr = _gradio()
-    page = build(gr, settings)
+    page = build_page(gr, settings)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # no web fonts
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     look = {"theme": theme, "css": STYLE, "footer_links": [], "quiet": True}
@@ -323,12 +323,14 @@ def _into_release(folder: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def build(gr: ModuleType, settings: Settings) -> Any:
+def build_page(gr: ModuleType, settings: Settings) -> Any:
     """The page. The base is loaded first, so that a wrong one is said on the command line."""
 
     @lru_cache(maxsize=1)
     def pipe(path: str) -> Any:
-        return pipeline(settings.base if path == settings.base.path else BaseSettings(path=path), settings.sampling)
+        return sampling_pipeline(
+            settings.base if path == settings.base.path else BaseSettings(path=path), settings.sampling
+        )
 
     pipe(settings.base.path)
     shipped, prompt = _opened(settings)

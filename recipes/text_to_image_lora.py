@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import Training, check_stages, data, load, train
+from recipes.common.training import Training, check_stages, data, load_for_training, train
 from training.config import LoraSettings, ObjectiveSettings
 
 __all__ = ["Settings", "run"]
@@ -38,7 +38,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     """The folder of what was trained."""
     from training import lora
 
-    parts = load(settings, comparison)
+    parts = load_for_training(settings, comparison)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
     result = train(settings, method, pictures)

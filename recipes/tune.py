@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common import standard
-from recipes.common.base import check_text, pipeline, size_of, without_control
+from recipes.common.base import check_text, sampling_pipeline, size_of, without_control
 from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw
@@ -65,7 +65,7 @@ def run(settings: Settings) -> Path | None:
     """Tune; returns the folder of what was found, or None after a dry run."""
     from training.ranks import state
 
-    pipe = pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
+    pipe = sampling_pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
     size = size_of(pipe, settings.sampling)
 
     def resolved(plan: MeasureSettings, tune: TuneSettings) -> tuple[Comparison, Search]:

@@ -35,7 +35,7 @@ __all__ = [
     "differences",
     "find",
     "folders",
-    "load",
+    "load_checkpoint",
     "refuse_changes",
     "restore_optimizer",
     "save",
@@ -136,7 +136,7 @@ def save(folder: Path, state: State, *, keep: int) -> Path:
         digests = {f"{name}.safetensors": files.sha256(place / f"{name}.safetensors") for name in parts}
         record |= {"facts": state.facts, "sha256": digests}
         (place / "state.json").write_text(json.dumps({**record, "own sha256": _own_digest(record)}, indent=1), "utf-8")
-        config.write(state.facts.get("settings", {}), place / "settings.yaml")
+        config.write_settings(state.facts.get("settings", {}), place / "settings.yaml")
     # Those of later steps are left: they are damaged, or of a run that went further, and are written over in time.
     for old in [path for path in folders(folder) if step_of(path) <= state.step][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -181,10 +181,10 @@ def find(
         if not (path / "state.json").exists():
             names = ", ".join(item.name for item in there) or "none"
             raise TrainingError(f"train.resume {resume} is no checkpoint; in {folder} there is: {names}")
-        return path, load(path)
+        return path, load_checkpoint(path)
     for path in reversed(there):
         try:
-            return path, load(path)
+            return path, load_checkpoint(path)
         except TrainingError as error:
             if stop_if_damaged:
                 raise TrainingError(
@@ -196,7 +196,7 @@ def find(
     return None
 
 
-def load(path: Path) -> State:
+def load_checkpoint(path: Path) -> State:
     """Reads a checkpoint, after checking every file of it.
 
     Raises:

@@ -56,7 +56,7 @@ def parse(kind: type[SettingsT], args: Sequence[str] | None = None) -> SettingsT
         raise SystemExit(0)
     naming.check_flags(kind, arguments)
     for file in _config_files(arguments):
-        naming.check(kind, typed.config(kind, file))
+        naming.check_keys(kind, typed.config(kind, file))
     try:
         read = parser.parse_args(arguments)
         values = vars(parser.instantiate(read) if hasattr(parser, "instantiate") else parser.instantiate_classes(read))

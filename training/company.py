@@ -20,7 +20,7 @@ from .data.images import Sample, rgb
 from .errors import TrainingError
 from .models import Parts, encode_images
 
-__all__ = ["check", "compose", "placed"]
+__all__ = ["check_company", "compose", "placed"]
 
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either
@@ -65,7 +65,7 @@ def compose(drawn: Image.Image, region: Tensor, subject: Sample, caption: str) -
     return Sample(image=picture, caption=caption, mask=where)
 
 
-def check(data: Views, identifier: str) -> None:
+def check_company(data: Views, identifier: str) -> None:
     """Whether the subject can be cut out and named, before anything is drawn.
 
     Raises:
@@ -127,9 +127,9 @@ def placed(
         region: from the word of the class to where it is in a picture.
 
     Raises:
-        TrainingError: see `check`; or no picture in which the base shows the class.
+        TrainingError: see `check_company`; or no picture in which the base shows the class.
     """
-    check(data, identifier)
+    check_company(data, identifier)
     noun = _noun(data.caption(0), identifier)
     where = region(noun)
     samples: list[Sample] = []

@@ -30,7 +30,7 @@ __all__ = [
     "ValidationSettings",
     "require",
     "resolved",
-    "write",
+    "write_settings",
 ]
 
 
@@ -546,6 +546,6 @@ def resolved(settings: Any) -> dict[str, Any]:
     return values
 
 
-def write(values: dict[str, Any], path: str | Path) -> None:
+def write_settings(values: dict[str, Any], path: str | Path) -> None:
     """Writes resolved settings as a YAML file that `--config` reads again."""
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")

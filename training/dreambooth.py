@@ -30,7 +30,7 @@ from .data.cache import Region
 from .data.crops import Views
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
-from .models import Parts, everywhere, pipeline
+from .models import Parts, everywhere, live_pipeline
 from .objective import build_objective
 from .preserve import frozen_copy
 from .progress import Progress
@@ -81,7 +81,7 @@ def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, parts: Pa
         write_json(folder / "model_index.json", parts.index)
         write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
     else:
-        single_file.pipeline(parts.file, None).save_pretrained(folder)
+        single_file.single_file_pipeline(parts.file, None).save_pretrained(folder)
     for name, module in models.items():
         place = folder / name
         place.mkdir(exist_ok=True)
@@ -168,11 +168,11 @@ def prior(
         batch_size: class images drawn at once.
 
     Raises:
-        TrainingError: see `check`; or the base's attention finds the class in none of its class images.
+        TrainingError: see `check_prior`; or the base's attention finds the class in none of its class images.
     """
     if not _preserves(settings):
         return None
-    check(parts, settings, data, folder=folder, words=words, seed=seed, batch_size=batch_size)
+    check_prior(parts, settings, data, folder=folder, words=words, seed=seed, batch_size=batch_size)
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     own = data.renamed(rename) if _named(settings, words) else None
     if settings.class_prompt is not None:
@@ -202,7 +202,7 @@ def prior(
     )
 
 
-def check(
+def check_prior(
     parts: Parts,
     settings: DreamBoothSettings,
     data: Views,
@@ -244,7 +244,7 @@ def check(
         )
     if settings.company:
         assert settings.identifier is not None  # see the settings
-        company.check(data, settings.identifier)
+        company.check_company(data, settings.identifier)
     if settings.class_prompt is None:
         return
     place, prompts = Path(settings.class_folder or folder), class_prompts(settings)
@@ -470,7 +470,7 @@ def _generate(
 ) -> None:
     """Draw whole batches, and keep what is missing of them."""
     device, size = state().device, wanted["batch_size"]
-    pipe: Any = pipeline(parts).to(device)
+    pipe: Any = live_pipeline(parts).to(device)
     for place, batch in enumerate(batches, 1):
         chunk = range(batch * size, (batch + 1) * size)
         seeds = [seed_of(wanted["seed"], "class", number) for number in chunk]

@@ -114,7 +114,7 @@ def train(
         Stopped: SIGTERM or SIGINT came; the step was finished and saved.
     """
     out, settings = Path(out), launcher.adopted(settings)
-    optim.check(settings)
+    optim.check_optimizer(settings)
     with contextlib.ExitStack() as alone:
         if not settings.dry_run and state().is_main_process:
             alone.enter_context(lock.held(out))
@@ -221,9 +221,9 @@ def _start(
         sharding.divide(method, settings, accelerator)
         now = method.parameters()  # other tensors, where networks train whole
         trainable = {name: now[name] for name in trainable}
-        model, optimizer = stepper, optim.build(trainable, settings, method.factors)
+        model, optimizer = stepper, optim.build_optimizer(trainable, settings, method.factors)
     else:
-        model, optimizer = accelerator.prepare(stepper, optim.build(trainable, settings, method.factors))
+        model, optimizer = accelerator.prepare(stepper, optim.build_optimizer(trainable, settings, method.factors))
     fp16 = settings.precision == "fp16"
     return _Run(
         settings=settings,
@@ -497,7 +497,7 @@ def _ship(run: _Run, folder: Path) -> Path:
         metadata = {"settings": json.dumps(run.facts["settings"]), "step": str(run.step)}
         with checkpoint.atomic_folder(folder) as place:
             run.method.save(weights, place, metadata)
-            config.write(run.facts["settings"], place / "settings.yaml")
+            config.write_settings(run.facts["settings"], place / "settings.yaml")
             rule = run.method.parts.text
             more = {} if rule.neutral else {"text": rule.to_config()}
             files.write_manifest(place, {"format": 1, "kind": run.method.name, "step": run.step, **more})

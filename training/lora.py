@@ -117,7 +117,9 @@ def plan(parts: Parts, settings: LoraSettings) -> tuple[dict[str, Size], list[st
     """
     for module in (parts.unet, *parts.text_encoders):
         if ADAPTER in getattr(module, "peft_config", {}):
-            raise TrainingError(f"{type(module).__name__} already has an adapter; load the base anew with models.load")
+            raise TrainingError(
+                f"{type(module).__name__} already has an adapter; load the base anew with models.load_parts"
+            )
     targets = PRESETS[settings.targets] if isinstance(settings.targets, str) else settings.targets
     layers = {"unet": _matching(parts.unet, targets, preset=isinstance(settings.targets, str))}
     encoders = _encoders(parts) if settings.text_encoder else {}
@@ -129,7 +131,7 @@ def plan(parts: Parts, settings: LoraSettings) -> tuple[dict[str, Size], list[st
         chosen.append(f"lora.dora: an output without any weight has no direction, so not adapted: {', '.join(silent)}")
     if settings.start not in ("default", "gaussian"):
         for name, network in {"unet": parts.unet, **encoders}.items():
-            starts.check(settings.start, network, {layer: size.rank for layer, size in _of(sizes, name).items()})
+            starts.check_start(settings.start, network, {layer: size.rank for layer, size in _of(sizes, name).items()})
     return sizes, chosen
 
 

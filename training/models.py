@@ -43,8 +43,8 @@ __all__ = [
     "encode_images",
     "encode_text",
     "everywhere",
-    "load",
-    "pipeline",
+    "live_pipeline",
+    "load_parts",
     "tokenize",
     "too_long",
     "weights_digest",
@@ -103,7 +103,7 @@ class Parts:
         return int(self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
 
-def load(
+def load_parts(
     base: str | Path,
     *,
     revision: str | None = None,
@@ -132,7 +132,7 @@ def load(
     if single_file.is_file(base):
         file = single_file.look(base, config=config, prediction=prediction, zero_snr=zero_snr)
         folder, index, scheduler = file.configs, file.index, file.scheduler
-        pipe = single_file.pipeline(file, torch.float32)
+        pipe = single_file.single_file_pipeline(file, torch.float32)
         unet, vae = pipe.unet, pipe.vae
         encoders = [getattr(pipe, name) for name in _encoders(index)]
         tokenizers = [getattr(pipe, name) for name in _tokenizers(index)]
@@ -343,7 +343,7 @@ def everywhere(parts: Parts, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
+def live_pipeline(parts: Parts, *, controlnet: ControlNetModel | None = None) -> Any:
     """An ordinary diffusers pipeline around the live parts: nothing is copied, no file but configs is read."""
     import diffusers
 

@@ -21,12 +21,12 @@ import yaml
 
 from .errors import TrainingError
 
-__all__ = ["check", "check_flags", "current", "current_flag", "in_words", "names", "note", "was"]
+__all__ = ["check_flags", "check_keys", "current", "current_flag", "in_words", "names", "note", "was"]
 
 OWN = ("config", "help", "print_config")  # flags of the parser itself
 
 
-def check(kind: type, values: Any, place: str = "") -> None:
+def check_keys(kind: type, values: Any, place: str = "") -> None:
     """Every key of nested settings is a field; the values are left to the parser.
 
     Args:
@@ -46,13 +46,13 @@ def check(kind: type, values: Any, place: str = "") -> None:
         inner, by_key = _settings_in(fields[name])
         if inner is not None and by_key and isinstance(value, Mapping):
             for key, one in value.items():
-                check(inner, one, f"{place}{name}.{key}.")
+                check_keys(inner, one, f"{place}{name}.{key}.")
         elif inner is not None and not by_key:
-            check(inner, value, f"{place}{name}.")
+            check_keys(inner, value, f"{place}{name}.")
 
 
 def check_flags(kind: type, arguments: Sequence[str]) -> None:
-    """Every flag of a command line is a setting, written out; raises as `check`."""
+    """Every flag of a command line is a setting, written out; raises as `check_keys`."""
     for word in arguments:
         name, _, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or name in OWN:
@@ -69,7 +69,7 @@ def check_flags(kind: type, arguments: Sequence[str]) -> None:
             raise TrainingError(f"--{name}: nested too deeply") from error
         for part in reversed(name.removesuffix("+").split(".")):
             nested = {part: nested}
-        check(kind, nested, "--")
+        check_keys(kind, nested, "--")
 
 
 def was(kind: type) -> dict[str, str]:

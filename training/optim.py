@@ -23,8 +23,8 @@ __all__ = [
     "Ema",
     "Known",
     "averages",
-    "build",
-    "check",
+    "build_optimizer",
+    "check_optimizer",
     "evaluated",
     "frozen",
     "rate",
@@ -69,17 +69,17 @@ KNOWN = {
 }
 
 
-def check(settings: TrainSettings) -> None:
+def check_optimizer(settings: TrainSettings) -> None:
     """Makes the optimizer over a number, so that what is wrong with it is known before anything else is done.
 
     Raises:
         TrainingError: an optimizer that is not installed or not found, arguments it does not take, or settings that
             do not go with it.
     """
-    build({"unet.none": nn.Parameter(torch.zeros(1))}, dataclasses.replace(settings, rates={}))
+    build_optimizer({"unet.none": nn.Parameter(torch.zeros(1))}, dataclasses.replace(settings, rates={}))
 
 
-def build(
+def build_optimizer(
     trainable: Mapping[str, nn.Parameter], settings: TrainSettings, factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer over named parameters, in groups of one learning rate; what `train.rates` freezes is left out.
@@ -90,7 +90,7 @@ def build(
         factors: of the learning rate by pattern, which come on top of `train.rates` (LoRA+).
 
     Raises:
-        TrainingError: see `check`; or a pattern that catches nothing.
+        TrainingError: see `check_optimizer`; or a pattern that catches nothing.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, peak in _peaks(trainable, settings, factors or {}).items():
@@ -162,7 +162,7 @@ def rates_table(
     Args:
         trainable: parameters by `model.parameter` name.
         settings: optimizer and learning rates.
-        factors: of the learning rate by pattern, as for `build`.
+        factors: of the learning rate by pattern, as for `build_optimizer`.
 
     Returns:
         Lines; none where `train.rates` is empty.

@@ -152,7 +152,7 @@ def prepare_run(
     parts, device, data = method.parts, accelerator.device, concepts[0].views
     for concept in concepts:
         _refuse(method, concept.views, prior=concept.prior, region=region, cache=cache)
-    validate.check(method, settings.validation, data.sizes[0])
+    validate.check_validation(method, settings.validation, data.sizes[0])
     if any(concept.prior is not None and concept.prior.to_base for concept in concepts):
         assert method.switch is not None  # see _refuse
         method.base = method.switch()
@@ -202,7 +202,9 @@ def _refuse(method: Method, data: Views, *, prior: Prior | None, region: Region 
     """What does not go together, found before any work."""
     parts = method.parts
     if not parts.text_encoders or parts.vae is None:
-        raise TrainingError("the base's encoders were released by an earlier training; load it anew with models.load")
+        raise TrainingError(
+            "the base's encoders were released by an earlier training; load it anew with models.load_parts"
+        )
     if method.needs_conditioning and parts.inpainting:
         raise TrainingError(
             "base: a ControlNet of an inpainting model cannot be trained here; take the text-to-image model that it "

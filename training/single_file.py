@@ -24,7 +24,7 @@ from adapters.files import read_header, read_object
 from .config import require
 from .errors import TrainingError
 
-__all__ = ["SingleFile", "is_file", "look", "pipeline", "scheduled"]
+__all__ = ["SingleFile", "is_file", "look", "scheduled", "single_file_pipeline"]
 
 BUNDLED = Path(__file__).parent / "bases"
 FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -124,7 +124,7 @@ def look(
     return SingleFile(path=path, configs=configs, scheduler=scheduled(own, told, zero or None), unet=unet)
 
 
-def pipeline(file: SingleFile, dtype: torch.dtype | None) -> Any:
+def single_file_pipeline(file: SingleFile, dtype: torch.dtype | None) -> Any:
     """The diffusers pipeline of a checkpoint, on the CPU.
 
     Args:

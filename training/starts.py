@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from .errors import TrainingError
 from .preserve import Base, Models
 
-__all__ = ["TAKEN", "at_start", "check", "difference"]
+__all__ = ["TAKEN", "at_start", "check_start", "difference"]
 
 TAKEN = ("pissa", "olora")
 """Starts that change the base's weights."""
 
 
-def check(start: str, network: nn.Module, ranks: Mapping[str, int]) -> None:
+def check_start(start: str, network: nn.Module, ranks: Mapping[str, int]) -> None:
     """Looks whether a start can be computed for these layers, which peft would find out half-way.
 
     Args:

@@ -22,10 +22,10 @@ from .data.images import condition
 from .data.pictures import decode, inspect
 from .errors import TrainingError
 from .method import Method
-from .models import everywhere, pipeline
+from .models import everywhere, live_pipeline
 from .text import read_bytes
 
-__all__ = ["check", "fixed_loss", "fixed_loss_batches", "samples", "untouched"]
+__all__ = ["check_validation", "fixed_loss", "fixed_loss_batches", "samples", "untouched"]
 
 
 @contextlib.contextmanager
@@ -47,7 +47,7 @@ def untouched(*modules: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def check(method: Method, settings: ValidationSettings, size: tuple[int, int]) -> None:
+def check_validation(method: Method, settings: ValidationSettings, size: tuple[int, int]) -> None:
     """What `samples` would find wrong.
 
     Args:
@@ -93,7 +93,7 @@ def samples(
         write: whether to keep the pictures; one of several processes that draw the same ones does.
     """
     parts = method.parts
-    pipe: Any = pipeline(parts, controlnet=method.controlnet)
+    pipe: Any = live_pipeline(parts, controlnet=method.controlnet)
     parts.vae.to(device)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

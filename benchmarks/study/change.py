@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from recipes.common.base import adapted, pipeline
+from recipes.common.base import adapted, sampling_pipeline
 from recipes.common.cli import explained, quiet
 from recipes.common.settings import SamplingSettings
 from training.config import BaseSettings
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("adapters", nargs="+", type=Path)
     options = parser.parse_args()
     quiet()
-    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
     latents = pipe(
         [UNRELATED] * COUNT,
         num_inference_steps=10,

@@ -24,7 +24,7 @@ from adapters.measuring import stats
 from adapters.measuring.metrics import Metric, score
 from adapters.measuring.sample import Shot
 from benchmarks.study.preservation import PROMPTS, RECIPES, SEEDS, _images, _shots, draw, facts, train
-from recipes.common.base import adapted, pipeline
+from recipes.common.base import adapted, sampling_pipeline
 from recipes.common.cli import explained, quiet
 from recipes.common.settings import SamplingSettings
 from training.config import BaseSettings
@@ -79,7 +79,7 @@ def run(variant: str, subject: str, out: Path) -> None:
     folder = _folder(out, variant, taught[0])
     if not (folder / "lora").is_dir():
         train(_changes(variant, taught, out), taught[0], folder, out / "class" / taught[0])
-    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
     for name in taught:
         noun = facts(name)["class"]
         draw(pipe, [prompt.format(noun) for prompt in PROMPTS], SCALE, out / "base" / f"{name}.npz", "drawn")

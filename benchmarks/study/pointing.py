@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import pointing_table
-from recipes.common.base import POCKET, adapted, pipeline
+from recipes.common.base import POCKET, adapted, sampling_pipeline
 from recipes.common.cli import launch, say
 from recipes.common.guidance import arguments_of, guidance_of
 from recipes.common.prompts import texts
@@ -68,7 +68,7 @@ def run(settings: Settings) -> Path:
 
     prompts = texts(settings.prompts, settings.prompt_file)[: settings.limit]
     require(bool(prompts), "no prompts; set prompts or prompt_file")
-    pipe = pipeline(settings.base, settings.sampling)
+    pipe = sampling_pipeline(settings.base, settings.sampling)
     with adapted(pipe, settings.adapter, settings.weight):
         rows = _watched(pipe, prompts, settings)
     summary = pointing_table.summary(rows)

@@ -24,7 +24,7 @@ from adapters import files
 from adapters.measuring.metrics import Metric, score
 from adapters.measuring.sample import Shot
 from recipes import dreambooth_lora
-from recipes.common.base import adapted, pipeline
+from recipes.common.base import adapted, sampling_pipeline
 from recipes.common.cli import explained, quiet
 from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.command_line import parse
@@ -126,7 +126,7 @@ def run(variant: str, subject: str, folder: Path, classes: Path, snapshots: Sequ
     if not (folder / "lora").is_dir():
         train(VARIANTS[variant], subject, folder, classes)
     noun = facts(subject)["class"]
-    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), SamplingSettings(scheduler="dpm++"))
     draw(pipe, [prompt.format(noun) for prompt in PROMPTS], 4.0, folder.parents[1] / "base" / f"{subject}.npz", "1 4")
     for step in [None, *snapshots]:
         trained = folder / "lora" if step is None else folder / "snapshots" / f"step-{step:06d}"

@@ -26,12 +26,12 @@ __all__ = [
     "check_text",
     "controlnet_folder",
     "edges_of",
-    "load_parts",
+    "load_base",
     "painted",
     "paints_holes",
-    "pipeline",
     "pipeline_arguments",
     "sampled_as",
+    "sampling_pipeline",
     "size_of",
     "without_control",
 ]
@@ -56,11 +56,11 @@ def base_folder(base: BaseSettings) -> str | Path:
     return base_path() if base.path == POCKET else base.path
 
 
-def load_parts(base: BaseSettings) -> Any:
+def load_base(base: BaseSettings) -> Any:
     """The base's parts for training."""
     from training import models
 
-    return models.load(
+    return models.load_parts(
         base_folder(base),
         revision=base.revision,
         variant=base.variant,
@@ -108,7 +108,7 @@ def _single_file(base: BaseSettings) -> Any:
     return single_file.look(base.path, config=base.config, prediction=base.prediction, zero_snr=base.zero_snr)
 
 
-def pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str | None = None) -> Any:
+def sampling_pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str | None = None) -> Any:
     """A diffusers pipeline of the base for sampling, on this process's device; with a ControlNet if one is named.
 
     Args:
@@ -237,7 +237,7 @@ def around(parts: Parts, base: BaseSettings) -> Any:
     from training import models, single_file
 
     if single_file.is_file(base.path):
-        return models.pipeline(parts)
+        return models.live_pipeline(parts)
     given: dict[str, Any] = {"unet": parts.unet, "vae": parts.vae}
     for number, name in enumerate(("", "_2")[: len(parts.text_encoders)]):
         given |= {f"text_encoder{name}": parts.text_encoders[number], f"tokenizer{name}": parts.tokenizers[number]}
@@ -257,7 +257,7 @@ def _opened(base: BaseSettings, dtype: Any, given: Mapping[str, Any] | None = No
     from training import single_file
 
     if file := _single_file(base):
-        return single_file.pipeline(file, dtype)
+        return single_file.single_file_pipeline(file, dtype)
     folder = base_folder(base)
     options: dict[str, Any] = {"revision": base.revision, "variant": base.variant, "use_safetensors": True}
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}

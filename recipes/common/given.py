@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from training import naming
 from training.command_line import parse
-from training.config import require, resolved, write
+from training.config import require, resolved, write_settings
 
 __all__ = ["merged", "standing"]
 
@@ -43,7 +43,7 @@ def merged(kind: type[SettingsT], values: Mapping[str, Any], words: Sequence[str
         require(name not in OWN, f"--{name}: {OWN.get(name)}")
     with tempfile.TemporaryDirectory() as home:
         config = Path(home) / "config.yaml"
-        write(dict(values), config)
+        write_settings(dict(values), config)
         read = parse(kind, [f"--config={config}", *words])
     found = copy.deepcopy(dict(values))
     for name in names:

@@ -24,7 +24,7 @@ def of_sampling(pipe: DiffusionPipeline, sampling: SamplingSettings, say: Callab
     """The precision that pictures are drawn in: "fp32", "bf16" or "fp16".
 
     Args:
-        pipe: of `recipes.common.base.pipeline`, with these settings.
+        pipe: of `recipes.common.base.sampling_pipeline`, with these settings.
         sampling: precision, size and batch size.
         say: receives a line about a trial.
     """

@@ -16,7 +16,7 @@ from recipes.common.draw import sheet
 from recipes.common.guidance import EFFECTIVE, arguments_of, guided
 from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import SamplingSettings
-from training.config import write
+from training.config import write_settings
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -83,7 +83,7 @@ def write_results(
         (stage / "gains.json").write_text(text, "utf-8")
         (stage / "report.html").write_text(page, "utf-8")
         sheet(shots).save(stage / "sheet.png")
-        write(dict(record), stage / "settings.yaml")
+        write_settings(dict(record), stage / "settings.yaml")
     print("\n" + "\n".join(headlines(gains)))
     if design.sweeps:
         print(f"At equal effective scale: {facts['at equal effective scale']}")

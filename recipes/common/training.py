@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import POCKET, around, load_parts, sampled_as
+from recipes.common.base import POCKET, around, load_base, sampled_as
 from recipes.common.cli import named, say
 from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, resolve
 from recipes.common.draw import OWN, TUNED
@@ -37,7 +37,7 @@ if MYPY:
     from training.method import Method
     from training.models import Parts
 
-__all__ = ["SubjectTraining", "Training", "check_stages", "data", "load", "record", "subjects", "train"]
+__all__ = ["SubjectTraining", "Training", "check_stages", "data", "load_for_training", "record", "subjects", "train"]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -113,7 +113,7 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
     from recipes.common import scorers, spaces
     from training import optim
 
-    optim.check(settings.train)
+    optim.check_optimizer(settings.train)
     if settings.ship is not None and settings.ship.sign:
         adapters.signing.check_key(settings.ship.sign)
     if settings.measure is None:
@@ -148,7 +148,7 @@ def _check_scopes(settings: Training) -> None:
         )
 
 
-def load(settings: Training, comparison: Comparison | None) -> Parts:
+def load_for_training(settings: Training, comparison: Comparison | None) -> Parts:
     """The base's parts for training; what could not be drawn with the base afterwards is said now.
 
     Args:
@@ -163,7 +163,7 @@ def load(settings: Training, comparison: Comparison | None) -> Parts:
     from recipes.common.trial import check_pictures
     from scfg.trace import RECORDABLE
 
-    parts: Parts = load_parts(settings.base)
+    parts: Parts = load_base(settings.base)
     if comparison is None:
         return parts
     pipe, plan = around(parts, settings.base), comparison.plan
@@ -292,7 +292,7 @@ def _class_prior(
 
     chosen, folder = settings.dreambooth, Path(settings.out) / "class_images"
     if settings.train.dry_run and chosen.class_prompt and chosen.preserve != "off":
-        dreambooth.check(parts, chosen, pictures, folder=folder, words=words, seed=settings.train.seed)
+        dreambooth.check_prior(parts, chosen, pictures, folder=folder, words=words, seed=settings.train.seed)
         say(f"would generate up to {chosen.class_images} pictures of the class; the trial takes the subject's instead")
         return dreambooth.Prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
@@ -319,7 +319,7 @@ def data(settings: DataSettings, *, parts: Parts, edges: Canny | None = None) ->
     from training.data import crops, images
 
     if settings.source not in (POCKET, "pocket-fluent"):
-        return crops.views(images.load(settings, edges=edges, say=say), settings, multiple=parts.multiple)
+        return crops.views(images.load_images(settings, edges=edges, say=say), settings, multiple=parts.multiple)
     from training.pocket.control import EDGES, Scenes
 
     look = "fluent" if settings.source == "pocket-fluent" else "noto"

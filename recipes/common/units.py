@@ -151,7 +151,7 @@ def _controlled(settings: MeasureSettings, adapter: str | None, size: tuple[int,
         require(settings.control != "segmentation", "control segmentation of your own pictures: set control given")
         place = Path(settings.targets)
         given = str(place / "conditioning") if settings.control == "given" else None
-        source = images.load(DataSettings(source=str(place), conditioning=given))
+        source = images.load_images(DataSettings(source=str(place), conditioning=given))
     wanted = range(len(source))[first:][: settings.limit]
     require(bool(wanted), f"measure.skip {first} leaves none of {len(source)} targets")
     kept = {

@@ -157,7 +157,7 @@ def test_backgrounds_are_told_apart_by_their_mean_color() -> None:
 def test_every_word_is_one_token_and_other_words_still_work() -> None:
     from training.pocket import tokenizer
 
-    tokens = tokenizer.build()
+    tokens = tokenizer.build_tokenizer()
     for word in vocabulary():
         assert len(tokens(word).input_ids) == 3, word
     ids = tokens("a zebra on the grass").input_ids
@@ -171,7 +171,7 @@ def test_a_saved_tokenizer_reads_the_same(tmp_path) -> None:
 
     from training.pocket import tokenizer
 
-    built = tokenizer.build()
+    built = tokenizer.build_tokenizer()
     built.save_pretrained(tmp_path)
     read = CLIPTokenizer.from_pretrained(tmp_path)
     prompt = "a red dog, a zebra and a blue car in the night sky"

@@ -103,7 +103,7 @@ def test_the_pictures_differ_from_each_other(name: str) -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_drawn_subject_is_made_anew(name: str, tmp_path: Path) -> None:
-    made = subjects.write(tmp_path, name)
+    made = subjects.write_subject(tmp_path, name)
     assert files(made) == files(SHIPPED / name)
     for file in files(made):
         if file.endswith((".png", ".webp")):
@@ -115,7 +115,7 @@ def test_a_drawn_subject_is_made_anew(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TOYS)
 def test_a_rendered_subject_is_made_anew(name: str, tmp_path: Path) -> None:
     pytest.importorskip("pybullet")
-    made = subjects.write(tmp_path, name)
+    made = subjects.write_subject(tmp_path, name)
     assert files(made) == files(SHIPPED / name)
     for file in files(made):
         if file.endswith((".png", ".webp")):
@@ -154,13 +154,13 @@ def test_surfaces_face_outwards() -> None:
 def test_without_pybullet_the_message_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pybullet", None)
     with pytest.raises(PocketError, match="pip install pybullet"):
-        subjects.write(tmp_path, next(iter(TOYS)))
+        subjects.write_subject(tmp_path, next(iter(TOYS)))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_subject_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(PocketError, match="zebra"):
-        subjects.write(tmp_path, "zebra")
+        subjects.write_subject(tmp_path, "zebra")
     with pytest.raises(PocketError, match="zebra"):
         rendered.rendering("zebra", 0)
 

@@ -14,11 +14,11 @@ import torch
 
 import adapters
 import scfg
-from recipes.common.base import pipeline
+from recipes.common.base import sampling_pipeline
 from recipes.common.settings import SamplingSettings
 from training import config, loop, lora
 from training.data import crops, images
-from training.models import Parts, load
+from training.models import Parts, load_parts
 
 pytestmark = pytest.mark.slow
 ROOM = 0.02  # of the memory after warming up
@@ -55,7 +55,7 @@ def flat(once: Callable[[int], Any], *, warm: int, times: int) -> None:
 
 @pytest.fixture
 def pipe(models: Path) -> Any:
-    made = pipeline(config.BaseSettings(path=str(models / "sd15")), SamplingSettings())
+    made = sampling_pipeline(config.BaseSettings(path=str(models / "sd15")), SamplingSettings())
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -67,7 +67,7 @@ def draw(pipe: Any) -> None:
 def test_two_thousand_steps_of_training(models: Path, photos: Path, tmp_path: Path) -> None:
     parts = parts_of(models / "sd15")
     settings = config.DataSettings(source=str(photos / "dreambooth" / "rex"), resolution=32)
-    views = crops.views(images.load(settings, say=lambda line: None), settings, multiple=parts.multiple)
+    views = crops.views(images.load_images(settings, say=lambda line: None), settings, multiple=parts.multiple)
     seen: list[dict[str, int]] = []
 
     def say(line: str) -> None:
@@ -84,7 +84,7 @@ def test_two_thousand_steps_of_training(models: Path, photos: Path, tmp_path: Pa
 
 
 def parts_of(folder: Path) -> Parts:
-    return load(folder)
+    return load_parts(folder)
 
 
 def test_five_hundred_guided_pictures(pipe: Any) -> None:
@@ -101,7 +101,7 @@ def test_five_hundred_guided_pictures(pipe: Any) -> None:
 def test_two_hundred_releases_loaded_and_left(pipe: Any, models: Path, photos: Path, tmp_path: Path) -> None:
     parts = parts_of(models / "sd15")
     settings = config.DataSettings(source=str(photos / "dreambooth" / "rex"), resolution=32)
-    views = crops.views(images.load(settings, say=lambda line: None), settings, multiple=parts.multiple)
+    views = crops.views(images.load_images(settings, say=lambda line: None), settings, multiple=parts.multiple)
     train = config.TrainSettings(steps=2, batch_size=2, trackers=[])
     loop.train(
         lora.prepare(parts, config.LoraSettings(rank=2)), views, train, out=tmp_path / "out", say=lambda line: None

@@ -13,7 +13,7 @@ import torch
 import adapters
 from adapters.__main__ import main as inspect
 from adapters.measuring.verify import verify
-from recipes.common.base import pipeline
+from recipes.common.base import sampling_pipeline
 from recipes.common.settings import SamplingSettings
 from training.config import BaseSettings
 
@@ -109,7 +109,7 @@ def test_a_recipe_ends_in_what_other_programs_load(recipe, kind, preset, models,
     base = BaseSettings(path=str(models / "sd15"))
 
     def fresh() -> object:
-        return pipeline(base, SamplingSettings())
+        return sampling_pipeline(base, SamplingSettings())
 
     pipe = fresh()
     plain = computed(pipe)
@@ -140,7 +140,7 @@ def test_sdxl_with_new_tokens_goes_the_whole_way(models, photos, done, tmp_path)
     ]
     words = ['--lora.tokens={"sks": "d", "dog": "c"}']  # of the captions, which this tokenizer reads as letters
     release = trained(done, models, photos, tmp_path, "dreambooth_lora", *options, *words, base="sdxl")
-    pipe = pipeline(BaseSettings(path=str(models / "sdxl")), SamplingSettings())
+    pipe = sampling_pipeline(BaseSettings(path=str(models / "sdxl")), SamplingSettings())
     found = adapters.source.read_adapter(adapters.source.open_source(release))
     assert found.components == ["unet", "text_encoder", "text_encoder_2"]
     with adapters.load(pipe, release, guidance=lambda _: torch.no_grad()):
@@ -158,7 +158,7 @@ def test_a_full_fine_tune_ends_in_a_unet_of_diffusers(models, photos, done, tmp_
     release = trained(done, models, photos, tmp_path, "dreambooth")
     assert verify(release)["kind"] == "unet"
     base = models / "sd15"
-    plain, ours = (pipeline(BaseSettings(path=str(base)), SamplingSettings()) for _ in range(2))
+    plain, ours = (sampling_pipeline(BaseSettings(path=str(base)), SamplingSettings()) for _ in range(2))
     before = computed(plain)
     with adapters.load(ours, release, guidance=lambda _: torch.no_grad()):
         made = computed(ours)

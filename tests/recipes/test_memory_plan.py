@@ -102,7 +102,7 @@ def test_bases_that_no_plan_is_for_are_refused(tmp_path: Path) -> None:
 def test_new_writes_what_fits_into_the_config(models: Path, photos: Path, tmp_path: Path) -> None:
     import yaml
 
-    from recipes.new import prepare
+    from recipes.new import prepare_subject
 
     networks = {"clip": str(models / "clip"), "dino": str(models / "dino")}
     folder = tmp_path / "rex"
@@ -112,7 +112,7 @@ def test_new_writes_what_fits_into_the_config(models: Path, photos: Path, tmp_pa
 
         with Image.open(file) as image:
             image.resize((300, 260)).save(folder / file.name)
-    config = prepare(folder, "dog", "sks", str(models / "sdxl"), tmp_path / "run", networks, 8)
+    config = prepare_subject(folder, "dog", "sks", str(models / "sdxl"), tmp_path / "run", networks, 8)
     values = yaml.safe_load(config.read_text())
     assert values["data"]["resolution"] == 1024, "the family is read from the U-net's config"
     assert values["train"]["batch_size"] == SAMPLES
@@ -130,14 +130,14 @@ def test_what_training_loaded_is_gone_before_the_later_stages(
     from training.command_line import parse
 
     loaded: list[weakref.ref] = []
-    load = training.load_parts
+    load = training.load_base
 
     def watched(base: object) -> object:
         parts = load(base)
         loaded.append(weakref.ref(parts.unet))
         return parts
 
-    monkeypatch.setattr(training, "load_parts", watched)
+    monkeypatch.setattr(training, "load_base", watched)
     alive: list[object] = []
     free = after_training._free
 

@@ -13,7 +13,7 @@ import torch
 import adapters
 from adapters.measuring.sample import read
 from recipes.common import draw, precision
-from recipes.common.base import pipeline
+from recipes.common.base import sampling_pipeline
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings
 
@@ -25,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseSettings:
 
 def drawn(base: BaseSettings, name: str, folder: Path) -> tuple[list[np.ndarray], str]:
     sampling = SamplingSettings(precision=name, steps=2, batch_size=2)  # type: ignore[arg-type]
-    pipe = pipeline(base, sampling)
+    pipe = sampling_pipeline(base, sampling)
     before = adapters.describe(pipe)
     shots = draw.draw(pipe, ["a dog", "a cat"], [1], GuidanceSettings(guidance_scale=3), sampling, folder, None)
     if name == "auto":
@@ -42,7 +42,7 @@ def test_auto_draws_as_what_it_chose(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
     sampling = SamplingSettings(precision="auto", steps=2, batch_size=2)
     said: list[str] = []
-    first = precision.of_sampling(pipeline(base, sampling), sampling, said.append)
+    first = precision.of_sampling(sampling_pipeline(base, sampling), sampling, said.append)
     [place] = (tmp_path / "user cache" / "scfg-toolkit" / "precision").iterdir()
     assert said == [line for line in said if line.startswith(f"sampling.precision auto: {first}; bfloat16 takes ")]
     place.write_text(json.dumps({"time of bf16 / fp32": ratio}), "utf-8")

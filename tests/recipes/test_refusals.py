@@ -98,7 +98,7 @@ LATE: dict[str, dict[str, int]] = {
         "adapters.scope._Scoped": 1,  # trial; no pipeline of a base that trains guides so
         "adapters.scope._share": 2,  # comparison.check_scope
         "adapters.scope.scoped": 1,
-        "recipes.common.base.pipeline": 3,  # training.load
+        "recipes.common.base.sampling_pipeline": 3,  # training.load_for_training
         "recipes.common.draw.trial": 1,
         "scfg.visualize": 3,  # the report asks only where there is something to show
     },

@@ -285,10 +285,10 @@ def test_full_dreambooth_trains_measures_drift_and_ships_a_unet(tmp_path: Path, 
     assert len({row["arm"] for row in rows_of(tmp_path)}) == 3
     assert adapters.measuring.verify.verify(tmp_path / "release")["kind"] == "unet"
 
-    from recipes.common.base import pipeline
+    from recipes.common.base import sampling_pipeline
     from recipes.common.settings import SamplingSettings
 
-    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings())
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), SamplingSettings())
     before = pipe.unet
     with adapters.load(pipe, tmp_path / "release", guidance=lambda _: torch.no_grad()):
         own, theirs = before.state_dict(), pipe.unet.state_dict()
@@ -383,13 +383,15 @@ def test_class_images_need_no_word_of_the_region(tmp_path: Path, done) -> None:
 @pytest.mark.parametrize("changed", ["unet", "controlnet"])
 def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_path: Path, changed: str) -> None:
     """A ControlNet trained further, or a base of the same name, in the folder of an earlier run."""
-    from recipes.common.base import pipeline, size_of
+    from recipes.common.base import sampling_pipeline, size_of
     from recipes.common.draw import draw
     from recipes.common.settings import GuidanceSettings, SamplingSettings
     from training.errors import TrainingError
 
     sampling = SamplingSettings(steps=1)
-    pipe = pipeline(BaseSettings(path=str(models / "sd15")), sampling, controlnet=str(models / "controlnet-sd15"))
+    pipe = sampling_pipeline(
+        BaseSettings(path=str(models / "sd15")), sampling, controlnet=str(models / "controlnet-sd15")
+    )
     condition = {"image": Image.new("RGB", size_of(pipe, sampling))}
 
     def again(**more: float) -> list[adapters.Shot]:
@@ -409,13 +411,13 @@ def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_pat
 
 def test_the_base_s_attention_finds_the_dog_in_its_pictures() -> None:
     """All of a picture would overlap a mask by the mask's own area; measured over the eight: IoU .51, area .19."""
-    from recipes.common.base import load_parts
+    from recipes.common.base import load_base
     from recipes.common.region_mask import region_of
     from training.data import images
     from training.models import encode_images
 
     parts, source, region = (
-        load_parts(BaseSettings(path="pocket")),
+        load_base(BaseSettings(path="pocket")),
         images.folder(DOG, masks=DOG / "masks"),
         region_of("sks dog"),
     )

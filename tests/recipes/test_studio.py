@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 import adapters
 import scfg
 from adapters import files, signing
-from recipes.common.base import pipeline
+from recipes.common.base import sampling_pipeline
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
-from recipes.studio import Settings, _opened, _plainly, build, draw_pair, opening, run, save_guider
+from recipes.studio import Settings, _opened, _plainly, build_page, draw_pair, opening, run, save_guider
 from training.config import BaseSettings
 from training.errors import TrainingError
 from training.pocket import VERSION
@@ -42,7 +42,7 @@ TUNED = GuidanceSettings(
 
 @pytest.fixture(scope="module")
 def pipe():
-    return pipeline(BaseSettings(path="pocket"), FEW)
+    return sampling_pipeline(BaseSettings(path="pocket"), FEW)
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_without_gradio_one_line_says_what_to_install(recipe, tmp_path: Path) ->
 def test_the_page_starts_with_the_guiders_own_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     gradio = pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
-    shown = {part.elem_id: part for part in build(gradio, Settings()).blocks.values() if hasattr(part, "value")}
+    shown = {part.elem_id: part for part in build_page(gradio, Settings()).blocks.values() if hasattr(part, "value")}
     for name in ("latent_ratio", "gamma_min", "gamma_max", "smoothing_sigma", "start", "stop", "tokens", "completion"):
         assert shown[name].value == getattr(scfg.SemanticCFG(), name), name
     assert [value for _, value in shown["method"].choices] == list(scfg.METHODS)

@@ -41,7 +41,7 @@ def test_every_noun_has_its_own_words_though_colors_repeat() -> None:
     from training.pocket import tokenizer
 
     prompt = "a red car to the left of a red apple on the grass"
-    words = scfg.prompt_words(tokenizer.build(), prompt, 20)
+    words = scfg.prompt_words(tokenizer.build_tokenizer(), prompt, 20)
     phrases = pointing._phrases(words, captions.parse(prompt), "prompt")
     assert [[words[i].text for i in own] for own in phrases.values()] == [["red", "car"], ["red", "apple"]]
     positions = pointing._phrases(words, captions.parse(prompt), "all")
@@ -69,13 +69,13 @@ def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
 
 def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable[..., str]) -> None:
     import scfg
-    from recipes.common.base import pipeline
+    from recipes.common.base import sampling_pipeline
     from recipes.common.guidance import guidance_of
     from recipes.common.settings import SamplingSettings
     from training.config import BaseSettings
 
     settings = pointing.Settings(base=BaseSettings(path="pocket"), prompts=["a dog"], out=str(tmp_path))
-    pipe = pipeline(settings.base, SamplingSettings())
+    pipe = sampling_pipeline(settings.base, SamplingSettings())
     options = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent"}
     plain = pipe("a dog", generator=torch.Generator().manual_seed(1), **options).images
     with scfg.attach(pipe, guidance_of(settings.guidance), guidance_scale=4.0):

@@ -13,7 +13,7 @@ from PIL import Image
 
 import adapters
 import scfg
-from recipes.common.base import pipeline
+from recipes.common.base import sampling_pipeline
 from recipes.common.settings import SamplingSettings
 from recipes.ship import guidance_to_ship
 from training import pocket
@@ -29,7 +29,7 @@ def test_a_shipped_adapter_verifies_changes_the_picture_and_leaves_the_base(rele
     facts = json.loads((release / "gains.json").read_text())
     assert facts["design"]["notes"]["held out"]
     assert pocket.base_hash() in (release / "README.md").read_text("utf-8")
-    pipe = pipeline(BaseSettings(path="pocket"), SamplingSettings(steps=8))
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), SamplingSettings(steps=8))
     subject = json.loads((ROOT / "recipes" / "subjects" / release.name / "subject.json").read_text())
     prompt = f"a {subject['identifier']} {subject['class']} in the snow"
 

@@ -44,7 +44,7 @@ def test_half_precision_weights_give_nearly_float32s_masks(dtype, share, tokens)
     """The end token and the padding after it say the same and tie up to rounding: here they count as one."""
     want, want_foreground = one_step(torch.float32, tokens)
     got, foreground = one_step(dtype, tokens)
-    words = tokenizer.build()
+    words = tokenizer.build_tokenizer()
     ends = torch.tensor([len(words(sample(HELD_OUT_SEED, index).caption).input_ids) - 1 for index in range(SCENES)])
     if tokens == "all":
         got, want = (torch.minimum(regions, ends[:, None, None]) for regions in (got, want))

@@ -63,8 +63,8 @@ def test_canny_takes_the_thresholds_of_the_data_and_has_a_key_of_its_own_for_the
     for index in range(2):
         picture(index, (64, 48)).save(tmp_path / f"{index}.png")
     common = {"source": str(tmp_path), "prompt": "a thing", "annotator": "canny", "minimum": 8}
-    plain = images.load(DataSettings(**common))
-    low = images.load(DataSettings(**common, canny=(20, 60)))
+    plain = images.load_images(DataSettings(**common))
+    low = images.load_images(DataSettings(**common, canny=(20, 60)))
     for source, detector in ((plain, Canny()), (low, Canny(low=20, high=60))):
         wanted = detector.condition(source[0].image)
         assert np.array_equal(np.asarray(source[0].conditioning), np.asarray(wanted))
@@ -106,10 +106,10 @@ def test_training_conditions_are_made_by_it_and_keyed_by_its_name(segmenter: Pat
     for index in range(2):
         picture(index, (64, 64)).save(tmp_path / f"{index}.png")
     common = {"source": str(tmp_path), "prompt": "a thing", "annotator": "segmentation"}
-    made = images.load(DataSettings(**common, annotator_model=str(segmenter)))
+    made = images.load_images(DataSettings(**common, annotator_model=str(segmenter)))
     assert isinstance(made[0].conditioning, Image.Image)
     assert made[0].conditioning.size == (64, 64)
-    edges = images.load(DataSettings(source=str(tmp_path), prompt="a thing", annotator="canny"))
+    edges = images.load_images(DataSettings(source=str(tmp_path), prompt="a thing", annotator="canny"))
     assert made.key(0) != edges.key(0)
 
 

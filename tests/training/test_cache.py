@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def encode(base: Path, pictures: Path, store: cache.Store, *, resolution: int = 32, scale: float | None = None, **more):
     """Encodes a folder; returns how many entries had to be made, and the entries."""
-    parts = models.load(base)
+    parts = models.load_parts(base)
     if scale:
         parts.vae.register_to_config(scaling_factor=scale)
     data = crops.Views(images.folder(pictures, minimum=8), resolution=resolution, multiple=8)
@@ -47,7 +47,7 @@ def test_exactly_what_changed_is_encoded_again(base: Path, pictures: Path, tmp_p
 
 
 def test_text_is_encoded_again_when_caption_or_encoder_change(base: Path) -> None:
-    store, parts = cache.Store(), models.load(base)
+    store, parts = cache.Store(), models.load_parts(base)
     cache.encode_captions(["a dog", "a cat", "a dog"], parts, store, device=CPU)
     assert store.encoded == 2
     cache.encode_captions(["a cat", "a bird"], parts, store, device=CPU)
@@ -91,7 +91,7 @@ def test_a_vae_with_a_wrong_scale_is_noticed(base: Path, pictures: Path) -> None
 
 
 def test_the_shift_factor_counts(base: Path) -> None:
-    vae = models.load(base).vae
+    vae = models.load_parts(base).vae
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         mean, std = models.encode_images(vae, pixels)
@@ -133,7 +133,7 @@ def test_damaged_entries_are_made_again(base: Path, pictures: Path, tmp_path: Pa
 def losses(
     base: Path, pictures: Path, out: Path, kind: str, said: list[str] | None = None, **changes: object
 ) -> list[float]:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     plain = {"steps": 6, "batch_size": 2, "trackers": [], "log_every": 1, "learning_rate": 1e-2}
     settings = config.TrainSettings(**{**plain, **changes})  # type: ignore[arg-type]
@@ -184,7 +184,7 @@ def test_masks_come_down_to_latent_size_by_area(base: Path, pictures: Path, tmp_
         mask = Image.new("L", (32, 32))
         mask.paste(255, (0, 0, 6, 32))
         mask.save(masks / f"{number}.png")
-    parts = models.load(base)
+    parts = models.load_parts(base)
     data = crops.Views(images.folder(pictures, masks=masks, minimum=8), resolution=32)
     entry = cache.view_tensors(data[0], parts.vae_scale_factor)
     torch.testing.assert_close(entry["mask"][0, 0], torch.tensor([1, 0.5, 0, 0, 0, 0, 0, 0]))

@@ -77,7 +77,7 @@ def settings(tmp_path: Path, base: Path, **changes: object) -> Settings:
 
 
 def test_a_recipe_s_concepts_have_their_own_pictures_words_and_class_images(base: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     one = {"prefix": "x y", "identifier": "y", "class_prompt": "an owl", "share": None}
     chosen = settings(tmp_path, base, owl=one, dreambooth={"class_prompt": "a dog"})
     data, prior, (owl,) = subjects(parts, chosen)
@@ -109,7 +109,7 @@ def test_a_recipe_s_concepts_have_their_own_pictures_words_and_class_images(base
 )
 def test_what_is_wrong_with_a_concept_is_named(changes: dict, message: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=message):
-        subjects(models.load(base), settings(tmp_path, base, **changes))
+        subjects(models.load_parts(base), settings(tmp_path, base, **changes))
 
 
 class Crash(Exception):
@@ -127,7 +127,7 @@ def test_a_run_with_two_subjects_resumes_to_the_bit(base: Path, tmp_path: Path) 
             if line.startswith(f"step {crash}/"):
                 raise Crash
 
-        parts = models.load(base)
+        parts = models.load_parts(base)
         data, prior, others = subjects(parts, chosen)
         method = lora.prepare(parts, config.LoraSettings(rank=2))
         train = config.TrainSettings(steps=6, batch_size=4, learning_rate=1e-2, trackers=[], log_every=1, save_every=2)

@@ -67,7 +67,7 @@ def test_what_is_missing_is_named() -> None:
 def test_saved_settings_read_back_equal(tmp_path: Path) -> None:
     changes = ["--base.path", "x", "--train.optimizer_args", "{lr: 1}", "--lora.targets", "[to_q, to_k]"]
     read = command_line.parse(Settings, changes)
-    config.write(config.resolved(read), tmp_path / "settings.yaml")
+    config.write_settings(config.resolved(read), tmp_path / "settings.yaml")
     assert command_line.parse(Settings, ["--config", str(tmp_path / "settings.yaml")]) == read
 
 

@@ -205,7 +205,7 @@ def used(folder: Path, dice: random.Random, said: list[str]) -> None:
     more |= {"conditioning": str(folder.parent / "conditioning")} if dice.random() < 0.5 else {}
     more |= {"prompt": "a sks dog"} if dice.random() < 0.2 else {}
     settings = DataSettings(source=str(folder), resolution=16, minimum=4, buckets=3, **more)
-    source: Any = images.load(settings, say=said.append)
+    source: Any = images.load_images(settings, say=said.append)
     for file in images.scan(folder).pictures:
         assert file in source.files or file.name in "".join(said), f"{file.name} is left out without a word"
     views = crops.views(source, settings, multiple=8)

@@ -58,7 +58,7 @@ def test_a_training_has_none_from_caching_to_the_result(
 ) -> None:
     if (kind, family) == ("controlnet", "sdxl"):
         pytest.skip("its samples need a condition of SDXL's pipeline; the step is that of sd")
-    parts = models.load({"sd": base, "sdxl": sdxl_base}[family])
+    parts = models.load_parts({"sd": base, "sdxl": sdxl_base}[family])
     aim = config.ObjectiveSettings(snr_gamma=5.0, noise_offset=0.1, loss="huber", caption_dropout=0.2)
     method = METHODS[kind](parts, aim)
     source = images.folder(pictures, conditioning=pictures, minimum=8)

@@ -83,7 +83,7 @@ def test_missing_and_empty_folders_say_where_and_what_was_there(tmp_path: Path) 
     with pytest.raises(TrainingError, match=r"no images found in .*looked for .png.*there is notes.doc"):
         images.folder(tmp_path)
     with pytest.raises(TrainingError, match=r"no images found in"):
-        images.load(DataSettings(source=str(tmp_path)))
+        images.load_images(DataSettings(source=str(tmp_path)))
 
 
 def test_pairs_need_a_partner_of_the_same_size(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_three_kinds_of_local_datasets(tmp_path: Path) -> None:
     rows = [json.dumps({"file_name": f"{number}.png", "text": "abc"[number]}) for number in range(3)]
     (root / "metadata.jsonl").write_text("\n".join(rows))
     for name in ("saved", "made.parquet", "folder"):
-        source = images.load(DataSettings(source=str(tmp_path / name), minimum=8))
+        source = images.load_images(DataSettings(source=str(tmp_path / name), minimum=8))
         assert [source[index].caption for index in range(3)] == ["a", "b", "c"], name
         assert np.array_equal(np.asarray(source[1].image), np.asarray(pictures[1])), name
     with pytest.raises(TrainingError, match=r"no column caption; it has image, text; set data.image_column"):

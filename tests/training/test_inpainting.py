@@ -52,9 +52,9 @@ def test_holes_follow_their_seed_and_are_never_empty() -> None:
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_what_stands_beside_the_latents_is_what_the_pipeline_gives(bases: dict, family: str, pictures: Path) -> None:
-    parts = models.load(bases[family])
+    parts = models.load_parts(bases[family])
     assert parts.inpainting
-    pipe = models.pipeline(parts)
+    pipe = models.live_pipeline(parts)
     data = views(parts, pictures)
     pixels = data[0].pixels[None]
     hole = next(one for seed in range(9) if (one := holes.hole(seed, (32, 32))[None]).mean() < 1)
@@ -75,7 +75,7 @@ def test_what_stands_beside_the_latents_is_what_the_pipeline_gives(bases: dict, 
 
 
 def test_a_batch_holds_holes_by_position(bases: dict, pictures: Path) -> None:
-    parts = models.load(bases["sd"])
+    parts = models.load_parts(bases["sd"])
     entries = Live(views(parts, pictures), parts.vae_scale_factor)
     draws = Draws(latent_shape=(parts.channels, parts.vae_scale_factor), holes=True)
     one = Feed([Stream(entries=entries)], draws, seed=5, batch_size=4)
@@ -99,7 +99,7 @@ def test_a_lora_trains_resumes_to_the_bit_and_loads(
     validation = config.ValidationSettings(prompts=["a"], steps=1, loss_samples=2)
 
     def method() -> Any:
-        return lora.prepare(models.load(bases[family]), config.LoraSettings(rank=2))
+        return lora.prepare(models.load_parts(bases[family]), config.LoraSettings(rank=2))
 
     def run(own: Any, out: Path, steps: int) -> dict[str, torch.Tensor]:
         return train(own, views(own.parts, pictures), out, steps=steps, cache=cached, validation=validation)
@@ -115,14 +115,14 @@ def test_a_lora_trains_resumes_to_the_bit_and_loads(
 
 
 def test_the_base_is_kept_at_the_same_holes(bases: dict, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(bases["sd"])
+    parts = models.load_parts(bases["sd"])
     settings = config.DreamBoothSettings(class_prompt="a d", class_images=2, steps=1)
     data = views(parts, pictures)
     prior = dreambooth.prior(parts, settings, data, folder=tmp_path / "class", batch_size=2)
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     train(method, data, tmp_path / "run", prior=prior)
-    method = dreambooth.prepare(models.load(bases["sd"]))
+    method = dreambooth.prepare(models.load_parts(bases["sd"]))
     train(method, views(method.parts, pictures), tmp_path / "full")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "full" / "dreambooth")
     assert pipe.unet.config.in_channels == 9
@@ -136,12 +136,12 @@ def test_what_inpainting_models_cannot_do_is_one_line(bases: dict, pictures: Pat
             loop.train(method, data, settings, out=tmp_path / "out", say=lambda line: None, **more)
         assert "\n" not in str(caught.value)
 
-    refused("a ControlNet of an inpainting model cannot be trained", controlnet.prepare(models.load(bases["sd"])))
-    refused("region: words are not looked for", lora.prepare(models.load(bases["sd"])), region=lambda *args: None)
+    refused("a ControlNet of an inpainting model cannot be trained", controlnet.prepare(models.load_parts(bases["sd"])))
+    refused("region: words are not looked for", lora.prepare(models.load_parts(bases["sd"])), region=lambda *args: None)
     company = config.DreamBoothSettings(
         class_prompt="a d", class_prompt_file=str(pictures / "0.txt"), identifier="sks", company=0.5
     )
-    parts = models.load(bases["sd"])
+    parts = models.load_parts(bases["sd"])
     with pytest.raises(TrainingError, match="words are not looked for in inpainting models"):
         dreambooth.prior(parts, company, views(parts, pictures), folder=tmp_path / "class")
 
@@ -152,7 +152,7 @@ def test_a_single_file_is_the_same_inpainting_base(bases: dict, family: str, tmp
     file = original_layout.write(pipe, tmp_path / "x.safetensors")
     found = single_file.look(file, config=str(bases[family]))
     assert "Inpaint" in found.index["_class_name"]
-    assert models.load(file, config=str(bases[family])).identity == models.load(bases[family]).identity
+    assert models.load_parts(file, config=str(bases[family])).identity == models.load_parts(bases[family]).identity
 
 
 def test_other_numbers_of_channels_are_refused(bases: dict, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_other_numbers_of_channels_are_refused(bases: dict, tmp_path: Path) -> N
     pipe.unet = type(pipe.unet).from_config(dict(pipe.unet.config) | {"in_channels": 5})
     pipe.save_pretrained(tmp_path / "depth")
     with pytest.raises(TrainingError, match="takes 5 channels and its VAE gives 4; depth, editing and upscaling"):
-        models.load(tmp_path / "depth")
+        models.load_parts(tmp_path / "depth")
     file = original_layout.write(pipe, tmp_path / "depth.safetensors")
     with pytest.raises(TrainingError, match="its U-net takes 5 channels; depth, editing and upscaling"):
-        models.load(file, config=str(bases["sd"]))
+        models.load_parts(file, config=str(bases["sd"]))

@@ -31,7 +31,7 @@ def quiet(line: str) -> None:
 
 
 def train(base: Path, pictures: Path, out: Path, make, chosen: config.TrainSettings, **more: object) -> loop.Result:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     source = images.folder(pictures, conditioning=pictures, minimum=8)
     data = crops.Views(source, resolution=32, multiple=parts.multiple)
     result = loop.train(make(parts), data, chosen, out=out, say=quiet, **more)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def test_a_batch_may_be_split_into_micro_steps(
 def test_the_saved_lora_changes_a_plain_pipeline_as_the_trained_unet(
     base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2, alpha=3, text_encoder=True))
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     result = loop.train(method, data, settings(), out=tmp_path, say=quiet)
@@ -114,7 +114,7 @@ def test_full_training_saves_a_whole_pipeline(base: Path, pictures: Path, tmp_pa
 
 
 def test_a_new_controlnet_changes_nothing_and_the_saved_one_loads(base: Path, pictures: Path, tmp_path: Path) -> None:
-    network = controlnet.prepare(models.load(base)).controlnet
+    network = controlnet.prepare(models.load_parts(base)).controlnet
     with torch.no_grad():
         down, mid = network(
             torch.randn(1, 4, 8, 8), 5, torch.randn(1, 12, 16), torch.rand(1, 3, 32, 32), return_dict=False
@@ -162,7 +162,7 @@ def test_a_model_that_gets_no_gradient_is_an_error(base: Path, pictures: Path, t
 def test_clipping_clips(base: Path, pictures: Path, tmp_path: Path) -> None:
     """With plain gradient descent the first step is as long as the clipped gradient: learning rate times `clip`."""
     chosen = settings(steps=1, optimizer="torch.optim:SGD", learning_rate=1.0, clip=1e-3)
-    start = {key: value.detach().clone() for key, value in small_lora(models.load(base)).trainable().items()}
+    start = {key: value.detach().clone() for key, value in small_lora(models.load_parts(base)).trainable().items()}
     end = weights(train(base, pictures, tmp_path, small_lora, chosen))
     length = sum(float((end[key] - start[key]).square().sum()) for key in start) ** 0.5
     assert length == pytest.approx(1e-3, rel=1e-2)
@@ -178,7 +178,7 @@ def test_bf16_computes_low_and_trains_in_float32(make, base: Path, pictures: Pat
 
 
 def test_frozen_weights_get_the_compute_precision(base: Path) -> None:
-    method = small_lora(models.load(base))
+    method = small_lora(models.load_parts(base))
     prepare.cast(method, torch.device("cpu"), torch.bfloat16)
     frozen = {parameter.dtype for parameter in method.parts.unet.parameters() if not parameter.requires_grad}
     assert frozen == {torch.bfloat16}
@@ -247,7 +247,7 @@ def test_no_step_waits_for_the_device_between_log_lines(
 def test_tensorboard_gets_the_loss_and_a_missing_tracker_is_named(base: Path, pictures: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     said: list[str] = []
-    parts = models.load(base)
+    parts = models.load_parts(base)
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     chosen = settings(steps=1, trackers=["tensorboard", "no_such_tracker"])
     loop.train(small_lora(parts), data, chosen, out=tmp_path, say=said.append)

@@ -57,7 +57,7 @@ def predict(unet, width: int = 16, **more: object) -> torch.Tensor:
 def test_every_lora_loads_into_a_pipeline_as_it_was_trained(
     changes: dict, base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     result = train(lora.prepare(parts, config.LoraSettings(rank=2, **changes)), pictures, tmp_path)
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     before = predict(pipe.unet)
@@ -72,7 +72,7 @@ def test_the_result_is_saved_in_the_precision_asked_for(
 ) -> None:
     found = {}
     for name in ("fp32", precision):
-        method = lora.prepare(models.load(base), config.LoraSettings(rank=2))
+        method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2))
         result = train(method, pictures, tmp_path / name, save_precision=name)
         found[name] = load_file(result.folder / lora.WEIGHTS_NAME)
         (kept,) = (tmp_path / name / "checkpoints").glob("step-*/weights.safetensors")
@@ -85,14 +85,14 @@ def test_the_result_is_saved_in_the_precision_asked_for(
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_loha_and_lokr_come_back_through_peft(kind: str, base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     result = train(lora.prepare(parts, config.LoraSettings(rank=2, kind=kind)), pictures, tmp_path)  # type: ignore[arg-type]
-    fresh = PeftModel.from_pretrained(models.load(base).unet, result.folder / "unet")
+    fresh = PeftModel.from_pretrained(models.load_parts(base).unet, result.folder / "unet")
     torch.testing.assert_close(predict(fresh), predict(parts.unet), rtol=1e-4, atol=1e-6)
 
 
 def test_the_file_tells_alpha_and_settings(base: Path, pictures: Path, tmp_path: Path) -> None:
-    method = lora.prepare(models.load(base), config.LoraSettings(rank=2, alpha=5.0))
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2, alpha=5.0))
     with safe_open(train(method, pictures, tmp_path).folder / lora.WEIGHTS_NAME, framework="pt") as file:
         header = file.metadata()
         assert not [key for key in file.keys() if key.endswith(".alpha")]  # noqa: SIM118 # diffusers refuses them
@@ -104,18 +104,18 @@ def test_the_file_tells_alpha_and_settings(base: Path, pictures: Path, tmp_path:
 
 def test_an_unknown_target_is_named(base: Path) -> None:
     with pytest.raises(TrainingError, match=r"lora.targets: to_x names no layer.*attention.*to_q"):
-        lora.prepare(models.load(base), config.LoraSettings(targets=["to_q", "to_x"]))
+        lora.prepare(models.load_parts(base), config.LoraSettings(targets=["to_q", "to_x"]))
 
 
 def test_a_second_adapter_on_the_same_base_is_refused(base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     lora.prepare(parts)
     with pytest.raises(TrainingError, match="already has an adapter"):
         lora.prepare(parts)
 
 
 def test_a_new_token_trains_alone_and_loads_as_textual_inversion(base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     table = parts.text_encoders[0].get_input_embeddings().weight.detach().clone()
     word = parts.tokenizers[0]("d", add_special_tokens=False).input_ids
     (pictures / "0.txt").write_text("a <rex>")
@@ -133,21 +133,21 @@ def test_a_new_token_trains_alone_and_loads_as_textual_inversion(base: Path, pic
 
 
 def test_a_token_that_no_caption_has_is_refused(base: Path, pictures: Path, tmp_path: Path) -> None:
-    method = lora.prepare(models.load(base), config.LoraSettings(tokens={"<rex>": "d"}))
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(tokens={"<rex>": "d"}))
     with pytest.raises(TrainingError, match=r"lora.tokens: <rex> is in no caption"):
         train(method, pictures, tmp_path)
 
 
 def test_a_token_that_is_a_word_already_is_refused(base: Path) -> None:
     with pytest.raises(TrainingError, match=r"lora.tokens: a</w> is in the vocabulary"):
-        lora.prepare(models.load(base), config.LoraSettings(tokens={"a</w>": "d"}))
+        lora.prepare(models.load_parts(base), config.LoraSettings(tokens={"a</w>": "d"}))
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 def test_sdxl_trains_both_text_encoders_and_loads(
     text_encoder: bool, sdxl_base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    parts = models.load(sdxl_base)
+    parts = models.load_parts(sdxl_base)
     assert parts.family == "sdxl"
     result = train(
         lora.prepare(parts, config.LoraSettings(rank=2, text_encoder=text_encoder)), pictures, tmp_path, steps=3
@@ -163,7 +163,7 @@ def test_sdxl_trains_both_text_encoders_and_loads(
 
 
 def test_sdxl_text_and_sizes_are_those_of_its_pipeline(sdxl_base: Path) -> None:
-    parts = models.load(sdxl_base)
+    parts = models.load_parts(sdxl_base)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_base)
     with torch.no_grad():
         ours = models.encode_text(parts, models.tokenize(parts, ["a dog"]))
@@ -173,29 +173,29 @@ def test_sdxl_text_and_sizes_are_those_of_its_pipeline(sdxl_base: Path) -> None:
 
 
 def test_sdxl_full_and_controlnet_train(sdxl_base: Path, pictures: Path, tmp_path: Path) -> None:
-    full = train(dreambooth.prepare(models.load(sdxl_base)), pictures, tmp_path / "full")
+    full = train(dreambooth.prepare(models.load_parts(sdxl_base)), pictures, tmp_path / "full")
     StableDiffusionXLPipeline.from_pretrained(full.folder)
-    train(controlnet.prepare(models.load(sdxl_base)), pictures, tmp_path / "controlnet")
+    train(controlnet.prepare(models.load_parts(sdxl_base)), pictures, tmp_path / "controlnet")
 
 
 def test_a_controlnet_goes_on_from_a_given_one(base: Path, sdxl_base: Path, pictures: Path, tmp_path: Path) -> None:
     edges = Canny(low=30, high=90, grey=True)
-    first = train(controlnet.prepare(models.load(base), edges=edges), pictures, tmp_path / "one")
+    first = train(controlnet.prepare(models.load_parts(base), edges=edges), pictures, tmp_path / "one")
     assert Canny.of(ControlNetModel.load_config(first.folder)) == edges
-    again = controlnet.prepare(models.load(base), config.ControlNetSettings(start=str(first.folder)))
+    again = controlnet.prepare(models.load_parts(base), config.ControlNetSettings(start=str(first.folder)))
     saved = load_file(first.folder / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, saved[key]) for key, value in again.controlnet.state_dict().items())
     assert Canny.of(again.controlnet.config) == edges  # diffusers carries it along
     with pytest.raises(TrainingError, match="cross_attention_dim = 16, the base's U-net has 32"):
-        controlnet.prepare(models.load(sdxl_base), config.ControlNetSettings(start=str(first.folder)))
+        controlnet.prepare(models.load_parts(sdxl_base), config.ControlNetSettings(start=str(first.folder)))
     with pytest.raises(TrainingError, match=r"controlnet.channels must hold 3 widths for a VAE factor of 4"):
-        controlnet.prepare(models.load(base), config.ControlNetSettings(channels=(16, 32)))
+        controlnet.prepare(models.load_parts(base), config.ControlNetSettings(channels=(16, 32)))
 
 
 def prior(base: Path, folder: Path, **changes: object) -> dreambooth.Prior:
     plain = {"preserve": "pictures", "class_prompt": "dog", "class_images": 3, "steps": 1}
     chosen = config.DreamBoothSettings(**{**plain, **changes})  # type: ignore[arg-type]
-    parts = models.load(base)
+    parts = models.load_parts(base)
     data = crops.Views([images.Sample(image=Image.new("RGB", (32, 32)), caption="x dog")], resolution=32)
     made = dreambooth.prior(parts, chosen, data, folder=folder)
     assert made is not None
@@ -295,7 +295,7 @@ def test_class_images_of_a_prompt_file_are_captioned_with_what_they_were_drawn_o
 def test_the_loss_is_instance_mean_plus_weighted_class_mean(
     ratio: float, base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     inner = method.step
@@ -320,26 +320,26 @@ def test_the_loss_is_instance_mean_plus_weighted_class_mean(
 
 def test_bases_that_cannot_be_trained_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="is not a folder; give a diffusers pipeline folder"):
-        models.load(tmp_path / "nowhere")
+        models.load_parts(tmp_path / "nowhere")
     with pytest.raises(TrainingError, match=r"model_index.json is missing"):
-        models.load(tmp_path)
+        models.load_parts(tmp_path)
     (tmp_path / "alone.safetensors").write_bytes(b"")
     with pytest.raises(TrainingError, match=r"alone.safetensors: 0 bytes is too short for a safetensors file"):
-        models.load(tmp_path / "alone.safetensors")
+        models.load_parts(tmp_path / "alone.safetensors")
     with pytest.raises(TrainingError, match=r"models/alone.safetensors: no such file"):  # not a hub id
-        models.load("models/alone.safetensors")
+        models.load_parts("models/alone.safetensors")
     with pytest.raises(TrainingError, match=r"old.ckpt is a single pickled file, which is never loaded"):
-        models.load("models/old.ckpt")
+        models.load_parts("models/old.ckpt")
     broken = tmp_path / "broken"
     shutil.copytree(base, broken)
     (broken / "unet" / "diffusion_pytorch_model.safetensors").rename(broken / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(TrainingError, match="broken"):
-        models.load(broken)
+        models.load_parts(broken)
     index = json.loads((base / "model_index.json").read_text())
     index["transformer"] = index.pop("unet")
     (broken / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(TrainingError, match=r"has no U-net \(it holds .*transformer"):
-        models.load(broken)
+        models.load_parts(broken)
 
 
 def not_finite(file: Path) -> None:
@@ -393,11 +393,11 @@ def test_a_damaged_base_is_named(name: str, base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     damage(tmp_path / "base")
     with pytest.raises(TrainingError, match=said):
-        models.load(tmp_path / "base")
+        models.load_parts(tmp_path / "base")
 
 
 def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     for name in ("0.txt", "1.txt"):
         (pictures / name).write_text("picture of words " * 100, "utf-8")
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)

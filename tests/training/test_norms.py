@@ -16,7 +16,7 @@ TARGETS = ["to_q", "conv1"]
 
 def made(base: Path, **changes: object) -> lora.Method:
     settings = config.LoraSettings(rank=2, alpha=3.0, targets=TARGETS, **changes)  # type: ignore[arg-type]
-    return lora.prepare(models.load(base), settings)
+    return lora.prepare(models.load_parts(base), settings)
 
 
 def updates(method: lora.Method) -> list[torch.Tensor]:

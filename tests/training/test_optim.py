@@ -18,7 +18,7 @@ from training.errors import TrainingError
 
 def build(**changes: object) -> torch.optim.Optimizer:
     trainable = {"unet.a": nn.Parameter(torch.ones(2)), "text_encoder.b": nn.Parameter(torch.ones(3))}
-    return optim.build(trainable, TrainSettings(**{"learning_rate": 0.1, **changes}))  # type: ignore[arg-type]
+    return optim.build_optimizer(trainable, TrainSettings(**{"learning_rate": 0.1, **changes}))  # type: ignore[arg-type]
 
 
 def test_adamw_is_fused_and_text_encoders_have_their_own_rate() -> None:
@@ -68,14 +68,14 @@ def test_any_optimizer_goes_on_from_its_checkpoint_to_the_bit(name: str, tmp_pat
             optimizer.step()
 
     weight = nn.Parameter(start.clone())
-    optimizer = optim.build({"unet.a": weight}, settings)
+    optimizer = optim.build_optimizer({"unet.a": weight}, settings)
     advance(weight, optimizer, 4)
     state = checkpoint.State(step=4, weights={"a": weight}, optimizer=optimizer.state_dict(), facts={"settings": {}})
-    saved = checkpoint.load(checkpoint.save(tmp_path, state, keep=1))
+    saved = checkpoint.load_checkpoint(checkpoint.save(tmp_path, state, keep=1))
     advance(weight, optimizer, 4)
 
     again = nn.Parameter(saved.weights["a"].clone())
-    resumed = optim.build({"unet.a": again}, settings)
+    resumed = optim.build_optimizer({"unet.a": again}, settings)
     checkpoint.restore_optimizer(resumed, saved.optimizer)
     advance(again, resumed, 4)
     assert (weight - target).norm() < (start - target).norm()
@@ -98,7 +98,7 @@ def test_a_package_that_is_absent_is_one_line(name: str, install: str, monkeypat
     with pytest.raises(
         TrainingError, match=rf"^train.optimizer {name} needs the package {install}: pip install {install}$"
     ):
-        optim.check(TrainSettings(optimizer=name))
+        optim.check_optimizer(TrainSettings(optimizer=name))
 
 
 def test_each_optimizer_has_its_own_rate_unless_one_is_set() -> None:
@@ -115,7 +115,7 @@ def test_factors_by_pattern_come_on_top_of_the_rates_and_0_is_left_out() -> None
     names = ["unet.down.a", "unet.down.b", "unet.up.a", "unet.up.b", "text_encoder.b"]
     trainable = {name: nn.Parameter(torch.zeros(number + 1)) for number, name in enumerate(names)}
     settings = TrainSettings(learning_rate=0.1, text_learning_rate=0.01, rates={r"up\.a": 0, "up": 0.5, r"a$": 3})
-    optimizer = optim.build(trainable, settings, {r"b$": 2})
+    optimizer = optim.build_optimizer(trainable, settings, {r"b$": 2})
     peaks = {len(item): group["peak"] for group in optimizer.param_groups for item in group["params"]}
     assert peaks == pytest.approx({1: 0.3, 2: 0.2, 4: 0.1, 5: 0.02})
     assert optim.frozen(trainable, settings) == ["unet.up.a"]
@@ -131,7 +131,7 @@ def test_factors_by_pattern_come_on_top_of_the_rates_and_0_is_left_out() -> None
 def test_a_schedule_free_optimizer_shows_its_average_and_goes_on_with_the_bits_it_had() -> None:
     pytest.importorskip("schedulefree")
     weight = nn.Parameter(torch.zeros(64))
-    optimizer = optim.build({"unet.a": weight}, TrainSettings(optimizer="schedulefree", learning_rate=0.1))
+    optimizer = optim.build_optimizer({"unet.a": weight}, TrainSettings(optimizer="schedulefree", learning_rate=0.1))
     points = []  # z, of which the result is the mean: every step has the same rate
     for step in range(5):
         weight.grad = torch.randn(64, generator=torch.Generator().manual_seed(step))
@@ -144,7 +144,7 @@ def test_a_schedule_free_optimizer_shows_its_average_and_goes_on_with_the_bits_i
         assert all(group["train_mode"] for group in optimizer.param_groups)
     for changes in ({"ema": 0.9}, {"schedule": "cosine"}):
         with pytest.raises(TrainingError, match=r"train.optimizer schedulefree averages by itself"):
-            optim.check(TrainSettings(optimizer="schedulefree", **changes))  # type: ignore[arg-type]
+            optim.check_optimizer(TrainSettings(optimizer="schedulefree", **changes))  # type: ignore[arg-type]
 
 
 def test_the_rate_is_a_function_of_the_step() -> None:

@@ -19,7 +19,7 @@ from training.errors import TrainingError
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_ranks_and_alphas_by_pattern_train_and_load(rslora: bool, base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     settings = config.LoraSettings(
         rank=2, ranks={"attn2.*to_k": 0, r"attn2\b": 3, "down_blocks": 1}, alphas={r"attn2.*to_v": 7.0}, rslora=rslora
     )
@@ -51,10 +51,10 @@ def test_ranks_and_alphas_by_pattern_train_and_load(rslora: bool, base: Path, pi
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_loha_and_lokr_have_ranks_by_pattern_too(kind: str, base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     settings = config.LoraSettings(rank=2, kind=kind, ranks={"attn1": 1, "attn2.*to_k": 0}, alphas={"to_v": 3})  # type: ignore[arg-type]
     result = train(lora.prepare(parts, settings), pictures, tmp_path)
-    fresh = PeftModel.from_pretrained(models.load(base).unet, result.folder / "unet")
+    fresh = PeftModel.from_pretrained(models.load_parts(base).unet, result.folder / "unet")
     torch.testing.assert_close(predict(fresh), predict(parts.unet), rtol=1e-4, atol=1e-6)
 
 
@@ -74,7 +74,7 @@ def test_loha_and_lokr_have_ranks_by_pattern_too(kind: str, base: Path, pictures
 )
 def test_a_pattern_that_catches_nothing_is_an_error(changes: dict, message: str, base: Path) -> None:
     with pytest.raises(TrainingError, match=message):
-        lora.prepare(models.load(base), config.LoraSettings(**changes))
+        lora.prepare(models.load_parts(base), config.LoraSettings(**changes))
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_a_bad_pattern_or_value_is_named(changes: dict, message: str) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_plus_has_the_rates_of_peft(dora: bool, base: Path) -> None:
-    method = lora.prepare(models.load(base), config.LoraSettings(rank=2, plus_ratio=16, dora=dora))
-    ours = optim.build(method.trainable(), config.TrainSettings(learning_rate=1e-3), method.factors)
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2, plus_ratio=16, dora=dora))
+    ours = optim.build_optimizer(method.trainable(), config.TrainSettings(learning_rate=1e-3), method.factors)
     theirs = create_loraplus_optimizer(method.parts.unet, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
     rates = [
         {id(item): group["lr"] for group in optimizer.param_groups for item in group["params"]}
@@ -106,7 +106,7 @@ def test_lora_plus_has_the_rates_of_peft(dora: bool, base: Path) -> None:
 
 
 def test_dora_leaves_out_layers_whose_norm_it_cannot_divide_by(base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     names = [name for name, _ in parts.unet.named_modules() if name.endswith("attn2.to_v")]
     with torch.no_grad():
         parts.unet.get_submodule(names[0]).weight[1] = 0  # as half precision leaves rows of small numbers
@@ -120,7 +120,7 @@ def test_dora_leaves_out_layers_whose_norm_it_cannot_divide_by(base: Path, pictu
 
 
 def test_what_a_factor_of_0_freezes_stays_and_is_still_saved(base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     before = {name: value.detach().clone() for name, value in method.trainable().items()}
     result = train(method, pictures, tmp_path, rates={"lora_A": 0}, optimizer_args={"weight_decay": 0.5})
@@ -136,7 +136,7 @@ def test_what_a_factor_of_0_freezes_stays_and_is_still_saved(base: Path, picture
 
 def test_a_text_encoder_without_ranks_does_not_train(base: Path, pictures: Path, tmp_path: Path) -> None:
     method = lora.prepare(
-        models.load(base), config.LoraSettings(rank=2, text_encoder=True, ranks={"^text_encoder": 0, "attn2": 3})
+        models.load_parts(base), config.LoraSettings(rank=2, text_encoder=True, ranks={"^text_encoder": 0, "attn2": 3})
     )
     assert list(method.models) == ["unet"]
     assert not method.trains_text
@@ -145,7 +145,7 @@ def test_a_text_encoder_without_ranks_does_not_train(base: Path, pictures: Path,
 
 
 def test_the_header_holds_the_patterns(base: Path, pictures: Path, tmp_path: Path) -> None:
-    method = lora.prepare(models.load(base), config.LoraSettings(rank=2, ranks={"attn2": 3}))
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2, ranks={"attn2": 3}))
     result = train(method, pictures, tmp_path)
     from safetensors import safe_open
 

@@ -31,7 +31,7 @@ def validation_losses(out: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "controlnet"])
 def test_training_lowers_the_loss_at_fixed_noise(name: str, pocket: Path, tmp_path: Path) -> None:
-    parts = models.load(pocket)
+    parts = models.load_parts(pocket)
     method = lora.prepare(parts) if name == "lora" else controlnet.prepare(parts)
     data = crops.Views(Scenes(control="canny", count=4, seed=5, begin=0), resolution=64, multiple=parts.multiple)
     settings = config.TrainSettings(
@@ -71,7 +71,7 @@ def test_pictures_come_nearer_to_the_subject(name: str, pocket: Path, tmp_path: 
     pipe.set_progress_bar_config(disable=True)
     before = similarity(pictures(pipe, subject))
 
-    parts = models.load(pocket)
+    parts = models.load_parts(pocket)
     small = config.LoraSettings(rank=16, targets="conv")
     method = lora.prepare(parts, small) if name == "lora" else dreambooth.prepare(parts)
     data = crops.Views(images.folder(subject), resolution=64, multiple=parts.multiple)

@@ -65,7 +65,7 @@ def test_what_cannot_be_remembered_is_float32(own_memory: Path) -> None:
 
 
 def test_lowered_weights_come_back_as_the_tensors_they_were(base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     before = [(one, one.data_ptr(), one.data.clone()) for one in parts.unet.parameters()]
     trained = {id(one) for one in method.trainable().values()}

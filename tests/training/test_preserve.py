@@ -56,7 +56,7 @@ def moved(method: Method) -> None:
 def test_the_target_is_the_base_s_prediction_before_and_after_training(
     kind: str, family: str, base: Path, sdxl_base: Path
 ) -> None:
-    parts = models.load({"sd": base, "sdxl": sdxl_base}[family])
+    parts = models.load_parts({"sd": base, "sdxl": sdxl_base}[family])
     method = KINDS[kind](parts)
     assert method.switch is not None
     method.base = method.switch()
@@ -80,7 +80,7 @@ def test_the_target_is_the_base_s_prediction_before_and_after_training(
 
 
 def test_adapters_are_on_again_after_an_error(base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = KINDS["lora"](parts)
     method.base = method.switch()
     moved(method)
@@ -94,7 +94,7 @@ def test_adapters_are_on_again_after_an_error(base: Path) -> None:
 
 
 def test_outside_the_subject_the_base_counts_and_inside_the_picture(base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = KINDS["lora"](parts)
     method.base = method.switch()
     moved(method)
@@ -198,7 +198,7 @@ def settings(**changes: object) -> config.DreamBoothSettings:
 
 def test_without_class_images_the_subject_s_own_serve_under_their_class_captions(base: Path, tmp_path: Path) -> None:
     data = subject(tmp_path)
-    made = dreambooth.prior(models.load(base), settings(), data, folder=tmp_path / "class")
+    made = dreambooth.prior(models.load_parts(base), settings(), data, folder=tmp_path / "class")
     assert made is not None
     assert made.to_base
     assert [made.views.caption(index) for index in range(3)] == ["a dog", "a dog at night", "an owl and a dog"]
@@ -209,7 +209,7 @@ def test_without_class_images_the_subject_s_own_serve_under_their_class_captions
 
 
 def test_a_subject_is_placed_where_the_base_drew_its_class(base: Path, tmp_path: Path) -> None:
-    parts, data = models.load(base), subject(tmp_path)
+    parts, data = models.load_parts(base), subject(tmp_path)
     lines = tmp_path / "lines.txt"
     lines.write_text("{} on grass\na cat\n{} at night\n")
     chosen = settings(class_prompt="a dog", class_prompt_file=str(lines), class_images=6, steps=1, company=0.5)
@@ -248,7 +248,7 @@ def test_where_no_single_object_is_nothing_is_placed() -> None:
 def test_a_preserved_batch_may_be_split_into_micro_steps(kind: str, base: Path, tmp_path: Path) -> None:
     data, found = subject(tmp_path), []
     for size, accumulation in ((4, 1), (1, 4)):
-        parts = models.load(base)
+        parts = models.load_parts(base)
         made = dreambooth.prior(parts, settings(surroundings="base"), data, folder=tmp_path / "class")
         train = config.TrainSettings(
             steps=4, batch_size=size, accumulation=accumulation, learning_rate=1e-2, trackers=[], log_every=1
@@ -261,7 +261,7 @@ def test_a_preserved_batch_may_be_split_into_micro_steps(kind: str, base: Path, 
 
 
 def test_the_estimate_counts_the_base_s_copy_and_its_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = dreambooth.prepare(parts)
     stepper, chosen = Stepper(method, torch.float32, torch.device("cpu")), config.TrainSettings()
     batch = batch_of(parts, ["a dog"], ["a dog"])
@@ -277,7 +277,7 @@ def test_the_estimate_counts_the_base_s_copy_and_its_time(base: Path, monkeypatc
 
 
 def test_what_cannot_be_preserved_is_refused(base: Path, pictures: Path, tmp_path: Path) -> None:
-    parts, data = models.load(base), subject(tmp_path)
+    parts, data = models.load_parts(base), subject(tmp_path)
 
     def prior(chosen: config.DreamBoothSettings, own: crops.Views = data, **more: Any) -> dreambooth.Prior | None:
         return dreambooth.prior(parts, chosen, own, folder=tmp_path / "class", **more)
@@ -303,6 +303,6 @@ def test_what_cannot_be_preserved_is_refused(base: Path, pictures: Path, tmp_pat
     with pytest.raises(TrainingError, match=r"preserve: base .* method lora has no switch"):
         loop.train(method, data, config.TrainSettings(trackers=[]), out=tmp_path / "out", prior=made)
     own = crops.Views(images.folder(pictures, conditioning=pictures, minimum=8), resolution=32)
-    control = controlnet.prepare(models.load(base))
+    control = controlnet.prepare(models.load_parts(base))
     with pytest.raises(TrainingError, match="class images have no conditioning"):
         loop.train(control, own, config.TrainSettings(trackers=[]), out=tmp_path / "out", prior=made)

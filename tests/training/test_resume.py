@@ -314,7 +314,7 @@ def test_a_checkpoint_comes_back_as_it_was_and_the_last_ones_are_kept(tmp_path: 
     found = checkpoint.find("latest", tmp_path)
     assert found is not None
     assert found[0] == path
-    loaded = checkpoint.load(path)
+    loaded = checkpoint.load_checkpoint(path)
     assert loaded.step == 10
     assert loaded.weights["a"].tolist() == [0, 1, 2]
     assert loaded.optimizer["state"][0]["note"] == 4
@@ -334,7 +334,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_half_one(
     with pytest.raises(TrainingError, match=r"cannot save .*step-000002.*No space left.*before is intact"):
         checkpoint.save(tmp_path, state(2), keep=2)
     assert [item.name for item in tmp_path.iterdir()] == ["step-000001"]
-    assert checkpoint.load(tmp_path / "step-000001").step == 1
+    assert checkpoint.load_checkpoint(tmp_path / "step-000001").step == 1
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ PROMPTS = ["a dog", "a cat"]
 
 
 def train(base: Path, pictures: Path, out: Path, **changes: object) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     asked = config.ValidationSettings(prompts=PROMPTS, steps=1, every=2)
     given = {"steps": 4, "trackers": [], "validation": asked, "learning_rate": 1e-2, "log_every": 2, **changes}

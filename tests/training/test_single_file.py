@@ -66,10 +66,10 @@ def files(pipes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_file_is_the_base_that_its_folder_is(family: str, folders: dict, files: dict, pipes: dict) -> None:
-    folder, file = models.load(folders[family]), models.load(files[family], config=str(folders[family]))
+    folder, file = models.load_parts(folders[family]), models.load_parts(files[family], config=str(folders[family]))
     assert file.identity == folder.identity
     assert file.scheduler == folder.scheduler
-    opened = single_file.pipeline(file.file, torch.float32)
+    opened = single_file.single_file_pipeline(file.file, torch.float32)
     assert adapters.describe(opened) | {"name": ""} == adapters.describe(pipes[family]) | {"name": ""}
 
 
@@ -79,53 +79,53 @@ def test_a_file_in_half_precision_is_its_folder_in_half_precision(folders: dict,
     StableDiffusionPipeline.from_pretrained(
         folders["sd"], torch_dtype=torch.float16, safety_checker=None
     ).save_pretrained(tmp_path / "folder")
-    file = models.load(tmp_path / "half.safetensors", config=str(folders["sd"]))
-    assert file.identity == models.load(tmp_path / "folder").identity
+    file = models.load_parts(tmp_path / "half.safetensors", config=str(folders["sd"]))
+    assert file.identity == models.load_parts(tmp_path / "folder").identity
 
 
 def test_openclip_is_read(folders: dict, pipes: dict, tmp_path: Path) -> None:
     save_file(original_layout.tensors(pipes["sd"], openclip=True), tmp_path / "two.safetensors")
-    file = models.load(tmp_path / "two.safetensors", config=str(folders["sd"]))
-    assert file.identity == models.load(folders["sd"]).identity
+    file = models.load_parts(tmp_path / "two.safetensors", config=str(folders["sd"]))
+    assert file.identity == models.load_parts(folders["sd"]).identity
 
 
 def test_a_whole_fine_tune_of_a_file_is_a_folder(folders: dict, files: dict, pictures: Path, tmp_path: Path) -> None:
-    parts = models.load(files["sd"], config=str(folders["sd"]), prediction="v_prediction")
+    parts = models.load_parts(files["sd"], config=str(folders["sd"]), prediction="v_prediction")
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     settings = config.TrainSettings(steps=1, batch_size=2, learning_rate=1e-2, trackers=[])
     result = loop.train(dreambooth.prepare(parts), data, settings, out=tmp_path, say=lambda line: None)
     assert result is not None
-    made = models.load(result.folder)
+    made = models.load_parts(result.folder)
     assert made.scheduler["prediction_type"] == "v_prediction"
-    assert models.weights_digest(made.vae) == models.weights_digest(models.load(folders["sd"]).vae)
-    assert not torch.equal(made.unet.conv_out.bias, models.load(folders["sd"]).unet.conv_out.bias)
+    assert models.weights_digest(made.vae) == models.weights_digest(models.load_parts(folders["sd"]).vae)
+    assert not torch.equal(made.unet.conv_out.bias, models.load_parts(folders["sd"]).unet.conv_out.bias)
 
 
 def test_a_file_draws_its_folder_s_pictures(folders: dict, files: dict) -> None:
-    from recipes.common.base import pipeline, pipeline_arguments
+    from recipes.common.base import pipeline_arguments, sampling_pipeline
 
     drawn = []
     for settings in (
         config.BaseSettings(path=str(folders["sdxl"])),
         config.BaseSettings(path=str(files["sdxl"]), config=str(folders["sdxl"])),
     ):
-        pipe = pipeline(settings, SamplingSettings(scheduler="euler"))
+        pipe = sampling_pipeline(settings, SamplingSettings(scheduler="euler"))
         made = pipe("a dog", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0))
         drawn.append(torch.from_numpy(made.images))
         assert pipeline_arguments(settings)[0] == "StableDiffusionXLPipeline"
     assert torch.equal(*drawn)
     with pytest.raises(TrainingError, match=r"sampling.scheduler pndm knows no noise schedule without signal"):
-        pipeline(dataclasses.replace(settings, zero_snr=True), SamplingSettings(scheduler="pndm"))
+        sampling_pipeline(dataclasses.replace(settings, zero_snr=True), SamplingSettings(scheduler="pndm"))
 
 
 @pytest.mark.parametrize("single", [True, False])
 def test_the_card_s_code_reads_the_base_as_it_was(single: bool, folders: dict, files: dict, tmp_path: Path) -> None:
     from recipes import ship
-    from recipes.common.base import pipeline
+    from recipes.common.base import sampling_pipeline
 
     path, more = (files["sd"], {"config": str(folders["sd"])}) if single else (folders["sd"], {})
     base = config.BaseSettings(path=str(path), prediction="v_prediction", **more)
-    pipe = pipeline(base, SamplingSettings())
+    pipe = sampling_pipeline(base, SamplingSettings())
     settings = ship.Settings(base=base, adapter="x", out=str(tmp_path))
     card = ship._card(settings, MeasureSettings(prompts=["a dog"]), 1.0, pipe)
     assert card.base_model == ("sd.safetensors" if single else str(path))
@@ -168,15 +168,15 @@ def test_prediction_and_schedule_are_told_by_the_file_or_the_settings(
     found = single_file.look(file, config=str(folders["sd"]), **settings)
     assert found.scheduler["prediction_type"] == prediction
     assert found.scheduler.get("rescale_betas_zero_snr") in ((True,) if zero else (None, False))
-    scheduler = single_file.pipeline(found, None).scheduler
+    scheduler = single_file.single_file_pipeline(found, None).scheduler
     scheduler.set_timesteps(4)
     assert (scheduler.timesteps[0] == 999) == bool(zero)  # else no step would see that there is no signal
     assert (scheduler.alphas_cumprod[-1] < 1e-7) == bool(zero)
 
 
 def test_a_folder_s_prediction_may_be_overruled(folders: dict) -> None:
-    assert models.load(folders["sd"], prediction="v_prediction").scheduler["prediction_type"] == "v_prediction"
-    assert models.load(folders["sd"]).scheduler["prediction_type"] == "epsilon"
+    assert models.load_parts(folders["sd"], prediction="v_prediction").scheduler["prediction_type"] == "v_prediction"
+    assert models.load_parts(folders["sd"]).scheduler["prediction_type"] == "epsilon"
 
 
 @pytest.mark.parametrize(("spread", "prediction"), [(0.05, "epsilon"), (0.2, "v_prediction")])
@@ -251,7 +251,7 @@ def test_a_file_that_is_no_base_is_one_line(case: str, tmp_path: Path) -> None:
     tensors, said = CASES[case]
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(TrainingError, match=said) as caught:
-        models.load(tmp_path / "x.safetensors")
+        models.load_parts(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
     assert "SD-1.x, SD-2.x or SDXL" in str(caught.value)
 
@@ -259,7 +259,7 @@ def test_a_file_that_is_no_base_is_one_line(case: str, tmp_path: Path) -> None:
 def test_damaged_and_unfitting_files_are_one_line(folders: dict, files: dict, pipes: dict, tmp_path: Path) -> None:
     def refused(name: str, said: str, **more: Any) -> None:
         with pytest.raises(TrainingError, match=said) as caught:
-            models.load(tmp_path / name, **more)
+            models.load_parts(tmp_path / name, **more)
         assert "\n" not in str(caught.value)
 
     whole = files["sd"].read_bytes()

@@ -58,7 +58,7 @@ def settings(tmp_path: Path, base: Path, **prior: Any) -> Settings:
 
 
 def train(chosen: Settings, base: Path, out: Path, **changes: Any) -> loop.Result:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     data, prior, others = subjects(parts, chosen)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     asked = {"steps": 12, "batch_size": 4, "trackers": [], "log_every": 1, "save_every": 5, **changes}

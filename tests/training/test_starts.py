@@ -19,7 +19,7 @@ from training.kernels import fused
 
 @pytest.mark.parametrize("start", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 def test_every_start_begins_as_the_base(start: str, base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     before = predict(parts.unet)
     lora.prepare(parts, config.LoraSettings(rank=2, start=start, alpha=3.0))  # type: ignore[arg-type]
     torch.testing.assert_close(predict(parts.unet), before, rtol=1e-4, atol=1e-5)
@@ -31,7 +31,7 @@ def test_every_start_begins_as_the_base(start: str, base: Path) -> None:
 def test_what_took_from_the_base_is_saved_as_a_plain_lora_of_it(
     start: str, changes: dict, precision: str, base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     settings = config.LoraSettings(rank=2, start=start, text_encoder=True, **changes)
     result = train(lora.prepare(parts, settings), pictures, tmp_path, save_precision=precision)
     state = load_file(result.folder / lora.WEIGHTS_NAME)
@@ -55,7 +55,7 @@ def test_what_took_from_the_base_is_saved_as_a_plain_lora_of_it(
 
 
 def test_pissa_takes_the_largest_part_of_the_weight(base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     weights = {name: value.detach().clone() for name, value in parts.unet.named_parameters()}
     lora.prepare(parts, config.LoraSettings(rank=2, start="pissa", alpha=6.0))
     layers = {name: module for name, module in parts.unet.named_modules() if hasattr(module, "lora_A")}
@@ -82,7 +82,7 @@ def test_pissa_takes_the_largest_part_of_the_weight(base: Path) -> None:
 )
 def test_what_does_not_go_together_is_one_error(changes: dict, message: str, base: Path) -> None:
     with pytest.raises(TrainingError, match=message):
-        lora.prepare(models.load(base), config.LoraSettings(**changes))
+        lora.prepare(models.load_parts(base), config.LoraSettings(**changes))
 
 
 class Layer(nn.Module):
@@ -122,7 +122,7 @@ def test_whole_updates_are_left_out_of_a_pass() -> None:
 
 
 def test_layers_with_dropout_of_ranks_stay_with_peft(base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     lora.prepare(parts, config.LoraSettings(rank=2, rank_dropout=0.5))
     with fused.fused([parts.unet]):
         layers = [module for module in parts.unet.modules() if hasattr(module, "lora_A")]

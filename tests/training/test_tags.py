@@ -102,7 +102,7 @@ def train(base: Path, data: crops.Views, out: Path, crash: int = 0) -> tuple[Pat
     settings = config.TrainSettings(
         steps=5, batch_size=2, learning_rate=1e-2, trackers=[], log_every=1, save_every=2, precision="fp32"
     )
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     prior = dreambooth.prior(parts, config.DreamBoothSettings(identifier="sks"), data, folder=out / "class")
     assert loop.train(method, data, settings, out=out, prior=prior, say=say)

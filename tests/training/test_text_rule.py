@@ -11,7 +11,7 @@ import torch
 
 from adapters import text
 from adapters.text import TextRule
-from recipes.common.base import load_parts, pipeline
+from recipes.common.base import load_base, sampling_pipeline
 from recipes.common.settings import SamplingSettings
 from training import config, dreambooth, loop, lora, models
 from training.config import BaseSettings
@@ -34,14 +34,14 @@ def test_training_and_sampling_read_alike(layered: dict, family: str, rule: dict
     if family == "sdxl" and "clip_skip" in rule:
         rule = rule | {"clip_skip": 3}
     base = BaseSettings(path=str(layered[family]), **rule)
-    parts, pipe = load_parts(base), pipeline(base, SamplingSettings())
-    usual = models.load(layered[family])
+    parts, pipe = load_base(base), sampling_pipeline(base, SamplingSettings())
+    usual = models.load_parts(layered[family])
     with torch.no_grad():
         ours = models.encode_text(parts, models.tokenize(parts, [LONG, "a"]))
         plain = models.encode_text(usual, models.tokenize(usual, [LONG, "a"]))
         asked = {"prompt": [LONG, "a"], "device": "cpu", "num_images_per_prompt": 1}
         theirs = pipe.encode_prompt(**asked, do_classifier_free_guidance=False)
-        live = models.pipeline(parts).encode_prompt(**asked, do_classifier_free_guidance=False)
+        live = models.live_pipeline(parts).encode_prompt(**asked, do_classifier_free_guidance=False)
     torch.testing.assert_close(ours["embeds"], theirs[0])
     torch.testing.assert_close(ours["embeds"], live[0])
     if family == "sdxl":
@@ -51,14 +51,14 @@ def test_training_and_sampling_read_alike(layered: dict, family: str, rule: dict
 
 def test_the_familys_own_layer_is_no_rule(layered: dict) -> None:
     for family, own in (("sd", 1), ("sdxl", 2)):
-        assert load_parts(BaseSettings(path=str(layered[family]), clip_skip=own)).text.neutral
+        assert load_base(BaseSettings(path=str(layered[family]), clip_skip=own)).text.neutral
 
 
 def test_the_cache_keeps_every_rules_embeddings_apart(layered: dict) -> None:
     store = cache.Store()
 
     def entry(**rule: int) -> tuple[str, torch.Tensor]:
-        parts = load_parts(BaseSettings(path=str(layered["sd"]), **rule))
+        parts = load_base(BaseSettings(path=str(layered["sd"]), **rule))
         name = cache.encode_captions([LONG], parts, store, device=torch.device("cpu"))[LONG]
         return name, store[name]["embeds"]
 
@@ -74,7 +74,7 @@ def test_a_run_reads_the_ends_of_long_captions(layered: dict, pictures: Path, tm
 
     def trained(ending: str, **rule: int) -> dict[str, torch.Tensor]:
         place = tmp_path / f"{ending}-{rule}"
-        parts = load_parts(BaseSettings(path=str(layered["sd"]), **rule))
+        parts = load_base(BaseSettings(path=str(layered["sd"]), **rule))
         source = images.folder(pictures, prompt=f"abcdefghij {ending}", minimum=8)
         data = crops.Views(source, resolution=32, multiple=parts.multiple)
         method = lora.prepare(parts, config.LoraSettings(rank=2))
@@ -95,7 +95,7 @@ def test_a_run_reads_the_ends_of_long_captions(layered: dict, pictures: Path, tm
 
 
 def test_a_text_encoder_trains_through_its_chunks(layered: dict, pictures: Path, tmp_path: Path) -> None:
-    parts = load_parts(BaseSettings(path=str(layered["sdxl"]), clip_skip=3, prompt_chunks=2))
+    parts = load_base(BaseSettings(path=str(layered["sdxl"]), clip_skip=3, prompt_chunks=2))
     method = lora.prepare(parts, config.LoraSettings(rank=2, text_encoder=True))
     data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
     settings = config.TrainSettings(steps=2, learning_rate=1e-2, trackers=[])
@@ -107,7 +107,7 @@ def test_a_text_encoder_trains_through_its_chunks(layered: dict, pictures: Path,
 
 def test_class_images_of_another_rule_are_refused(layered: dict, tmp_path: Path) -> None:
     def drawn(**rule: int) -> None:
-        parts = load_parts(BaseSettings(path=str(layered["sd"]), **rule))
+        parts = load_base(BaseSettings(path=str(layered["sd"]), **rule))
         dreambooth.class_images(parts, ["a dog"], 2, tmp_path, resolution=32, steps=1, batch_size=2)
 
     drawn(clip_skip=2)
@@ -125,7 +125,7 @@ def test_class_images_of_another_rule_are_refused(layered: dict, tmp_path: Path)
 )
 def test_a_rule_that_cannot_be_followed_is_refused(layered: dict, family: str, rule: dict, said: str) -> None:
     base = BaseSettings(path=str(layered[family]), **rule)
-    for opened in (load_parts, lambda one: pipeline(one, SamplingSettings())):
+    for opened in (load_base, lambda one: sampling_pipeline(one, SamplingSettings())):
         with pytest.raises(TrainingError, match=said):
             opened(base)
 

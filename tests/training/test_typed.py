@@ -92,7 +92,7 @@ def test_what_is_written_reads_back(text: str, tmp_path: Path) -> None:
         maybe=[text, "b"],
         words={text: text},
     )
-    config.write(config.resolved(made), tmp_path / "settings.yaml")
+    config.write_settings(config.resolved(made), tmp_path / "settings.yaml")
     assert command_line.parse(Texts, ["--config", str(tmp_path / "settings.yaml")]) == made
 
 

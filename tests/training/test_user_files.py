@@ -85,7 +85,7 @@ def test_a_config_and_a_printed_prompt_do_not_depend_on_the_locale(tmp_path: Pat
         "from training import command_line, config, errors\n"
         "with errors.exit_on_error():\n"
         f"    found = command_line.parse(config.DataSettings, ['--config', {str(tmp_path / 'c.yaml')!r}])\n"
-        f"    config.write(config.resolved(found), {str(tmp_path / 'd.yaml')!r})\n"
+        f"    config.write_settings(config.resolved(found), {str(tmp_path / 'd.yaml')!r})\n"
         "    print(found.prompt)\n"
     )
     plain = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -225,7 +225,7 @@ def test_kohya_s_repeats_and_class_names(tmp_path: Path) -> None:
     fill(root / "10_sks dog", 1, captions=False)
     fill(root / "3_sks dog side", 2)
     fill(root / "2024_beach", 1)
-    source = images.load(DataSettings(source=str(root), minimum=8), say=said.append)
+    source = images.load_images(DataSettings(source=str(root), minimum=8), say=said.append)
     assert source.captions.count("sks dog") == 10
     assert source.captions.count("picture a") == 3 + 1
     assert source.captions.count("picture b") == 3
@@ -252,14 +252,14 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path: Path) -> None:
     root = tmp_path / "rex [2]"
     fill(root / "train", 2)
     fill(root / "test", 3)
-    assert len(images.load(DataSettings(source=str(root), minimum=8))) == 2
+    assert len(images.load_images(DataSettings(source=str(root), minimum=8))) == 2
     assert subject_folders([str(root)]) == [str(root)]
     assert subject_folders([str(tmp_path / "rex*")]) == [str(root)]
     import datasets
 
     table = datasets.Dataset.from_dict({"image": [picture(0)], "text": ["a"]}).cast_column("image", datasets.Image())
     table.to_parquet(root / "made.parquet")
-    assert len(images.load(DataSettings(source=str(root / "made.parquet"), minimum=8))) == 1
+    assert len(images.load_images(DataSettings(source=str(root / "made.parquet"), minimum=8))) == 1
 
 
 # ------------------------------------------------------------------------------------------------ captions in cells
@@ -301,10 +301,10 @@ def test_the_caption_column_counts_for_folders_too(tmp_path: Path) -> None:
     root = fill(tmp_path / "a", 1, captions=False)
     row = {"file_name": "0.png", "text": "wrong", "long": "right"}
     (root / "metadata.jsonl").write_text(json.dumps(row), "utf-8")
-    assert images.load(DataSettings(source=str(root), caption_column="long", minimum=8)).captions == ["right"]
+    assert images.load_images(DataSettings(source=str(root), caption_column="long", minimum=8)).captions == ["right"]
     (root / "metadata.jsonl").unlink()
     with pytest.raises(TrainingError, match=r"data.caption_column long names a key of metadata.jsonl"):
-        images.load(DataSettings(source=str(root), caption_column="long", minimum=8))
+        images.load_images(DataSettings(source=str(root), caption_column="long", minimum=8))
 
 
 def test_empty_pictures_masks_and_no_pictures_are_named_with_their_row(tmp_path: Path) -> None:

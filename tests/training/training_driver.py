@@ -33,7 +33,7 @@ def train(
 
     With `shares`, what part of the weights lies in this process is said at the end.
     """
-    parts = models.load(asked["base"])
+    parts = models.load_parts(asked["base"])
     method = METHODS[asked["method"]](parts)
     source = images.folder(asked["pictures"], conditioning=asked["pictures"], minimum=8)
     data = crops.Views(source, resolution=32, multiple=parts.multiple, flip=True)

@@ -35,7 +35,7 @@ __all__ = [
     "dataset",
     "detector",
     "folder",
-    "load",
+    "load_images",
     "mask",
     "rgb",
     "scan",
@@ -70,7 +70,7 @@ class Annotated:
         return method if name != "key" else lambda index: f"{method(index)}-{self.name}"
 
 
-def load(settings: DataSettings, *, edges: Canny | None = None, say: Say = print) -> Source:
+def load_images(settings: DataSettings, *, edges: Canny | None = None, say: Say = print) -> Source:
     """The source that the settings describe, checked.
 
     Args:

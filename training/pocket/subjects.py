@@ -25,7 +25,7 @@ from .scenes import GRID, SIDE, compose
 from .sprites import scaled, sprite
 from .world import BACKGROUNDS, SIZE
 
-__all__ = ["IDENTIFIER", "SUBJECTS", "write"]
+__all__ = ["IDENTIFIER", "SUBJECTS", "write_subject"]
 
 # Folder names. A drawn subject's is its class; a rendered one's class is in ``TOYS``. A subject's place seeds its
 # pictures: new ones go to the end.
@@ -86,7 +86,7 @@ INSTEAD = {
 }
 
 
-def write(root: Path, name: str) -> Path:
+def write_subject(root: Path, name: str) -> Path:
     """Make the pictures of the subject ``name`` in ``root/name``.
 
     Raises:
@@ -165,4 +165,4 @@ def _prompt(prompt: str, noun: str) -> str:
 
 if __name__ == "__main__":
     for subject in SUBJECTS:
-        print(write(Path(sys.argv[1]), subject))
+        print(write_subject(Path(sys.argv[1]), subject))

@@ -9,7 +9,7 @@ from .captions import vocabulary
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-__all__ = ["MAX_LENGTH", "build", "merges_for"]
+__all__ = ["MAX_LENGTH", "build_tokenizer", "merges_for"]
 
 MAX_LENGTH = 20  # the longest caption of the grammar has 18 tokens, begin and end included
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -50,7 +50,7 @@ def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def build() -> CLIPTokenizer:
+def build_tokenizer() -> CLIPTokenizer:
     """The tokenizer of the pocket base: 748 tokens, ``MAX_LENGTH`` long, padded with the end token as SD-1.x is."""
     from transformers import CLIPTokenizer
 

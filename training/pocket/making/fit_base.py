@@ -1,7 +1,7 @@
 """Fit the pocket U-net and its text encoder together, on latents of drawn scenes.
 
 The ``i``-th sample of step ``k`` is scene ``k * batch + i`` of ``SHARDS * SHARD``, over and over: the position of a run
-is its step. Latents are encoded in shards, by the run itself or ahead of it by another process (``prepare``).
+is its step. Latents are encoded in shards, by the run itself or ahead of it by another process (``encoded_shard``).
 
 Several processes (``torchrun``) divide every batch among them; what is drawn for a sample does not depend on that.
 
@@ -82,7 +82,7 @@ def encoded_shard(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> di
             return read_tensors(path)[0]
         except FileError as error:
             print(f"{error}; it is made again")
-    words = tokenizer.build()
+    words = tokenizer.build_tokenizer()
     begin = index * SHARD
     pieces = [range(i, min(i + 64, begin + SHARD)) for i in range(begin, begin + SHARD, 64)]
     latents = [_encode(vae, seed, piece) * vae.config.scaling_factor for piece in pieces]
@@ -97,7 +97,7 @@ def fresh_base(device: str) -> Base:
     """Fresh parts, initialised from the fixed seed."""
     torch.manual_seed(TRAIN_SEED)
     unet = model.unet().to(device, memory_format=torch.channels_last)
-    return Base(unet=unet, text_encoder=model.text_encoder(tokenizer.build()).to(device))
+    return Base(unet=unet, text_encoder=model.text_encoder(tokenizer.build_tokenizer()).to(device))
 
 
 def fit(
@@ -208,7 +208,7 @@ def _schedule():
 
 @lru_cache(maxsize=1)
 def _empty() -> Tensor:
-    ids: Tensor = tokenizer.build()("", padding="max_length", return_tensors="pt").input_ids[0]
+    ids: Tensor = tokenizer.build_tokenizer()("", padding="max_length", return_tensors="pt").input_ids[0]
     return ids
 
 

@@ -17,7 +17,7 @@ from ..judging import Judge
 from . import model
 from .fit_base import Base
 
-__all__ = ["LIMITS", "base", "controlnet", "judge", "pipeline", "write_manifest"]
+__all__ = ["LIMITS", "assembled_pipeline", "base", "controlnet", "judge", "write_manifest"]
 
 LIMITS = {
     VERSION: 30_000_000,
@@ -27,13 +27,13 @@ LIMITS = {
 }  # bytes
 
 
-def pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
+def assembled_pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
     """The parts as the ordinary pipeline, without a safety checker (there is nothing here it was made for)."""
     return StableDiffusionPipeline(
         vae=vae,
         unet=parts.unet,
         text_encoder=parts.text_encoder,
-        tokenizer=tokenizer.build(),
+        tokenizer=tokenizer.build_tokenizer(),
         scheduler=model.scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -45,7 +45,7 @@ def base(vae: AutoencoderKL, parts: Base) -> Path:
     """Write the base folder. The parts given are used up: their weights are halved in place."""
 
     def write(folder: Path) -> None:
-        pipeline(vae, parts).to(torch.float16).save_pretrained(folder)
+        assembled_pipeline(vae, parts).to(torch.float16).save_pretrained(folder)
         # transformers loads in the dtype this names, diffusers in float32: left at float16, a plain
         # `from_pretrained(folder)` would mix the two and fail.
         config = folder / "text_encoder" / "config.json"

@@ -283,7 +283,7 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
     bound = objective.build_objective(encoders.scheduler)
     stream = batches.Stream(entries=Live(data, encoders.vae_scale_factor))
     shape = (encoders.unet.config.in_channels, encoders.vae_scale_factor)
-    ids = lambda captions: {"ids_0": models.tokenize(encoders, captions)[0]}  # noqa: E731
+    ids = lambda captions: {"ids_0": models.tokenize_captions(encoders, captions)[0]}  # noqa: E731
     batches = validate.fixed_loss_batches(stream, batches.Draws(latent_shape=shape), 16, seed=5, text=ids)
     found = {}
     for name in ("trainer", "plain"):

@@ -86,8 +86,8 @@ def judge(steps: dict[str, int], device: str) -> None:
 
     fitted = fit_judge.fit(RUNS / "judge", **steps, device=device)
     print(json.dumps(fit_judge.accuracy(fitted)))
-    shipping.judge(fitted)
-    shipping.write_manifest()
+    shipping.write_judge(fitted)
+    shipping.write_pocket_manifest()
 
 
 def latents(shards: str, device: str) -> None:
@@ -147,8 +147,8 @@ def ship(name: str) -> None:
         unet = UNet2DConditionModel.from_pretrained(RUNS / "base" / "fitted" / "unet")
         text_encoder = CLIPTextModel.from_pretrained(RUNS / "base" / "fitted" / "text_encoder")
         decoder = "refined" if (RUNS / "vae" / "refined").exists() else "fitted"
-        shipping.base(_vae("cpu", decoder), fit_base.Base(unet=unet, text_encoder=text_encoder))
-    listed = shipping.write_manifest()
+        shipping.write_base(_vae("cpu", decoder), fit_base.BaseParts(unet=unet, text_encoder=text_encoder))
+    listed = shipping.write_pocket_manifest()
     size = sum(entry["bytes"] for entry in listed["files"].values())
     print(f"{listed['version']}: {size:,} bytes in {len(listed['files'])} files")
 
@@ -182,8 +182,8 @@ def controlnet(name: str, steps: dict[str, int]) -> None:
         out=RUNS / f"controlnet-{name}-{base_hash()[:8]}",  # another base, another training
     )
     assert result is not None
-    shipping.controlnet(name, ControlNetModel.from_pretrained(result.folder))
-    shipping.write_manifest()
+    shipping.write_controlnet(name, ControlNetModel.from_pretrained(result.folder))
+    shipping.write_pocket_manifest()
 
 
 def sheet(seed: int) -> None:

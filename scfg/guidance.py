@@ -88,10 +88,10 @@ class LimitedGuidance(Guidance):
         for name in ("smoothing_sigma", "start", "stop"):
             as_number(self, name)
         low, high = self.gamma_min, self.gamma_max
-        require(low is None or low >= 0, "gamma_min", low, "None or a number >= 0")
-        require(high is None or high >= (low or 0), "gamma_max", high, f"None or a number >= gamma_min={low}")
-        require(self.scale_cap is None or self.scale_cap > 0, "scale_cap", self.scale_cap, "None or a number > 0")
-        require(self.smoothing_sigma >= 0, "smoothing_sigma", self.smoothing_sigma, "a number >= 0")
+        require_value(low is None or low >= 0, "gamma_min", low, "None or a number >= 0")
+        require_value(high is None or high >= (low or 0), "gamma_max", high, f"None or a number >= gamma_min={low}")
+        require_value(self.scale_cap is None or self.scale_cap > 0, "scale_cap", self.scale_cap, "None or a number > 0")
+        require_value(self.smoothing_sigma >= 0, "smoothing_sigma", self.smoothing_sigma, "a number >= 0")
         require_window(self.start, self.stop)
 
     def active(self, fraction: float) -> bool:
@@ -102,7 +102,7 @@ class LimitedGuidance(Guidance):
         return limit(gamma, gamma_min=self.gamma_min, gamma_max=self.gamma_max, cap=cap, sigma=self.smoothing_sigma)
 
 
-def require(holds: bool, name: str, value: object, allowed: str) -> None:
+def require_value(holds: bool, name: str, value: object, allowed: str) -> None:
     """Refuse a setting's value in one way.
 
     Args:
@@ -124,7 +124,7 @@ def require_window(start: float, stop: float) -> None:
     Raises:
         ScfgError: not 0 <= start < stop <= 1.
     """
-    require(0 <= start < stop <= 1, "start, stop", (start, stop), "0 <= start < stop <= 1")
+    require_value(0 <= start < stop <= 1, "start, stop", (start, stop), "0 <= start < stop <= 1")
 
 
 def as_number(settings: Guidance, name: str) -> None:
@@ -134,5 +134,5 @@ def as_number(settings: Guidance, name: str) -> None:
         ScfgError: it is no number.
     """
     value = getattr(settings, name)
-    require(isinstance(value, (int, float)), name, value, "a number")
+    require_value(isinstance(value, (int, float)), name, value, "a number")
     object.__setattr__(settings, name, float(value))

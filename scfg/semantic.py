@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .errors import ScfgError
-from .guidance import GuidanceInputs, LimitedGuidance, require
+from .guidance import GuidanceInputs, LimitedGuidance, require_value
 from .regions import Regions
 from .scale import (
     ScaleMap,
@@ -76,14 +76,16 @@ class SemanticCFG(LimitedGuidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, choices in _CHOICES.items():
-            require(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}")
+            require_value(
+                getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}"
+            )
         ratio = self.latent_ratio
         whole = isinstance(ratio, int) and not isinstance(ratio, bool) and ratio >= 1
-        require(ratio == "auto" or whole, "latent_ratio", ratio, '"auto" or a whole number >= 1')
-        require(self.completion_steps >= 1, "completion_steps", self.completion_steps, "a whole number >= 1")
-        require(self.refresh_every >= 1, "refresh_every", self.refresh_every, "a whole number >= 1")
+        require_value(ratio == "auto" or whole, "latent_ratio", ratio, '"auto" or a whole number >= 1')
+        require_value(self.completion_steps >= 1, "completion_steps", self.completion_steps, "a whole number >= 1")
+        require_value(self.refresh_every >= 1, "refresh_every", self.refresh_every, "a whole number >= 1")
         last = self.last_blocks
-        require(last is None or last >= 1, "last_blocks", last, "None or a number >= 1")
+        require_value(last is None or last >= 1, "last_blocks", last, "None or a number >= 1")
 
     @classmethod
     def published(cls) -> SemanticCFG:

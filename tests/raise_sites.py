@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("scfg", "adapters", "training", "recipes")
 MAKES = ("__init__", "__post_init__", "__enter__", "__len__", "__getitem__")
+REQUIRE = ("require", "require_value")
 Calls = Mapping[str, Collection[str]]
 """Function -> those that it names; a function is `module.name` or `module.Class.name`."""
 
@@ -143,12 +144,12 @@ class Source:
         }
 
     def raises(self, errors: Collection[str]) -> dict[str, int]:
-        """Function -> how many errors of these classes it makes, and how often it calls `require`."""
+        """Function -> how many errors of these classes it makes, and how often it calls one of `REQUIRE`."""
         found: dict[str, int] = defaultdict(int)
         for name, node in self.functions.items():
             for call in (one for one in ast.walk(node) if isinstance(one, ast.Call)):
                 made = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-                if made in errors or made == "require":
+                if made in errors or made in REQUIRE:
                     found[name] += 1
         return dict(found)
 

@@ -20,14 +20,14 @@ from .data.images import Sample, rgb
 from .errors import TrainingError
 from .models import Parts, encode_images
 
-__all__ = ["check_company", "compose", "placed"]
+__all__ = ["check_company", "paste_subject", "placed"]
 
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either
 ROUNDS = 5  # of filling a hole from its edge, each with twice the reach
 
 
-def compose(drawn: Image.Image, region: Tensor, subject: Sample, caption: str) -> Sample | None:
+def paste_subject(drawn: Image.Image, region: Tensor, subject: Sample, caption: str) -> Sample | None:
     """The subject's cut-out in the place of the class; None where the region is no single object.
 
     What the base drew there is filled from its surroundings first, or it would look out behind the subject.
@@ -143,7 +143,7 @@ def placed(
         found = where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption)
         subject = data.source[len(samples) % len(data.source)]
         caption = line.replace("{}", f"a {identifier} {noun}")
-        made = compose(whole.source[number].image, found, subject, caption)
+        made = paste_subject(whole.source[number].image, found, subject, caption)
         samples += [made] if made else []
     if not samples:
         raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")

@@ -70,7 +70,7 @@ class _Run:
     model: Any
     optimizer: Any
     trainable: dict[str, nn.Parameter]
-    ema: optim.Ema | None
+    ema: optim.WeightAverage | None
     scaler: torch.amp.GradScaler | None
     say: Callable[[str], None]
     step: int = 0
@@ -235,7 +235,7 @@ def _start(
         model=model,
         optimizer=optimizer,
         trainable=trainable,
-        ema=optim.Ema(list(trainable.values()), settings.ema) if settings.ema else None,
+        ema=optim.WeightAverage(list(trainable.values()), settings.ema) if settings.ema else None,
         scaler=torch.amp.GradScaler(accelerator.device.type) if fp16 else None,
         say=say,
     )
@@ -405,8 +405,8 @@ def _all_reached(run: _Run) -> None:
 def _save(run: _Run) -> None:
     """Writes a checkpoint from the main process; all processes learn whether that went well."""
     trouble: list[TrainingError] = []
-    weights, optimizer = sharding.whole(run.trainable), sharding.whole(_bare(run.optimizer).state_dict())
-    average = sharding.whole(dict(zip(run.trainable, run.ema.average, strict=True))) if run.ema else None
+    weights, optimizer = sharding.gathered(run.trainable), sharding.gathered(_bare(run.optimizer).state_dict())
+    average = sharding.gathered(dict(zip(run.trainable, run.ema.average, strict=True))) if run.ema else None
     if run.accelerator.is_main_process:
         state = checkpoint.State(
             step=run.step,
@@ -490,7 +490,7 @@ def _shipped(run: _Run) -> Iterator[None]:
 def _ship(run: _Run, folder: Path) -> Path:
     """Saves what was trained, averaged if there is an average, whole or not at all."""
     with _shipped(run):
-        weights = {name: value.detach().clone() for name, value in sharding.whole(run.trainable).items()}
+        weights = {name: value.detach().clone() for name, value in sharding.gathered(run.trainable).items()}
     if run.accelerator.is_main_process:
         dtype = DTYPES[run.settings.save_precision]
         weights = {name: value.to(dtype) for name, value in run.method.result(weights).items()}

@@ -95,7 +95,7 @@ def prepare(
         models=models,
         step=partial(denoise_step, parts=parts, objective=bound),
         save=partial(_save, parts=parts, sizes=_doubled(sizes, settings) if taken else sizes, settings=settings),
-        result=starts.difference(taken) if taken else dict,
+        result=starts.subtract_start(taken) if taken else dict,
         trains_text=bool(settings.tokens) or any(name in models for name in encoders),
         tokens=tuple(settings.tokens),
         switch=lambda: starts.at_start(models, taken) if taken else adapter_off(models),
@@ -245,7 +245,8 @@ def _config(settings: LoraSettings, sizes: Mapping[str, Size]) -> Any:
     if settings.kind == "lokr":
         return LoKrConfig(alpha=alpha, **dropped, **shared)  # type: ignore[arg-type]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*path_initial_model_for_weight_conversion")  # `starts.difference` instead
+        # `starts.subtract_start` takes its place.
+        warnings.filterwarnings("ignore", ".*path_initial_model_for_weight_conversion")
         return LoraConfig(
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float is fine where it is used
             lora_dropout=settings.dropout,

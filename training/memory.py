@@ -100,7 +100,7 @@ def architecture_of(base: str) -> Architecture:
     known = next((found for found in FAMILIES.values() if found.base == base), None)
     if known is not None:
         return known
-    file = single_file.look(base) if single_file.is_file(base) else None
+    file = single_file.inspect_file(base) if single_file.is_file(base) else None
     place = str(file.configs) if file else base
     try:
         index = _config(place, "model_index.json")

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .models import Parts, encode_text
 from .objective import Objective
-from .preserve import Base
+from .preserve import BasePrediction
 
 __all__ = ["Method", "Stepper", "base_prediction", "conditions_of", "denoise_step", "text_of"]
 
@@ -49,9 +49,9 @@ class Method:
     needs_conditioning: bool = False
     controlnet: Any = None
     """The ControlNet of validation samples."""
-    switch: Callable[[], Base] | None = None
+    switch: Callable[[], BasePrediction] | None = None
     """Gives the base's own prediction beside the trained one; None: this method has no off switch."""
-    base: Base | None = None
+    base: BasePrediction | None = None
     """What `switch` gave, where samples are trained towards the base's own prediction."""
 
     after_step: Callable[[], None] | None = None

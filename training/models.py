@@ -45,7 +45,7 @@ __all__ = [
     "everywhere",
     "live_pipeline",
     "load_parts",
-    "tokenize",
+    "tokenize_captions",
     "too_long",
     "weights_digest",
 ]
@@ -130,7 +130,7 @@ def load_parts(
     """
     file = None
     if single_file.is_file(base):
-        file = single_file.look(base, config=config, prediction=prediction, zero_snr=zero_snr)
+        file = single_file.inspect_file(base, config=config, prediction=prediction, zero_snr=zero_snr)
         folder, index, scheduler = file.configs, file.index, file.scheduler
         pipe = single_file.single_file_pipeline(file, torch.float32)
         unet, vae = pipe.unet, pipe.vae
@@ -245,7 +245,7 @@ def _transformers_part(folder: Path, index: dict[str, Any], name: str, **options
     return getattr(transformers, kind).from_pretrained(folder, subfolder=name, **options)
 
 
-def tokenize(parts: Parts, captions: list[str]) -> list[Tensor]:
+def tokenize_captions(parts: Parts, captions: list[str]) -> list[Tensor]:
     """Token ids per text encoder, each (B, T) int64, padded to the length of all chunks of the base's rule."""
     return text.tokenize(parts.tokenizers, captions, parts.text)
 

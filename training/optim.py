@@ -20,8 +20,8 @@ from .sharding import like, local
 
 __all__ = [
     "KNOWN",
-    "Ema",
     "Known",
+    "WeightAverage",
     "averages",
     "build_optimizer",
     "check_optimizer",
@@ -236,7 +236,7 @@ def rate(step: int, settings: TrainSettings) -> float:
     return 1.0
 
 
-class Ema:
+class WeightAverage:
     """Exponential moving average of parameters, in float32 on their device.
 
     The decay grows as (1+n)/(10+n) up to its value, so that short runs do not remember their start.

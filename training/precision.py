@@ -29,11 +29,11 @@ from adapters.errors import FileError
 
 from .config import TrainSettings
 from .method import Method, Stepper
-from .models import encode_text, tokenize
+from .models import encode_text, tokenize_captions
 from .prepare import cast, configure_networks, kernels
 from .ranks import state
 
-__all__ = ["AUTO", "by_units", "decide", "lowered", "network", "of_training", "remembered_in"]
+__all__ = ["AUTO", "by_units", "decide_precision", "lowered", "network", "of_training", "remembered_in"]
 
 AUTO = "auto"
 # Share of float32's time that bfloat16 may take at most: a smaller gain is neither sure nor worth the rounding.
@@ -45,7 +45,7 @@ CLEAR = 1.5  # times as fast or as slow: one round is enough
 Pass = Callable[[], object]
 
 
-def decide(
+def decide_precision(
     what: str,
     facts: Mapping[str, Any],
     trial: Callable[[torch.dtype], AbstractContextManager[Pass]],
@@ -226,7 +226,7 @@ def of_training(
         for parameter in method.trainable().values():
             parameter.grad = None
 
-    return decide("train.precision", facts, trial, device=device, say=say)
+    return decide_precision("train.precision", facts, trial, device=device, say=say)
 
 
 def network(one: Any) -> str:
@@ -252,7 +252,7 @@ def _batch(method: Method, count: int, size: tuple[int, int]) -> dict[str, Tenso
         "timesteps": torch.linspace(0, len(method.objective.products) - 1, count).long(),
         "frame": torch.zeros(count, 6),
     }
-    ids = tokenize(parts, [""] * count)
+    ids = tokenize_captions(parts, [""] * count)
     if method.trains_text:
         batch |= {f"ids_{number}": one for number, one in enumerate(ids)}
     else:

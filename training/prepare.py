@@ -27,7 +27,7 @@ from .estimate import Estimate, estimate, trained_table
 from .holes import beside
 from .kernels import fused, prepack
 from .method import Method
-from .models import encode_images, encode_text, tokenize, too_long
+from .models import encode_images, encode_text, tokenize_captions, too_long
 from .progress import Progress
 
 __all__ = [
@@ -474,7 +474,7 @@ def _text_of(method: Method, texts: dict[str, dict[str, Tensor]] | None) -> Call
     if texts is None:
 
         def ids(captions: list[str]) -> dict[str, Tensor]:
-            return {f"ids_{number}": item for number, item in enumerate(tokenize(method.parts, captions))}
+            return {f"ids_{number}": item for number, item in enumerate(tokenize_captions(method.parts, captions))}
 
         return ids
 

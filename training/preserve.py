@@ -20,13 +20,13 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["Base", "adapter_off", "frozen_copy"]
+__all__ = ["BasePrediction", "adapter_off", "frozen_copy"]
 
 Models = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BasePrediction:
     """How a method predicts as its base does."""
 
     models: Callable[[], AbstractContextManager[Models]]
@@ -35,7 +35,7 @@ class Base:
     """What is kept for it beside the networks that train."""
 
 
-def adapter_off(models: Models) -> Base:
+def adapter_off(models: Models) -> BasePrediction:
     """The models that train, with their adapters switched off for as long as the context lasts."""
     layers = [layer for model in models.values() for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
@@ -50,10 +50,10 @@ def adapter_off(models: Models) -> Base:
             for layer, was in zip(layers, before, strict=True):
                 layer._disable_adapters = was
 
-    return Base(models=off)
+    return BasePrediction(models=off)
 
 
-def frozen_copy(models: Models) -> Base:
+def frozen_copy(models: Models) -> BasePrediction:
     """A copy of the models as they are now, for methods that train whole networks: their memory once more."""
     kept = {name: copy.deepcopy(model).requires_grad_(False) for name, model in models.items()}
-    return Base(models=lambda: contextlib.nullcontext(kept), networks=list(kept.values()))
+    return BasePrediction(models=lambda: contextlib.nullcontext(kept), networks=list(kept.values()))

@@ -26,7 +26,7 @@ from .config import TrainSettings
 from .errors import TrainingError
 from .method import Method
 
-__all__ = ["asked", "average", "divide", "like", "local", "sync", "whole"]
+__all__ = ["asked", "average", "divide", "gathered", "like", "local", "sync"]
 
 
 def asked(accelerator: Accelerator) -> bool:
@@ -102,10 +102,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(value: Any) -> Any:
+def gathered(value: Any) -> Any:
     """The gathered tensor on the CPU, also in dicts; every process must call. What is not divided stays as it is."""
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: gathered(item) for key, item in value.items()}
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 

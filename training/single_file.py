@@ -24,7 +24,7 @@ from adapters.files import read_header, read_object
 from .config import require
 from .errors import TrainingError
 
-__all__ = ["SingleFile", "is_file", "look", "scheduled", "single_file_pipeline"]
+__all__ = ["SingleFile", "inspect_file", "is_file", "scheduled", "single_file_pipeline"]
 
 BUNDLED = Path(__file__).parent / "bases"
 FAMILIES = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -79,7 +79,7 @@ def is_file(base: str | Path) -> bool:
     return path.suffix.lower() in (".safetensors", ".gguf", *PICKLES) or path.is_file()
 
 
-def look(
+def inspect_file(
     base: str | Path, *, config: str | None = None, prediction: str = "auto", zero_snr: bool | None = None
 ) -> SingleFile:
     """Reads a checkpoint's keys.
@@ -128,7 +128,7 @@ def single_file_pipeline(file: SingleFile, dtype: torch.dtype | None) -> Any:
     """The diffusers pipeline of a checkpoint, on the CPU.
 
     Args:
-        file: what `look` found.
+        file: what `inspect_file` found.
         dtype: of its weights; None: as they are in the file.
 
     Raises:

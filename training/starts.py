@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TrainingError
-from .preserve import Base, Models
+from .preserve import BasePrediction, Models
 
-__all__ = ["TAKEN", "at_start", "check_start", "difference"]
+__all__ = ["TAKEN", "at_start", "check_start", "subtract_start"]
 
 TAKEN = ("pissa", "olora")
 """Starts that change the base's weights."""
@@ -51,7 +51,7 @@ def check_start(start: str, network: nn.Module, ranks: Mapping[str, int]) -> Non
             raise TrainingError(f"lora.start: orthogonal needs even ranks, {name} has {rank}")
 
 
-def difference(start: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+def subtract_start(start: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
     """A function from trained weights to those of the LoRA on the base as it is.
 
     Args:
@@ -70,7 +70,7 @@ def difference(start: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], 
     return changed
 
 
-def at_start(models: Models, start: Mapping[str, Tensor]) -> Base:
+def at_start(models: Models, start: Mapping[str, Tensor]) -> BasePrediction:
     """The models with their adapters as they were before training, which is the base up to rounding."""
     parameters: dict[str, Any] = {
         f"{name}.{key}": parameter
@@ -90,4 +90,4 @@ def at_start(models: Models, start: Mapping[str, Tensor]) -> Base:
             for name, parameter in parameters.items():
                 parameter.data = trained[name]
 
-    return Base(models=before)
+    return BasePrediction(models=before)

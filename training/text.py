@@ -9,14 +9,14 @@ from pathlib import Path
 
 from .errors import TrainingError
 
-__all__ = ["read_bytes", "read_text"]
+__all__ = ["read_file", "read_text"]
 
 
 MAX_TEXT = 2**26  # bytes
 MAX_FILE = 2**30  # bytes; a photograph of 100 megapixels with 16 bits a channel has 600 MB
 
 
-def read_bytes(path: Path, *, limit: int = MAX_FILE, pipe: bool = False) -> bytes:
+def read_file(path: Path, *, limit: int = MAX_FILE, pipe: bool = False) -> bytes:
     """A file's bytes. What else lies in folders (pipes, devices) may have no end, or none to wait for.
 
     `adapters.files.read_bytes` is for what this project wrote; this one is for what users give, and loads no torch.
@@ -56,7 +56,7 @@ def read_text(path: str | Path, called: str = "") -> str:
     name = f"{called} {path}".strip()
     try:
         file = Path(path).expanduser()
-        data = read_bytes(file, limit=MAX_TEXT, pipe=bool(called))
+        data = read_file(file, limit=MAX_TEXT, pipe=bool(called))
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise TrainingError(f"{name} cannot be read: {error.strerror}") from error

@@ -18,12 +18,12 @@ from adapters.files import write_file
 
 from .config import ValidationSettings
 from .data.batches import Draws, Feed, Stream
-from .data.images import condition
+from .data.images import condition_as_rgb
 from .data.pictures import decode, inspect
 from .errors import TrainingError
 from .method import Method
 from .models import everywhere, live_pipeline
-from .text import read_bytes
+from .text import read_file
 
 __all__ = ["check_validation", "fixed_loss", "fixed_loss_batches", "samples", "untouched"]
 
@@ -136,12 +136,12 @@ def _conditioning(settings: ValidationSettings, number: int, size: tuple[int, in
         raise TrainingError("train.validation.conditioning: a ControlNet's samples need an image per prompt")
     path = Path(settings.conditioning[number])
     try:
-        data = read_bytes(path)
+        data = read_file(path)
     except OSError as error:
         raise TrainingError(f"train.validation.conditioning: {path} cannot be read: {error.strerror}") from error
     if problem := inspect(data, 1, "conditioning").problem:
         raise TrainingError(f"train.validation.conditioning: {path} {problem}")
-    return condition(decode(data)).resize((size[1], size[0]))
+    return condition_as_rgb(decode(data)).resize((size[1], size[0]))
 
 
 def fixed_loss_batches(

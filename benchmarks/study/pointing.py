@@ -125,7 +125,7 @@ def _watched(pipe: Any, prompts: Sequence[str], settings: Settings) -> list[dict
     rows = []
     for shot, steps, labels in zip(shots, taken, seen, strict=True):
         words = scfg.prompt_words(pipe.tokenizer, shot.prompt, pipe.tokenizer.model_max_length)
-        phrases = _phrases(words, captions.parse(shot.prompt), guidance.tokens)
+        phrases = _phrases(words, captions.parse_caption(shot.prompt), guidance.tokens)
         for noun, owners in phrases.items():
             truth = labels == list(CLASSES).index(noun) + 1
             for step, regions, (area, *norms) in steps:

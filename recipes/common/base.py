@@ -105,7 +105,7 @@ def _single_file(base: BaseSettings) -> Any:
 
     if not single_file.is_file(base.path):
         return None
-    return single_file.look(base.path, config=base.config, prediction=base.prediction, zero_snr=base.zero_snr)
+    return single_file.inspect_file(base.path, config=base.config, prediction=base.prediction, zero_snr=base.zero_snr)
 
 
 def sampling_pipeline(base: BaseSettings, sampling: SamplingSettings, *, controlnet: str | None = None) -> Any:
@@ -309,7 +309,7 @@ def painted(pipe: DiffusionPipeline, sampling: SamplingSettings) -> dict[str, An
 
     from training.data.pictures import decode, inspect, rgb
     from training.data.pictures import mask as grey
-    from training.text import read_bytes
+    from training.text import read_file
 
     if not paints_holes(pipe):
         return {}
@@ -319,7 +319,7 @@ def painted(pipe: DiffusionPipeline, sampling: SamplingSettings) -> dict[str, An
         if (given := getattr(sampling, name)) is None:
             continue
         try:
-            data = read_bytes(Path(given).expanduser())
+            data = read_file(Path(given).expanduser())
         except OSError as error:
             raise TrainingError(f"sampling.{name}: {given} cannot be read: {error.strerror}") from error
         if problem := inspect(data, 1, "mask" if name == "mask" else "image").problem:

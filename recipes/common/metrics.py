@@ -149,7 +149,7 @@ def judged(name: str, case: Case, prompt: str) -> bool:
     if name != PROMPT and name not in PARTS:
         return True
     try:
-        said = captions.parse(without_identifier(prompt, case.identifier))
+        said = captions.parse_caption(without_identifier(prompt, case.identifier))
     except PocketError as error:
         raise TrainingError(f"measure.metrics: {name} cannot judge the prompt {prompt!r}: {error}") from error
     there = {

@@ -59,7 +59,7 @@ def of_sampling(pipe: DiffusionPipeline, sampling: SamplingSettings, say: Callab
         "networks": [precision.network(one) for one in _networks(bare)],
         "batch": [sampling.batch_size, height, width],
     }
-    return precision.decide("sampling.precision", facts, trial, device=pipe.unet.device, say=say, again=False)
+    return precision.decide_precision("sampling.precision", facts, trial, device=pipe.unet.device, say=say, again=False)
 
 
 def _networks(pipe: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 import scfg
 from training.errors import TrainingError
 from training.method import conditions_of
-from training.models import Parts, encode_text, tokenize
+from training.models import Parts, encode_text, tokenize_captions
 from training.objective import add_noise, alpha_sigma, alphas_cumprod
 
 __all__ = ["region_of"]
@@ -32,7 +32,7 @@ def region_of(phrase: str) -> Any:
         if not {word.text for word in words} & set(phrase.split()):
             raise TrainingError(f"region {phrase!r}: none of its words is in the caption {caption!r}")
         unet: Any = parts.unet
-        text = encode_text(parts, tokenize(parts, [caption]))
+        text = encode_text(parts, tokenize_captions(parts, [caption]))
         conditions = conditions_of(
             {name: value.to(unet.device) for name, value in text.items()},
             entry["frame"][None].to(unet.device),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from recipes.common.prompts import texts
 from training.config import require
 from training.pocket import PocketError
-from training.pocket.captions import parse
+from training.pocket.captions import parse_caption
 from training.pocket.world import CLASSES
 
 __all__ = ["IDENTIFIER", "check_pocket", "held_out", "tuning"]
@@ -102,6 +102,6 @@ def check_pocket(noun: str, identifier: str, prompts: Sequence[str], where: str)
     )
     for prompt in prompts:
         try:
-            parse(" ".join(word for word in prompt.split() if word != identifier))
+            parse_caption(" ".join(word for word in prompt.split() if word != identifier))
         except PocketError as error:
             require(False, f"{where}: prompt {prompt!r} cannot be judged on the pocket base ({error}); change it")

@@ -14,7 +14,7 @@ from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipelin
 
 from training import pocket
 from training.pocket import scenes
-from training.pocket.control import condition
+from training.pocket.control import scene_condition
 from training.pocket.making import evaluate, fit_judge
 from training.pocket.making.ship import LIMITS
 from training.pocket.world import CONTROLS
@@ -90,7 +90,7 @@ def test_a_controlnet_is_followed(pipe, control: str) -> None:
 @pytest.mark.parametrize("control", CONTROLS)
 def test_a_controlnet_takes_its_condition(pipe, control: str) -> None:
     network = ControlNetModel.from_pretrained(pocket.controlnet_path(control))
-    image = pipe.image_processor.preprocess(condition(scenes.sample(scenes.HELD_OUT_SEED, 0), control)) / 2 + 0.5
+    image = pipe.image_processor.preprocess(scene_condition(scenes.sample(scenes.HELD_OUT_SEED, 0), control)) / 2 + 0.5
     down, middle = network(
         torch.zeros(1, 8, 16, 16), 500, torch.zeros(1, 20, 128), controlnet_cond=image, return_dict=False
     )

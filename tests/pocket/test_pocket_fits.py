@@ -88,7 +88,7 @@ def test_a_resumed_base_fit_equals_an_uninterrupted_one(tmp_path, monkeypatch) -
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def fit_small(folder: Path) -> fit_base.Base:
+def fit_small(folder: Path) -> fit_base.BaseParts:
     fit_base.SHARD, model.unet = 8, small_unet  # type: ignore[misc]
     torch.manual_seed(0)
     return fit_base.fit(model.vae().eval(), folder / "base", steps=3, batch=4)
@@ -171,9 +171,9 @@ def test_what_ships_takes_the_old_one_s_place_whole_or_not_at_all(tmp_path, monk
     with monkeypatch.context() as full:
         full.setattr(ship.files, "write_tensors", half)
         with pytest.raises(OSError, match="No space"):
-            ship.judge(Judge())
+            ship.write_judge(Judge())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "old"]
-    ship.judge(Judge())
+    ship.write_judge(Judge())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "judge.safetensors"]
 
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from training.pocket import PocketError, scenes
-from training.pocket.captions import Description, Noun, parse, vocabulary
+from training.pocket.backgrounds import draw_background
+from training.pocket.captions import Description, Noun, parse_caption, vocabulary
 from training.pocket.control import EDGES
 from training.pocket.world import BACKGROUNDS, CLASSES, COLORS, RELATIONS, SIZE, TINTABLE
 
@@ -26,7 +27,7 @@ def test_a_scene_is_a_function_of_seed_and_index() -> None:
 def test_a_caption_reads_back_as_its_description() -> None:
     for index in range(200):
         scene = scenes.sample(1, index)
-        read = parse(scene.caption)
+        read = parse_caption(scene.caption)
         assert read.nouns == scene.description.nouns, scene.caption
         assert read.relation == scene.description.relation, scene.caption
         assert read.background in (None, scene.description.background), scene.caption
@@ -67,10 +68,10 @@ def test_a_drawing_always_has_the_same_latents_unless_the_scene_is_free() -> Non
 
 def test_pixels_outside_the_masks_do_not_depend_on_the_objects() -> None:
     rng = np.random.default_rng(0)
-    background = scenes.backgrounds.draw("grass", SIZE, rng)
+    background = draw_background("grass", SIZE, rng)
     scene = scenes.sample(1, 3)
-    image, _ = scenes.render(background, scene.objects)
-    bare, none = scenes.render(background, ())
+    image, _ = scenes.render_objects(background, scene.objects)
+    bare, none = scenes.render_objects(background, ())
     alpha = np.abs(image.astype(int) - bare).max(-1) > 0
     box = np.zeros_like(alpha)
     for placed in scene.objects:
@@ -145,7 +146,7 @@ def test_a_scene_keeps_to_its_own_condition_by_the_detector_that_made_it() -> No
 
 def test_backgrounds_are_told_apart_by_their_mean_color() -> None:
     means = {
-        name: np.mean([scenes.backgrounds.draw(name, 32, np.random.default_rng(i)).mean((0, 1)) for i in range(8)], 0)
+        name: np.mean([draw_background(name, 32, np.random.default_rng(i)).mean((0, 1)) for i in range(8)], 0)
         for name in BACKGROUNDS
     }
     names = list(means)

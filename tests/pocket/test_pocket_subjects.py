@@ -16,7 +16,7 @@ from PIL import Image
 from adapters.measuring.metrics import score
 from adapters.measuring.sample import Shot
 from training.pocket import PocketError, metrics, scenes, subjects
-from training.pocket.captions import parse
+from training.pocket.captions import parse_caption
 from training.pocket.making import rendered
 from training.pocket.making.rendered import TOYS
 from training.pocket.subjects import SUBJECTS
@@ -78,8 +78,8 @@ def test_a_subject_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_prompts_are_read_and_share_no_background_with_the_pictures(name: str) -> None:
     said = facts(name)
-    captions = [parse(without_identifier((SHIPPED / name / f"{i}.txt").read_text())) for i in range(COUNT)]
-    prompts = [parse(without_identifier(prompt)) for prompt in said["prompts"]]
+    captions = [parse_caption(without_identifier((SHIPPED / name / f"{i}.txt").read_text())) for i in range(COUNT)]
+    prompts = [parse_caption(without_identifier(prompt)) for prompt in said["prompts"]]
     assert len(set(said["prompts"])) == 12
     alone = [caption for caption in captions if len(caption.nouns) == 1]
     beside = [caption.nouns[1].name for caption in captions if len(caption.nouns) == 2]

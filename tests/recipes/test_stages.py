@@ -580,7 +580,7 @@ def test_prompts_for_a_subject_are_valid_for_every_class(noun: str) -> None:
     assert not {*held} & {*tuned}
     assert len({*held}) == 6
     for prompt in [*held, *tuned]:
-        things = [part.name for part in captions.parse(prompt.replace("sks ", "")).nouns]
+        things = [part.name for part in captions.parse_caption(prompt.replace("sks ", "")).nouns]
         assert len({*things}) == len(things), f"{prompt!r} asks for one thing twice"
 
 

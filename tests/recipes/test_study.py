@@ -42,11 +42,11 @@ def test_every_noun_has_its_own_words_though_colors_repeat() -> None:
 
     prompt = "a red car to the left of a red apple on the grass"
     words = scfg.prompt_words(tokenizer.build_tokenizer(), prompt, 20)
-    phrases = pointing._phrases(words, captions.parse(prompt), "prompt")
+    phrases = pointing._phrases(words, captions.parse_caption(prompt), "prompt")
     assert [[words[i].text for i in own] for own in phrases.values()] == [["red", "car"], ["red", "apple"]]
-    positions = pointing._phrases(words, captions.parse(prompt), "all")
+    positions = pointing._phrases(words, captions.parse_caption(prompt), "all")
     assert positions == {name: [i + 1 for i in own] for name, own in phrases.items()}  # BOS comes first
-    whole = pointing._phrases(words, captions.parse(prompt), "phrases")
+    whole = pointing._phrases(words, captions.parse_caption(prompt), "phrases")
     assert whole == {"car": [0], "apple": [1]}
 
 
@@ -63,7 +63,7 @@ def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
     whole = np.array(metrics.prompt_accuracy("")(shots))
     assert np.nanmean(parts, axis=0) == pytest.approx(whole)
     assert whole[:24].mean() > 0.8 > whole[24:].mean()  # own pictures, and those of other captions
-    said = [captions.parse(shot.prompt) for shot in shots]
+    said = [captions.parse_caption(shot.prompt) for shot in shots]
     assert [bool(np.isnan(value)) for value in parts[2]] == [not one.relation for one in said]
 
 
@@ -154,7 +154,7 @@ def test_study_prompts_are_in_the_grammar_and_none_is_tuned_on() -> None:
     for prompts in lines.values():
         assert len(prompts) == len(set(prompts))
         for prompt in prompts:
-            captions.parse(prompt)
+            captions.parse_caption(prompt)
     assert not set(lines["study"]) & set(lines["study_tune"])
     assert len(lines["study"]) * 2 >= 200  # pairs, with two seeds
 

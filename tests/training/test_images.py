@@ -143,7 +143,7 @@ class Numbers:
 
 def test_any_map_of_samples_is_a_source() -> None:
     data = crops.Views(Numbers(), resolution=32, flip=True)
-    assert isinstance(Numbers(), images.Source)
+    assert isinstance(Numbers(), images.SampleSource)
     assert len(data) == 6
     assert data.caption(4) == "number 1"
     assert data[4].mask is not None

@@ -150,7 +150,7 @@ def test_what_inpainting_models_cannot_do_is_one_line(bases: dict, pictures: Pat
 def test_a_single_file_is_the_same_inpainting_base(bases: dict, family: str, tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(bases[family])
     file = original_layout.write(pipe, tmp_path / "x.safetensors")
-    found = single_file.look(file, config=str(bases[family]))
+    found = single_file.inspect_file(file, config=str(bases[family]))
     assert "Inpaint" in found.index["_class_name"]
     assert models.load_parts(file, config=str(bases[family])).identity == models.load_parts(bases[family]).identity
 

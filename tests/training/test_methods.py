@@ -127,7 +127,7 @@ def test_a_new_token_trains_alone_and_loads_as_textual_inversion(base: Path, pic
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipe.load_textual_inversion(result.folder / "learned_embeds.safetensors")
     pipe.load_lora_weights(result.folder)
-    ours = models.encode_text(parts, models.tokenize(parts, ["a <rex> d"]))["embeds"]
+    ours = models.encode_text(parts, models.tokenize_captions(parts, ["a <rex> d"]))["embeds"]
     ids = pipe.tokenizer("a <rex> d", padding="max_length", return_tensors="pt").input_ids
     torch.testing.assert_close(pipe.text_encoder(ids)[0], ours, rtol=1e-4, atol=1e-5)
 
@@ -166,7 +166,7 @@ def test_sdxl_text_and_sizes_are_those_of_its_pipeline(sdxl_base: Path) -> None:
     parts = models.load_parts(sdxl_base)
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_base)
     with torch.no_grad():
-        ours = models.encode_text(parts, models.tokenize(parts, ["a dog"]))
+        ours = models.encode_text(parts, models.tokenize_captions(parts, ["a dog"]))
         embeds, _, pooled, _ = pipe.encode_prompt("a dog", device="cpu", do_classifier_free_guidance=False)
     torch.testing.assert_close(ours["embeds"], embeds)
     torch.testing.assert_close(ours["pooled"], pooled)

@@ -157,7 +157,7 @@ def test_the_rate_is_a_function_of_the_step() -> None:
 
 def test_the_average_follows_by_hand_and_swapping_twice_is_nothing() -> None:
     weight = nn.Parameter(torch.zeros(1))
-    average = optim.Ema([weight], 0.9)
+    average = optim.WeightAverage([weight], 0.9)
     weight.data.fill_(11.0)
     average.update()  # early decay (1 + 1) / (10 + 1): 11 * (1 - 2/11) = 9
     assert average.average[0].item() == pytest.approx(9.0)

@@ -34,7 +34,7 @@ def decided(slow: torch.dtype, said: list[str], **facts: Any) -> str:
     def trial(dtype: torch.dtype) -> Iterator[precision.Pass]:
         yield lambda: time.sleep(0.06 if dtype == slow else 0.001)
 
-    return precision.decide("x.precision", facts, trial, device=CPU, say=said.append)
+    return precision.decide_precision("x.precision", facts, trial, device=CPU, say=said.append)
 
 
 @pytest.mark.parametrize(("slow", "chosen"), [(torch.float32, "bf16"), (torch.bfloat16, "fp32")])

@@ -37,8 +37,8 @@ def batch_of(parts: Parts, captions: list[str], asked: list[str], inside: float 
     """Samples with captions, for all of which the base is asked."""
     random, count = torch.Generator().manual_seed(0), len(captions)
     drawn = {name: torch.randn(count, 4, 8, 8, generator=random) for name in ("latents", "noise")}
-    ids = {f"ids_{n}": one for n, one in enumerate(models.tokenize(parts, captions))}
-    base_ids = {f"base_ids_{n}": one for n, one in enumerate(models.tokenize(parts, asked))}
+    ids = {f"ids_{n}": one for n, one in enumerate(models.tokenize_captions(parts, captions))}
+    base_ids = {f"base_ids_{n}": one for n, one in enumerate(models.tokenize_captions(parts, asked))}
     more = {"preserved": torch.arange(count), "inside": torch.full((count, 1, 8, 8), inside)}
     frame = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(count, 6)
     return {**drawn, **ids, **base_ids, **more, "frame": frame, "timesteps": torch.tensor([100, 800][:count])}
@@ -241,7 +241,7 @@ def test_where_no_single_object_is_nothing_is_placed() -> None:
     mask = Image.new("L", (8, 8), 255)
     sample = images.Sample(image=Image.new("RGB", (8, 8)), caption="", mask=mask)
     for region in (torch.zeros(1, 8, 8), torch.ones(1, 8, 8)):
-        assert company.compose(Image.new("RGB", (32, 32)), region, sample, "a sks dog") is None
+        assert company.paste_subject(Image.new("RGB", (32, 32)), region, sample, "a sks dog") is None
 
 
 @pytest.mark.parametrize("kind", ["text", "full"])

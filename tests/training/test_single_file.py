@@ -165,7 +165,7 @@ def test_prediction_and_schedule_are_told_by_the_file_or_the_settings(
     tmp_path,
 ) -> None:
     file = original_layout.write(pipes["sd"], tmp_path / "x.safetensors", metadata=metadata, **tensors)
-    found = single_file.look(file, config=str(folders["sd"]), **settings)
+    found = single_file.inspect_file(file, config=str(folders["sd"]), **settings)
     assert found.scheduler["prediction_type"] == prediction
     assert found.scheduler.get("rescale_betas_zero_snr") in ((True,) if zero else (None, False))
     scheduler = single_file.single_file_pipeline(found, None).scheduler
@@ -191,7 +191,7 @@ def test_sd2_is_told_by_a_norm(spread: float, prediction: str, tmp_path: Path) -
         "first_stage_model.x": torch.zeros(1),
     }
     save_file(tensors, tmp_path / "two.safetensors")
-    found = single_file.look(tmp_path / "two.safetensors")
+    found = single_file.inspect_file(tmp_path / "two.safetensors")
     assert found.configs.name == "sd2"
     assert found.scheduler["prediction_type"] == prediction
     assert found.unet == ({"sample_size": 96, "upcast_attention": True} if prediction == "v_prediction" else {})

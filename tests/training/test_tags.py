@@ -24,12 +24,12 @@ def words(caption: str) -> list[str]:
 def test_without_settings_captions_stay_as_they_are() -> None:
     for caption in (CAPTION, "", "a dog,  asleep,", ", "):
         plain = TagSettings(keep=1)
-        assert tags.said(caption, plain, 5) == tags.full(caption, plain) == tags.least(caption, plain) == caption
+        assert tags.vary_tags(caption, plain, 5) == tags.full(caption, plain) == tags.least(caption, plain) == caption
 
 
 def test_shuffling_keeps_all_tags_and_the_first_in_their_places() -> None:
     chosen = TagSettings(shuffle=True, keep=2)
-    drawn = [words(tags.said(CAPTION, chosen, seed)) for seed in range(300)]
+    drawn = [words(tags.vary_tags(CAPTION, chosen, seed)) for seed in range(300)]
     assert all(sorted(some) == sorted(["one", "two", "three", "four", "five"]) for some in drawn)
     assert all(some[:2] == ["one", "two"] for some in drawn)
     counts = Counter(tuple(some[2:]) for some in drawn)
@@ -38,22 +38,22 @@ def test_shuffling_keeps_all_tags_and_the_first_in_their_places() -> None:
 
 
 def test_tags_are_dropped_one_by_one_or_all_and_the_first_never() -> None:
-    single = [words(tags.said(CAPTION, TagSettings(drop=0.3, keep=1), seed)) for seed in range(1000)]
+    single = [words(tags.vary_tags(CAPTION, TagSettings(drop=0.3, keep=1), seed)) for seed in range(1000)]
     assert all(some[0] == "one" for some in single)
     for tag in ("two", "three", "four", "five"):
         assert 0.63 < sum(tag in some for some in single) / 1000 < 0.77
     assert all(some == sorted(some, key=["one", "two", "three", "four", "five"].index) for some in single)
-    whole = Counter(tags.said(CAPTION, TagSettings(drop_all=0.4, keep=1), seed) for seed in range(1000))
+    whole = Counter(tags.vary_tags(CAPTION, TagSettings(drop_all=0.4, keep=1), seed) for seed in range(1000))
     assert whole.keys() == {"one", "one, two, three, four, five"}
     assert 330 < whole["one"] < 470
-    assert {tags.said(CAPTION, TagSettings(drop_all=1), seed) for seed in range(9)} == {""}
+    assert {tags.vary_tags(CAPTION, TagSettings(drop_all=1), seed) for seed in range(9)} == {""}
 
 
 @pytest.mark.parametrize("caption", [CAPTION, f"sks dog, {CAPTION}", "sks dog", ""])
 def test_a_prefix_comes_first_once_and_always(caption: str) -> None:
     chosen = TagSettings(prefix="sks dog", shuffle=True, drop=0.9, drop_all=0.5)
     for seed in range(200):
-        found = words(tags.said(caption, chosen, seed))
+        found = words(tags.vary_tags(caption, chosen, seed))
         assert found[0] == "sks dog"
         assert found.count("sks dog") == 1
     assert tags.least(caption, chosen) == "sks dog"
@@ -62,7 +62,7 @@ def test_a_prefix_comes_first_once_and_always(caption: str) -> None:
 
 def test_another_separator_leaves_commas_alone() -> None:
     chosen = TagSettings(shuffle=True, separator=";")
-    assert {tags.said("a, b; c", chosen, seed) for seed in range(20)} == {"a, b; c", "c; a, b"}
+    assert {tags.vary_tags("a, b; c", chosen, seed) for seed in range(20)} == {"a, b; c", "c; a, b"}
 
 
 @pytest.mark.parametrize(

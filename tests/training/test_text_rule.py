@@ -37,8 +37,8 @@ def test_training_and_sampling_read_alike(layered: dict, family: str, rule: dict
     parts, pipe = load_base(base), sampling_pipeline(base, SamplingSettings())
     usual = models.load_parts(layered[family])
     with torch.no_grad():
-        ours = models.encode_text(parts, models.tokenize(parts, [LONG, "a"]))
-        plain = models.encode_text(usual, models.tokenize(usual, [LONG, "a"]))
+        ours = models.encode_text(parts, models.tokenize_captions(parts, [LONG, "a"]))
+        plain = models.encode_text(usual, models.tokenize_captions(usual, [LONG, "a"]))
         asked = {"prompt": [LONG, "a"], "device": "cpu", "num_images_per_prompt": 1}
         theirs = pipe.encode_prompt(**asked, do_classifier_free_guidance=False)
         live = models.live_pipeline(parts).encode_prompt(**asked, do_classifier_free_guidance=False)

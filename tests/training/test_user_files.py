@@ -422,7 +422,7 @@ def depth(low: float, high: float, dtype: type, size: int = 32) -> np.ndarray:
     ids=["0 to 1", "metres", "millimetres", "int32"],
 )
 def test_a_deep_condition_keeps_its_levels(values: np.ndarray) -> None:
-    shown = np.asarray(pictures.condition(Image.fromarray(values)))[..., 0]
+    shown = np.asarray(pictures.condition_as_rgb(Image.fromarray(values)))[..., 0]
     expected = (values.astype(np.float64) - values.min()) / (float(values.max()) - float(values.min())) * 255
     assert np.abs(shown - expected).max() <= 0.5 + 1e-6
     assert len(np.unique(shown)) == 256
@@ -471,7 +471,7 @@ def test_a_condition_of_another_shape_is_refused(kind: str, size: tuple[int, int
         paired(kind, size, tmp_path)
 
 
-def paired(kind: str, size: tuple[int, int], tmp_path: Path) -> tuple[images.Source, list[str]]:
+def paired(kind: str, size: tuple[int, int], tmp_path: Path) -> tuple[images.SampleSource, list[str]]:
     """A picture of 128 x 64, its left half red, with a condition of `size` that shows the same; and what was said."""
     import datasets
 

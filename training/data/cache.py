@@ -25,7 +25,7 @@ from adapters import files, machine
 from adapters.errors import FileError
 
 from ..errors import TrainingError
-from ..models import Parts, encode_images, encode_text, tokenize, weights_digest
+from ..models import Parts, encode_images, encode_text, tokenize_captions, weights_digest
 from ..ranks import state
 from .crops import View, Views
 
@@ -272,7 +272,7 @@ def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, devi
     for encoder in parts.text_encoders:
         encoder.to(device)
     for name, caption in _mine(((name, caption) for caption, name in names.items()), store):
-        text = encode_text(parts, tokenize(parts, [caption]))
+        text = encode_text(parts, tokenize_captions(parts, [caption]))
         store.put(name, {key: tensor[0].float().cpu().contiguous() for key, tensor in text.items()})
     state().wait_for_everyone()
     return names

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import DataSettings, TagSettings
 from ..errors import TrainingError
 from . import tags
-from .images import Sample, Source, condition, mask, rgb
+from .images import Sample, SampleSource, condition_as_rgb, mask, rgb
 
 __all__ = ["View", "Views", "bucket_sizes", "views"]
 
@@ -79,7 +79,7 @@ class Views:
 
     def __init__(
         self,
-        source: Source,
+        source: SampleSource,
         *,
         resolution: int,
         multiple: int = 8,
@@ -156,7 +156,7 @@ class Views:
     def draw(self, index: int, seed: int) -> str:
         """One of the captions, as the seed has it."""
         several = self._captions(index)
-        return self._known(tags.said(several[seed % len(several)], self.tags, seed))
+        return self._known(tags.vary_tags(several[seed % len(several)], self.tags, seed))
 
     def varies(self) -> bool:
         """Whether a view comes with one caption here and another there."""
@@ -207,7 +207,7 @@ class Views:
         image = rgb(sample.image)
         box = _Frame.cover(image.size, (height, width), crop, self.crops, flipped)
         masked = None if sample.mask is None else mask(sample.mask)
-        shown = None if sample.conditioning is None else condition(sample.conditioning)
+        shown = None if sample.conditioning is None else condition_as_rgb(sample.conditioning)
         return View(
             pixels=box.cut(image, Image.Resampling.LANCZOS).float().div_(127.5).sub_(1),
             caption=self._known(tags.full(sample.caption, self.tags)),
@@ -256,7 +256,7 @@ def _content(sample: Sample) -> str:
     return digest.hexdigest()
 
 
-def views(source: Source, settings: DataSettings, *, multiple: int) -> Views:
+def views(source: SampleSource, settings: DataSettings, *, multiple: int) -> Views:
     """The views that the settings describe; `multiple` is the base's (`models.Parts.multiple`).
 
     Args:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TrainingError
-from ..text import read_bytes, read_text
+from ..text import read_file, read_text
 from .pictures import ADVICE, SUFFIXES, Look, Role, inspect
-from .samples import Sample, Say, captions_of, compare, digest, made, refuse, tell
+from .samples import Sample, Say, captions_of, digest, make_sample, refuse, size_mismatch, tell
 
 __all__ = ["Folder", "Scan", "folder", "scan"]
 
@@ -108,10 +108,10 @@ class Folder:
     def __getitem__(self, index: int) -> Sample:
         image, mask, conditioning = self._bytes(index)
         assert image is not None
-        return made(image, self.caption(index), mask, conditioning)
+        return make_sample(image, self.caption(index), mask, conditioning)
 
     def _bytes(self, index: int) -> list[bytes | None]:
-        return [read_bytes(column[index]) if column else None for column in (self.files, self.masks, self.conditioning)]
+        return [read_file(column[index]) if column else None for column in (self.files, self.masks, self.conditioning)]
 
     def key(self, index: int) -> str:
         """Hash of the image, mask and conditioning files' bytes."""
@@ -220,7 +220,7 @@ def _looks(files: list[Path], minimum: int, role: Role) -> list[Look]:
         if file.is_symlink() and not file.exists():
             return Look(problem=f"is a link to {os.readlink(file)}, which is not there")
         try:
-            return inspect(read_bytes(file), minimum, role)
+            return inspect(read_file(file), minimum, role)
         except OSError as error:
             return Look(problem=f"cannot be read ({error.strerror})", broken=True)
 
@@ -352,7 +352,7 @@ def _partners(
         name = f"{place.name}/{partner.relative_to(place)}"
         if look.problem:
             problems.append(f"{name} {look.problem}")
-        elif trouble := compare(size, look.size):
+        elif trouble := size_mismatch(size, look.size):
             problems.append(f"{name} is {look.size[0]}x{look.size[1]}, {file.relative_to(root)} is {trouble}")
     problems += [
         f"{file.relative_to(root)} has no partner in {setting} = {place}"

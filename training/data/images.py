@@ -18,9 +18,9 @@ from adapters.edges import Canny
 from ..config import DataSettings
 from .annotators import annotator
 from .folders import Folder, Scan, folder, scan
-from .pictures import SUFFIXES, condition, mask, rgb
+from .pictures import SUFFIXES, condition_as_rgb, mask, rgb
 from .rows import Rows, dataset
-from .samples import Sample, Say, Source
+from .samples import Sample, SampleSource, Say
 
 SPLITS = ("train", "val", "valid", "validation", "test", "dev")
 
@@ -29,9 +29,9 @@ __all__ = [
     "Folder",
     "Rows",
     "Sample",
+    "SampleSource",
     "Scan",
-    "Source",
-    "condition",
+    "condition_as_rgb",
     "dataset",
     "detector",
     "folder",
@@ -51,7 +51,7 @@ class Annotated:
         name: of the annotator with its settings; part of the names of cached entries.
     """
 
-    def __init__(self, source: Source, annotate: Callable[[Image.Image], Image.Image], name: str):
+    def __init__(self, source: SampleSource, annotate: Callable[[Image.Image], Image.Image], name: str):
         self.source, self.annotate, self.name = source, annotate, name
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class Annotated:
         return method if name != "key" else lambda index: f"{method(index)}-{self.name}"
 
 
-def load_images(settings: DataSettings, *, edges: Canny | None = None, say: Say = print) -> Source:
+def load_images(settings: DataSettings, *, edges: Canny | None = None, say: Say = print) -> SampleSource:
     """The source that the settings describe, checked.
 
     Args:
@@ -79,7 +79,7 @@ def load_images(settings: DataSettings, *, edges: Canny | None = None, say: Say 
         say: is told what a user may not expect.
     """
     named = settings.caption_column if settings.caption_column != DataSettings.caption_column else None
-    source: Source
+    source: SampleSource
     if settings.kind == "folder" or (settings.kind == "auto" and _is_folder(settings.source)):
         source = folder(
             _split(Path(settings.source).expanduser(), settings.split),

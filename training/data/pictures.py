@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, features
 
-__all__ = ["ADVICE", "SUFFIXES", "Look", "Role", "condition", "decode", "inspect", "mask", "rgb"]
+__all__ = ["ADVICE", "SUFFIXES", "Look", "Role", "condition_as_rgb", "decode", "inspect", "mask", "rgb"]
 
 Role = Literal["image", "mask", "conditioning"]
 
@@ -93,7 +93,7 @@ def mask(image: Image.Image) -> Image.Image:
     return Image.fromarray(values)
 
 
-def condition(image: Image.Image) -> Image.Image:
+def condition_as_rgb(image: Image.Image) -> Image.Image:
     """A condition as upright 8-bit RGB; a map of more bits is scaled by its own finite range."""
     image = _upright(image)
     return (_own_range(np.asarray(image, np.float64)) if _deep(image) else rgb(image)).convert("RGB")

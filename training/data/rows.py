@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrainingError
-from ..text import read_bytes
+from ..text import read_file
 from .pictures import Look, Role, inspect
-from .samples import Sample, Say, captions_of, compare, digest, made, refuse, tell
+from .samples import Sample, Say, captions_of, digest, make_sample, refuse, size_mismatch, tell
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +54,7 @@ class Rows:
                 continue
             looks = self._looks(role, 1, problems)
             for index, (size, look) in enumerate(zip(self.sizes, looks, strict=True)):
-                if not look.problem and (trouble := compare(size, look.size)):
+                if not look.problem and (trouble := size_mismatch(size, look.size)):
                     cell = f"row {index}: {columns[role]}"
                     problems.append(f"{cell} is {look.size[0]}x{look.size[1]}, {columns['image']} is {trouble}")
             if not problems:
@@ -89,14 +89,14 @@ class Rows:
         cell = self.columns[role][index][self.names[role]]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             return None
-        return cell["bytes"] if cell["bytes"] is not None else read_bytes(Path(cell["path"]))
+        return cell["bytes"] if cell["bytes"] is not None else read_file(Path(cell["path"]))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
         image, mask, conditioning = (self._bytes(index, role) for role in PICTURES)
-        return made(image or b"", self.caption(index), mask, conditioning)
+        return make_sample(image or b"", self.caption(index), mask, conditioning)
 
     def key(self, index: int) -> str:
         return digest(*(self._bytes(index, role) for role in PICTURES))

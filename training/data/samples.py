@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from ..errors import TrainingError
-from .pictures import Look, Role, condition, decode, mask, rgb
+from .pictures import Look, Role, condition_as_rgb, decode, mask, rgb
 
-__all__ = ["Sample", "Say", "Source", "captions_of", "compare", "digest", "made", "refuse", "tell"]
+__all__ = ["Sample", "SampleSource", "Say", "captions_of", "digest", "make_sample", "refuse", "size_mismatch", "tell"]
 
 NAMED_AT_MOST = 20  # problems listed before "and N more"
 SHAPE = 0.02  # log ratio of aspects up to which two pictures have the same shape
@@ -32,7 +32,7 @@ class Sample:
 
 
 @runtime_checkable
-class Source(Protocol):
+class SampleSource(Protocol):
     """What training reads: a map from integers to samples."""
 
     def __len__(self) -> int: ...
@@ -40,7 +40,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def made(image: bytes, caption: str, masked: bytes | None, conditioning: bytes | None) -> Sample:
+def make_sample(image: bytes, caption: str, masked: bytes | None, conditioning: bytes | None) -> Sample:
     """A sample of encoded files; mask and condition at the picture's size.
 
     Args:
@@ -51,7 +51,8 @@ def made(image: bytes, caption: str, masked: bytes | None, conditioning: bytes |
     """
     picture = rgb(decode(image))
     pieces = [
-        None if data is None else read(decode(data)) for data, read in ((masked, mask), (conditioning, condition))
+        None if data is None else read(decode(data))
+        for data, read in ((masked, mask), (conditioning, condition_as_rgb))
     ]
     fitted = [
         piece if piece is None or piece.size == picture.size else piece.resize(picture.size, Image.Resampling.BILINEAR)
@@ -73,7 +74,7 @@ def captions_of(value: Any) -> tuple[tuple[str, ...], str | None]:
     return tuple(several), None
 
 
-def compare(image: tuple[int, int], other: tuple[int, int]) -> str | None:
+def size_mismatch(image: tuple[int, int], other: tuple[int, int]) -> str | None:
     """Why a mask or condition does not fit its image: another size is resized, another shape is none of that image."""
     if 0 in (*image, *other):  # one of them could not be read, which is said by itself
         return None

@@ -9,7 +9,7 @@ import random
 
 from ..config import TagSettings
 
-__all__ = ["full", "least", "said"]
+__all__ = ["full", "least", "vary_tags"]
 
 
 def full(caption: str, settings: TagSettings) -> str:
@@ -24,7 +24,7 @@ def least(caption: str, settings: TagSettings) -> str:
     return _with_prefix(_joined(_tags(caption, settings)[: settings.keep], settings), settings)
 
 
-def said(caption: str, settings: TagSettings, seed: int) -> str:
+def vary_tags(caption: str, settings: TagSettings, seed: int) -> str:
     """The caption as the seed has it.
 
     Args:

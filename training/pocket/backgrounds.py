@@ -5,10 +5,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-__all__ = ["draw"]
+__all__ = ["draw_background"]
 
 
-def draw(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
+def draw_background(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Background ``name`` as (size, size, 3) float32 in [0, 1].
 
     Args:

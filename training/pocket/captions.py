@@ -14,7 +14,7 @@ import numpy as np
 from .errors import PocketError
 from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS, TINTABLE
 
-__all__ = ["Description", "Noun", "article", "describe", "parse", "vocabulary"]
+__all__ = ["Description", "Noun", "article", "parse_caption", "vocabulary", "write_caption"]
 
 PREFIXES = ("a picture of", "a photo of", "a drawing of")
 PHRASES = {phrase: name for name, phrases in BACKGROUNDS.items() for phrase in phrases}
@@ -67,7 +67,7 @@ def article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def describe(description: Description, rng: np.random.Generator) -> str:
+def write_caption(description: Description, rng: np.random.Generator) -> str:
     """A caption of ``description``; ``rng`` chooses among the wordings."""
     said = [article(f"{noun.color} {noun.name}" if noun.color else noun.name) for noun in description.nouns]
     if description.relation:
@@ -84,7 +84,7 @@ def describe(description: Description, rng: np.random.Generator) -> str:
     return text
 
 
-def parse(caption: str) -> Description:
+def parse_caption(caption: str) -> Description:
     """The description a caption of the grammar stands for.
 
     Raises:

@@ -13,13 +13,13 @@ from .errors import PocketError
 from .scenes import TRAIN_SEED, Scene, palette, sample
 from .world import CONTROLS
 
-__all__ = ["EDGES", "Scenes", "condition"]
+__all__ = ["EDGES", "Scenes", "scene_condition"]
 
 EDGES = Canny(low=80, high=160, grey=True)
 """The detector that the shipped canny ControlNet was trained with, and the default for drawn scenes."""
 
 
-def condition(scene: Scene, control: str, edges: Canny = EDGES) -> Image.Image:
+def scene_condition(scene: Scene, control: str, edges: Canny = EDGES) -> Image.Image:
     """The conditioning picture of ``scene``: its edges, or its classes in the colors of ``scenes.palette``.
 
     Args:
@@ -57,5 +57,5 @@ class Scenes:
 
     def __getitem__(self, index: int) -> Sample:
         scene = sample(self.seed, self.begin + index, look=self.look)
-        shown = condition(scene, self.control, self.edges) if self.control else None
+        shown = scene_condition(scene, self.control, self.edges) if self.control else None
         return Sample(image=Image.fromarray(scene.image), caption=scene.caption, conditioning=shown)

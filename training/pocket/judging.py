@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .captions import Description, parse
+from .captions import Description, parse_caption
 from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS
 
 __all__ = ["NEAR_MISS", "Found", "Judge", "Score", "Seen", "to_pixels"]
@@ -141,8 +141,11 @@ class Judge(nn.Module):
         return seen
 
     def scores(self, images: Sequence[Image.Image] | Tensor, prompts: Sequence[str]) -> list[Score]:
-        """How far each picture keeps its prompt (in the scene grammar, see ``captions.parse``)."""
-        return [score(seen, parse(prompt)) for seen, prompt in zip(self.look(images), prompts, strict=True)]
+        """How far each picture keeps its prompt (in the scene grammar, see ``captions.parse_caption``)."""
+        return [
+            score_agreement(seen, parse_caption(prompt))
+            for seen, prompt in zip(self.look(images), prompts, strict=True)
+        ]
 
     @torch.no_grad()
     def segment(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
@@ -182,7 +185,7 @@ def _found(mask: Tensor, colors: Tensor) -> Found:
     return Found(area=mask.float().mean().item(), centre=centre, color=list(COLORS)[votes.argmax()])
 
 
-def score(seen: Seen, said: Description) -> Score:
+def score_agreement(seen: Seen, said: Description) -> Score:
     """How far ``seen`` keeps ``said``."""
     there = [noun.name in seen.objects for noun in said.nouns]
     colored = [noun for noun in said.nouns if noun.color]

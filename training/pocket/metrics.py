@@ -160,7 +160,7 @@ def subject_regions(images: Tensor, prompts: Sequence[str], noun: str) -> tuple[
 def _other_labels(prompt: str, noun: str) -> list[int]:
     """Labels of the prompt's objects but one of the noun; none of a prompt outside the grammar."""
     try:
-        said = [item.name for item in captions.parse(prompt).nouns]
+        said = [item.name for item in captions.parse_caption(prompt).nouns]
     except PocketError:
         return []
     return [list(CLASSES).index(name) + 1 for name in said if name != noun]

@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 
 from . import backgrounds
-from .captions import Description, Noun, describe, parse
+from .captions import Description, Noun, parse_caption, write_caption
 from .sprites import sprite
 from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS, SIZE, TINTABLE
 
-__all__ = ["HELD_OUT_SEED", "TRAIN_SEED", "Placed", "Scene", "from_prompt", "palette", "render", "sample"]
+__all__ = ["HELD_OUT_SEED", "TRAIN_SEED", "Placed", "Scene", "from_prompt", "palette", "render_objects", "sample"]
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
@@ -94,7 +94,7 @@ def sample(seed: int, index: int, size: int = SIZE, look: str = "noto", free: bo
 
 
 def from_prompt(prompt: str, seed: int, size: int = SIZE) -> Scene:
-    """A true picture of ``prompt`` (see ``captions.parse``); what the prompt leaves open is drawn from ``seed``.
+    """A true picture of ``prompt`` (see ``parse_caption``); what the prompt leaves open is drawn from ``seed``.
 
     Args:
         prompt: in the words of the base's world.
@@ -102,7 +102,7 @@ def from_prompt(prompt: str, seed: int, size: int = SIZE) -> Scene:
         size: side in pixels.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, len(prompt)]))
-    said = parse(prompt)
+    said = parse_caption(prompt)
     if said.background is None:
         said = Description(nouns=said.nouns, relation=said.relation, background=str(rng.choice(list(BACKGROUNDS))))
     return _scene(said, rng, size, caption=prompt)
@@ -125,9 +125,9 @@ def _scene(
     if caption is None:
         silent = rng.random() < 0.06  # some captions leave the background out
         words = Description(nouns=said.nouns, relation=said.relation, background=None if silent else said.background)
-        caption = describe(words, rng)
+        caption = write_caption(words, rng)
     assert said.background is not None
-    image, masks = render(backgrounds.draw(said.background, size, rng), objects, look)
+    image, masks = render_objects(backgrounds.draw_background(said.background, size, rng), objects, look)
     return Scene(image=image, caption=caption, description=said, objects=objects, masks=masks)
 
 
@@ -189,7 +189,9 @@ def _overlap(a: Placed, b: Placed) -> float:
     return max(width, 0) * max(height, 0) / min(a.side, b.side) ** 2
 
 
-def render(background: np.ndarray, objects: tuple[Placed, ...], look: str = "noto") -> tuple[np.ndarray, np.ndarray]:
+def render_objects(
+    background: np.ndarray, objects: tuple[Placed, ...], look: str = "noto"
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw ``objects`` onto ``background`` (S, S, 3) float32: the picture (S, S, 3) uint8, masks (n, S, S) bool.
 
     Args:
@@ -201,13 +203,13 @@ def render(background: np.ndarray, objects: tuple[Placed, ...], look: str = "not
     for placed in objects:
         color, alpha = sprite(placed.noun.name, placed.noun.color, placed.side, look)
         layers.append((color[:, ::-1], alpha[:, ::-1]) if placed.flip else (color, alpha))
-    return compose(background, layers, [(placed.x, placed.y) for placed in objects])
+    return paste_layers(background, layers, [(placed.x, placed.y) for placed in objects])
 
 
-def compose(
+def paste_layers(
     background: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]], corners: list[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay premultiplied (color, alpha) drawings over ``background`` at their ``corners``; see ``render``.
+    """Lay premultiplied (color, alpha) drawings over ``background`` at their ``corners``; see ``render_objects``.
 
     Args:
         background: (S, S, 3) float32 in [0, 1].

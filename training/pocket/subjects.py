@@ -21,7 +21,7 @@ from . import backgrounds
 from .captions import article
 from .errors import PocketError
 from .making.rendered import TOYS, rendering
-from .scenes import GRID, SIDE, compose
+from .scenes import GRID, SIDE, paste_layers
 from .sprites import scaled, sprite
 from .world import BACKGROUNDS, SIZE
 
@@ -122,7 +122,7 @@ def _draw(folder: Path, name: str, called: str, rng: np.random.Generator, taken:
         layers, corners = [_layer(name, index % VIEWS, side)], [place]
         if other is not None:  # below the subject, whose mask is then its whole shape
             layers, corners = [sprite(other, None, side), *layers], [beside, *corners]
-        image, masks = compose(backgrounds.draw(background, SIZE, rng), layers, corners)
+        image, masks = paste_layers(backgrounds.draw_background(background, SIZE, rng), layers, corners)
         caption = called if other is None else f"{called} and {article(other)}"
         # Pixel for pixel, and a fifth smaller than PNG: the pictures are under version control.
         Image.fromarray(image).save(folder / f"{index}.webp", lossless=True, quality=100, method=6)

@@ -14,7 +14,7 @@ from PIL import Image
 from adapters.measuring.metrics import canny_f1
 
 from .. import base_path, controlnet_path, judge, scenes
-from ..control import EDGES, condition
+from ..control import EDGES, scene_condition
 from ..world import BACKGROUNDS, CLASSES, COLORS, TINTABLE
 from . import fit_judge, fit_vae
 from .fitting import image_batch
@@ -143,7 +143,7 @@ def controlled(pipe: StableDiffusionPipeline, control: str, count: int = 64) -> 
     )
     guided.set_progress_bar_config(disable=True)
     pictures = {
-        "with": generate(guided, prompts, seeds, image=[condition(scene, control) for scene in held_out]),
+        "with": generate(guided, prompts, seeds, image=[scene_condition(scene, control) for scene in held_out]),
         "without": generate(pipe, prompts, seeds),
     }
     follow = _canny_f1 if control == "canny" else _class_iou

@@ -31,9 +31,19 @@ from .. import tokenizer
 from ..scenes import GRID, HELD_OUT_SEED, TRAIN_SEED, sample
 from ..world import SIZE
 from . import model
-from .fitting import Ema, MuonAdamW, add_up, image_batch, learning_rate, load_state, processes, save_state, seeded
+from .fitting import (
+    FitAverage,
+    MuonAdamW,
+    add_up,
+    image_batch,
+    learning_rate,
+    load_state,
+    processes,
+    save_state,
+    seeded,
+)
 
-__all__ = ["SHARD", "Base", "encoded_shard", "fit", "fresh_base", "held_out_loss", "scale"]
+__all__ = ["SHARD", "BaseParts", "encoded_shard", "fit", "fresh_base", "held_out_loss", "scale"]
 
 SHARD, SHARDS = 2048, 32  # scenes a shard; drawing and encoding each once is an eighth of a step
 SNR_CAP = 5.0
@@ -43,7 +53,7 @@ SETTLE = 500  # the step from which it falls as 1 / sqrt(step) before that
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseParts:
     """The two parts that train together."""
 
     unet: UNet2DConditionModel
@@ -93,11 +103,11 @@ def encoded_shard(vae: AutoencoderKL, seed: int, index: int, folder: Path) -> di
     return shard
 
 
-def fresh_base(device: str) -> Base:
+def fresh_base(device: str) -> BaseParts:
     """Fresh parts, initialised from the fixed seed."""
     torch.manual_seed(TRAIN_SEED)
     unet = model.unet().to(device, memory_format=torch.channels_last)
-    return Base(unet=unet, text_encoder=model.text_encoder(tokenizer.build_tokenizer()).to(device))
+    return BaseParts(unet=unet, text_encoder=model.text_encoder(tokenizer.build_tokenizer()).to(device))
 
 
 def fit(
@@ -111,7 +121,7 @@ def fit(
     device: str = "cpu",
     save_every: int = 100,
     stop_at: int | None = None,
-) -> Base:
+) -> BaseParts:
     """Fit up to ``steps`` and return the averaged parts; continues from ``out/state.safetensors`` where that is.
 
     ``steps`` may grow between runs: before its tail the learning rate does not depend on it.
@@ -132,7 +142,7 @@ def fit(
     rank, world = processes()
     modules = live.parts()
     optimizer = MuonAdamW(modules.values(), peak, adam_ratio=0.03, weight_decay=0.0, keep_norm=True)
-    emas = {name: Ema(module, ema_decay) for name, module in modules.items()}
+    emas = {name: FitAverage(module, ema_decay) for name, module in modules.items()}
     state = out / "state.safetensors"
     begin = load_state(state, modules, emas, optimizer) if state.exists() else 0
     end = min(steps, stop_at or steps)
@@ -158,7 +168,7 @@ def fit(
     return _load(averaged, emas)
 
 
-def _load(base: Base, emas: dict[str, Ema]) -> Base:
+def _load(base: BaseParts, emas: dict[str, FitAverage]) -> BaseParts:
     for name, module in base.parts().items():
         module.load_state_dict(emas[name].average)
         module.eval()
@@ -182,7 +192,7 @@ def _draw(count: int, generator: torch.Generator) -> list[Tensor]:
     return [slots, noise, torch.rand(count, generator=generator) < DROP]
 
 
-def _loss(base: Base, latents: Tensor, tokens: Tensor, drawn: list[Tensor]) -> Tensor:
+def _loss(base: BaseParts, latents: Tensor, tokens: Tensor, drawn: list[Tensor]) -> Tensor:
     """Weighted v-loss of samples with what ``_draw`` drew for them."""
     slots, noise, dropped = drawn
     noise = noise.to(latents.device)
@@ -213,7 +223,7 @@ def _empty() -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(base: Base, vae: AutoencoderKL, folder: Path, count: int = 512) -> float:
+def held_out_loss(base: BaseParts, vae: AutoencoderKL, folder: Path, count: int = 512) -> float:
     """The training loss without dropped captions on ``count`` held-out scenes at fixed timesteps and noise.
 
     Args:

@@ -17,7 +17,7 @@ from .. import scenes
 from ..judging import NEAR_MISS, Judge
 from ..sprites import sprite
 from ..world import BACKGROUNDS, CLASSES, COLORS
-from .fitting import Ema, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
+from .fitting import FitAverage, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
 
 __all__ = ["accuracy", "fit"]
 
@@ -53,7 +53,7 @@ def fit(out: Path, *, steps: int = 3200, batch: int = 32, peak: float = 0.02, de
     torch.manual_seed(SEED)
     judge = Judge().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = MuonAdamW([judge], peak)
-    ema = Ema(judge, 0.998)
+    ema = FitAverage(judge, 0.998)
     state = out / "state.safetensors"
     begin = load_state(state, {"judge": judge}, {"judge": ema}, optimizer) if state.exists() else 0
     bar = tqdm(range(begin, steps), initial=begin, total=steps, desc="judge", mininterval=10)
@@ -72,7 +72,7 @@ def fit(out: Path, *, steps: int = 3200, batch: int = 32, peak: float = 0.02, de
     return _averaged(ema, device)
 
 
-def _averaged(ema: Ema, device: str) -> Judge:
+def _averaged(ema: FitAverage, device: str) -> Judge:
     judge = Judge()
     judge.load_state_dict(ema.average)
     return judge.to(device).eval()
@@ -115,8 +115,8 @@ def _example(seed: int, index: int) -> tuple[np.ndarray, np.ndarray, int, np.nda
         layer = (layer[0][:, ::-1], layer[1][:, ::-1]) if placed.flip else layer
         layers.append(_near_miss(layer, rng) if miss else layer)
     assert scene.description.background is not None
-    canvas = scenes.backgrounds.draw(scene.description.background, scene.image.shape[0], rng)
-    image, masks = scenes.compose(canvas, layers, [(placed.x, placed.y) for placed in scene.objects])
+    canvas = scenes.backgrounds.draw_background(scene.description.background, scene.image.shape[0], rng)
+    image, masks = scenes.paste_layers(canvas, layers, [(placed.x, placed.y) for placed in scene.objects])
     names, tints = list(CLASSES), list(COLORS)
     present = np.zeros(len(names), np.float32)
     classes = np.zeros(masks.shape[1:], np.int64)

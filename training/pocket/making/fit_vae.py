@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..scenes import HELD_OUT_SEED, TRAIN_SEED, sample
 from . import model
-from .fitting import Ema, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
+from .fitting import FitAverage, MuonAdamW, image_batch, learning_rate, load_state, save_state, seeded
 
 __all__ = ["fit", "psnr", "refine"]
 
@@ -34,7 +34,7 @@ def fit(out: Path, *, steps: int = 1600, batch: int = 8, peak: float = 0.03, dev
     torch.manual_seed(TRAIN_SEED)
     vae = _fresh().to(device, memory_format=torch.channels_last)
     optimizer = MuonAdamW([vae], peak, adam_ratio=0.06, weight_decay=0.0)
-    ema = Ema(vae, 0.998)
+    ema = FitAverage(vae, 0.998)
     state = out / "state.safetensors"
     begin = load_state(state, {"vae": vae}, {"vae": ema}, optimizer) if state.exists() else 0
     bar = tqdm(range(begin, steps), initial=begin, total=steps, desc="vae", mininterval=10)
@@ -70,7 +70,7 @@ def refine(
     """
     vae = vae.to(device, memory_format=torch.channels_last)
     decoder = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
-    optimizer, ema = MuonAdamW([decoder], peak, adam_ratio=0.06, weight_decay=0.0), Ema(decoder, 0.998)
+    optimizer, ema = MuonAdamW([decoder], peak, adam_ratio=0.06, weight_decay=0.0), FitAverage(decoder, 0.998)
     state = out / "decoder.safetensors"
     begin = load_state(state, {"decoder": decoder}, {"decoder": ema}, optimizer) if state.exists() else 0
     for step in tqdm(range(begin, steps), initial=begin, total=steps, desc="decoder", mininterval=10):
@@ -99,7 +99,7 @@ def _fresh() -> AutoencoderKL:
     return vae
 
 
-def _averaged(ema: Ema, device: str) -> AutoencoderKL:
+def _averaged(ema: FitAverage, device: str) -> AutoencoderKL:
     vae = model.vae()
     vae.load_state_dict(ema.average)
     return vae.to(device).eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adapters.files import read_tensors, understood, write_tensors
 
 __all__ = [
-    "Ema",
+    "FitAverage",
     "MuonAdamW",
     "add_up",
     "image_batch",
@@ -76,7 +76,7 @@ def add_up(tensors: list[Tensor]) -> None:
         tensor.copy_(piece.view_as(tensor))
 
 
-class Ema:
+class FitAverage:
     """Exponential average of a module's parameters, its decay growing with the steps so that the start is forgotten."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -214,7 +214,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 def save_state(
-    path: Path, modules: dict[str, nn.Module], emas: dict[str, Ema], optimizer: torch.optim.Optimizer, step: int
+    path: Path, modules: dict[str, nn.Module], emas: dict[str, FitAverage], optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Everything a resumed fit needs, in one safetensors file that is there whole or not at all.
 
@@ -236,7 +236,7 @@ def save_state(
 
 
 def load_state(
-    path: Path, modules: dict[str, nn.Module], emas: dict[str, Ema], optimizer: torch.optim.Optimizer
+    path: Path, modules: dict[str, nn.Module], emas: dict[str, FitAverage], optimizer: torch.optim.Optimizer
 ) -> int:
     """Restore what ``save_state`` wrote and return its step.
 

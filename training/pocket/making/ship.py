@@ -15,9 +15,9 @@ from adapters import files
 from .. import DATA, VERSION, tokenizer
 from ..judging import Judge
 from . import model
-from .fit_base import Base
+from .fit_base import BaseParts
 
-__all__ = ["LIMITS", "assembled_pipeline", "base", "controlnet", "judge", "write_manifest"]
+__all__ = ["LIMITS", "assembled_pipeline", "write_base", "write_controlnet", "write_judge", "write_pocket_manifest"]
 
 LIMITS = {
     VERSION: 30_000_000,
@@ -27,7 +27,7 @@ LIMITS = {
 }  # bytes
 
 
-def assembled_pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeline:
+def assembled_pipeline(vae: AutoencoderKL, parts: BaseParts) -> StableDiffusionPipeline:
     """The parts as the ordinary pipeline, without a safety checker (there is nothing here it was made for)."""
     return StableDiffusionPipeline(
         vae=vae,
@@ -41,7 +41,7 @@ def assembled_pipeline(vae: AutoencoderKL, parts: Base) -> StableDiffusionPipeli
     )
 
 
-def base(vae: AutoencoderKL, parts: Base) -> Path:
+def write_base(vae: AutoencoderKL, parts: BaseParts) -> Path:
     """Write the base folder. The parts given are used up: their weights are halved in place."""
 
     def write(folder: Path) -> None:
@@ -54,12 +54,12 @@ def base(vae: AutoencoderKL, parts: Base) -> Path:
     return _replaced(VERSION, write, keep=("README.md", "sheet.webp"))
 
 
-def controlnet(control: str, network: ControlNetModel) -> Path:
+def write_controlnet(control: str, network: ControlNetModel) -> Path:
     """Write the ControlNet for ``control``."""
     return _replaced(f"controlnet-{control}", network.half().save_pretrained)
 
 
-def judge(network: Judge) -> Path:
+def write_judge(network: Judge) -> Path:
     """Write the judge's weights."""
     tensors = {
         name: value.half() if value.is_floating_point() else value for name, value in network.state_dict().items()
@@ -80,7 +80,7 @@ def _replaced(name: str, write: Callable[[Path], object], keep: Iterable[str] = 
     return final
 
 
-def write_manifest() -> dict[str, Any]:
+def write_pocket_manifest() -> dict[str, Any]:
     """List what ships with size and sha256; refuse what is over its limit. Cards and pictures are no part of it."""
     found = {}
     for folder, limit in LIMITS.items():

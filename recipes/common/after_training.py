@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipes import measure, ship, tune
+from recipes.common.stages import took
 from recipes.common.training import Training
 from recipes.common.tuned import Tuned
 
@@ -22,45 +23,48 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
     _free()
     folder, adapter, tuned = trained, str(trained), None
     if settings.tune is not None and settings.measure is not None:
-        found = tune.run(
-            tune.Settings(
-                base=settings.base,
-                adapter=None if controlnet else adapter,
-                controlnet=adapter if controlnet else None,
-                measure=settings.measure,
-                tune=settings.tune,
-                sampling=settings.sampling,
-                out=settings.out,
+        with took("tuning"):
+            found = tune.run(
+                tune.Settings(
+                    base=settings.base,
+                    adapter=None if controlnet else adapter,
+                    controlnet=adapter if controlnet else None,
+                    measure=settings.measure,
+                    tune=settings.tune,
+                    sampling=settings.sampling,
+                    out=settings.out,
+                )
             )
-        )
         assert found is not None
         tuned, adapter = str(found), Tuned.read(found).adapter or adapter
         folder = found
     measured = None
     if settings.measure is not None:
-        made = measure.run(
-            measure.Settings(
-                base=settings.base,
-                adapter=None if controlnet else adapter,
-                controlnet=adapter if controlnet else None,
-                tuned=tuned,
-                measure=settings.measure,
-                sampling=settings.sampling,
-                out=settings.out,
+        with took("measuring"):
+            made = measure.run(
+                measure.Settings(
+                    base=settings.base,
+                    adapter=None if controlnet else adapter,
+                    controlnet=adapter if controlnet else None,
+                    tuned=tuned,
+                    measure=settings.measure,
+                    sampling=settings.sampling,
+                    out=settings.out,
+                )
             )
-        )
         assert made is not None
         folder = measured = made / "measured"
     if settings.ship is not None:
-        shipped = ship.run(
-            ship.Settings(
-                base=settings.base,
-                adapter=adapter,
-                measured=str(measured) if measured else None,
-                ship=settings.ship,
-                out=settings.out,
+        with took("shipping"):
+            shipped = ship.run(
+                ship.Settings(
+                    base=settings.base,
+                    adapter=adapter,
+                    measured=str(measured) if measured else None,
+                    ship=settings.ship,
+                    out=settings.out,
+                )
             )
-        )
         folder = shipped or folder
     return folder
 

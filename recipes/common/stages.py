@@ -1,20 +1,23 @@
-"""What a run will take, stage by stage: counts from the settings, seconds from a trial step."""
+"""What a run will take, stage by stage: counts from the settings, seconds from a trial step; and what it took."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipes.common.cli import say
 from training.progress import duration
 
 if TYPE_CHECKING:
     from recipes.common.training import Training
     from training.estimate import Estimate
 
-__all__ = ["Stage", "span", "stages", "stages_table"]
+__all__ = ["Stage", "span", "stages", "stages_table", "took"]
 
 LOW, HIGH = 0.7, 1.6  # of an estimate, which a busy machine and other batch sizes move
 SHIPPING = 20.0  # seconds: a pipeline is loaded, files are written and hashed
@@ -111,6 +114,18 @@ def stages_table(rows: Sequence[Stage]) -> list[str]:
         lines.append(f"{row.name:15} {row.what:{width}}  {time:16} {row.memory / 2**30:.1f} GiB")
     lines.append(f"{'in all':15} {'':{width}}  {span(sum(row.seconds for row in rows))}")
     return lines
+
+
+@contextmanager
+def took(stage: str) -> Iterator[None]:
+    """Say what a stage took once it has ended, to hold against its row of the table.
+
+    Args:
+        stage: its name.
+    """
+    started = time.monotonic()
+    yield
+    say(f"{stage} took {time.monotonic() - started:.0f} s; peak memory so far {_peak() / 2**30:.1f} GiB")
 
 
 def span(seconds: float) -> str:

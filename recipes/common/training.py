@@ -193,19 +193,21 @@ def train(settings: Training, method: Method, pictures: Views, **more: Any) -> R
     Returns:
         What `training.loop.train` returns: None after a dry run.
     """
+    from recipes.common.stages import took
     from training import loop
 
-    return loop.train(
-        method,
-        pictures,
-        settings.train,
-        out=settings.out,
-        record=record(settings),
-        cache=settings.data.cache,
-        cache_folder=settings.data.cache_folder,
-        estimated=partial(_say_stages, settings),
-        **more,
-    )
+    with nullcontext() if settings.train.dry_run else took("training"):
+        return loop.train(
+            method,
+            pictures,
+            settings.train,
+            out=settings.out,
+            record=record(settings),
+            cache=settings.data.cache,
+            cache_folder=settings.data.cache_folder,
+            estimated=partial(_say_stages, settings),
+            **more,
+        )
 
 
 def _say_stages(settings: Training, found: Estimate) -> None:
@@ -288,6 +290,7 @@ def _class_prior(
 ) -> Prior | None:
     """The samples of the class that the settings of a subject ask for; missing class images are generated."""
     from recipes.common.region_mask import region_of
+    from recipes.common.stages import took
     from training import dreambooth
 
     chosen, folder = settings.dreambooth, Path(settings.out) / "class_images"
@@ -297,15 +300,16 @@ def _class_prior(
         return dreambooth.Prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
         )
-    return dreambooth.prior(
-        parts,
-        chosen,
-        pictures,
-        region=region_of,
-        words=words,
-        folder=folder,
-        seed=settings.train.seed,
-    )
+    with took("class pictures") if chosen.class_prompt and chosen.preserve != "off" else nullcontext():
+        return dreambooth.prior(
+            parts,
+            chosen,
+            pictures,
+            region=region_of,
+            words=words,
+            folder=folder,
+            seed=settings.train.seed,
+        )
 
 
 def data(settings: DataSettings, *, parts: Parts, edges: Canny | None = None) -> Views:

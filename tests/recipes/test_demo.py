@@ -59,6 +59,8 @@ def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
         "s in all",
     ):
         assert line in said
+    for stage in ("training", "tuning", "measuring", "shipping"):
+        assert re.search(rf"^{stage} took \d+ s; peak memory so far \d\.\d GiB$", said, re.M), stage
 
 
 def test_every_stage_leaves_what_the_next_one_reads(demo) -> None:

@@ -5,8 +5,10 @@ accelerate launch recipes/controlled.py --config recipes/configs/controlled/pock
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +16,10 @@ from PIL import Image, ImageOps
 
 from recipes.common.base import adapted, edges_of, sampling_pipeline, size_of
 from recipes.common.cli import launch, named, say
-from recipes.common.draw import draw, keep, sheet, trial
+from recipes.common.draw import OWN, draw, keep, sheet, trial
 from recipes.common.guidance import method_title
 from recipes.common.settings import GuidanceSettings, SamplingSettings
-from training.config import BaseSettings, require
+from training.config import BaseSettings
 from training.errors import TrainingError
 
 MYPY = False  # see recipes.common.training
@@ -45,9 +47,9 @@ class Settings:
     weight: float = 1.0
     """Scale of the adapter's change."""
     pictures: str
-    """Folder of captioned pictures. Each caption is the prompt."""
+    """Folder of pictures. The caption of each (a .txt file beside it) is its prompt."""
     prompt: str | None = None
-    """One prompt for all pictures, instead of their captions."""
+    """The prompt of every picture, instead of captions."""
     annotator: Literal["canny", "lineart", "depth", "segmentation", "none"] = "canny"
     """How a condition is made from a picture. none: the pictures are conditions already."""
     annotator_model: str | None = None
@@ -79,16 +81,16 @@ def run(settings: Settings) -> Path | None:
     arms = {method_title(arm.method): arm for arm in (plain, settings.guidance)}
     with adapted(pipe, settings.adapter, settings.weight):
         for arm in arms.values():
-            _try(pipe, arm, given, settings)
+            _try(pipe, arm, given[0], settings)
         if settings.dry_run:
             say(f"would draw {len(arms) * len(given) * len(settings.seeds)} pictures with {type(pipe).__name__}")
             return None
         shots = {name: _draw(pipe, name, arm, given, settings) for name, arm in arms.items()}
     for name, made in shots.items():
         if edges is not None:
-            _score(name, made, {prompt: one.condition for prompt, one in given.items()}, edges)
+            _score(name, made, {one.name: one.condition for one in given}, edges)
         for shot in made:
-            keep(shot.image, Path(settings.out) / f"{given[shot.prompt].name} {name} {shot.seed}.png")
+            keep(shot.image, Path(settings.out) / f"{shot.subject} {name} {shot.seed}.png")
     page = Path(settings.out) / "sheet.png"
     keep(sheet({**_columns(given), **shots}), page)
     say(f"pictures in {settings.out}; side by side: {page}")
@@ -100,6 +102,7 @@ class Given:
     """One of the user's pictures, cut to the size that is drawn, and the condition made from it."""
 
     name: str
+    prompt: str
     picture: Image.Image
     condition: Image.Image
 
@@ -123,36 +126,39 @@ def _pictures(settings: Settings) -> Any:
     except TrainingError as error:
         said = str(error).replace("data.source", "--pictures").replace("data.prompt", "--prompt")
         raise TrainingError(" ".join(said.split())) from error
-    require(
-        settings.prompt is None or len(source) == 1,
-        f"--prompt fits one picture, and {settings.pictures} has {len(source)}: give each a caption (a .txt file)",
-    )
     return source
 
 
 def _given(
     source: Folder, size: tuple[int, int], make: Callable[[Image.Image], Image.Image], *, nearest: bool
-) -> dict[str, Given]:
-    """By caption; a caption that comes twice is said and left out, as pictures are told apart by their prompts."""
+) -> list[Given]:
     cut = Image.Resampling.NEAREST if nearest else Image.Resampling.LANCZOS
-    found: dict[str, Given] = {}
-    for index in range(len(source)):
-        sample, name = source[index], source.files[index].stem
-        if (first := found.get(sample.caption)) is not None:
-            say(f"left out: {name}, whose caption is that of {first.name}")
-            continue
+    stems = [file.stem for file in source.files]
+    found = []
+    for index, file in enumerate(source.files):
+        sample, name = source[index], file.stem if stems.count(file.stem) == 1 else file.name
         picture = ImageOps.fit(sample.image, size, cut)
         shown = ImageOps.fit(sample.conditioning or sample.image, size, cut)
-        found[sample.caption] = Given(name=name, picture=picture, condition=make(shown))
+        found.append(Given(name=name, prompt=sample.caption, picture=picture, condition=make(shown)))
     return found
 
 
-def _try(pipe: DiffusionPipeline, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings) -> None:
+def _rounds(given: Sequence[Given]) -> list[dict[str, Given]]:
+    """By prompt; pictures with the same prompt are drawn in different rounds, as drawing tells them apart by it."""
+    rounds: list[dict[str, Given]] = []
+    for one in given:
+        free = next((some for some in rounds if one.prompt not in some), None)
+        if free is None:
+            rounds.append(free := {})
+        free[one.prompt] = one
+    return rounds
+
+
+def _try(pipe: DiffusionPipeline, arm: GuidanceSettings, one: Given, settings: Settings) -> None:
     """One step of a picture, whose refusals are said before any picture is drawn."""
-    prompt, one = next(iter(given.items()))
     with named("guidance"):
         shown = {"image": one.condition}
-        trial(pipe, prompt, arm, settings.sampling, inputs=lambda *_: shown, common=_common(settings))
+        trial(pipe, one.prompt, arm, settings.sampling, inputs=lambda *_: shown, common=_common(settings))
 
 
 def _common(settings: Settings) -> dict[str, float]:
@@ -160,20 +166,39 @@ def _common(settings: Settings) -> dict[str, float]:
 
 
 def _draw(
-    pipe: DiffusionPipeline, name: str, arm: GuidanceSettings, given: Mapping[str, Given], settings: Settings
+    pipe: DiffusionPipeline, name: str, arm: GuidanceSettings, given: Sequence[Given], settings: Settings
 ) -> list[Any]:
-    return draw(
-        pipe,
-        list(given),
-        settings.seeds,
-        arm,
-        settings.sampling,
-        Path(settings.out) / "pictures" / name,
-        f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g}",
-        arm=name,
-        inputs=lambda prompt, seed: {"image": given[prompt].condition},
-        common=_common(settings),
-    )
+    """All pictures of an arm, each with the name of the user's picture as its subject."""
+    made = []
+    for number, some in enumerate(_rounds(given)):
+        folder = Path(settings.out) / "pictures" / name
+        shots = draw(
+            pipe,
+            list(some),
+            settings.seeds,
+            arm,
+            settings.sampling,
+            folder / str(number + 1) if number else folder,
+            f"{settings.adapter} {settings.controlnet} {settings.conditioning_scale:g} {_digest(some)}",
+            arm=name,
+            inputs=partial(_condition, some),
+            common=_common(settings),
+            renewed=OWN,
+        )
+        made += [replace(shot, subject=some[shot.prompt].name) for shot in shots]
+    return made
+
+
+def _condition(given: Mapping[str, Given], prompt: str, seed: int) -> dict[str, Image.Image]:
+    return {"image": given[prompt].condition}
+
+
+def _digest(given: Mapping[str, Given]) -> str:
+    """Of the conditions: pictures that were drawn for others are out of date."""
+    found = hashlib.sha256()
+    for one in given.values():
+        found.update(f"{one.prompt} {one.condition.mode} {one.condition.size}".encode() + one.condition.tobytes())
+    return found.hexdigest()[:16]
 
 
 def _score(name: str, shots: Sequence[Any], conditions: Mapping[str, Image.Image], edges: Canny) -> None:
@@ -181,7 +206,7 @@ def _score(name: str, shots: Sequence[Any], conditions: Mapping[str, Image.Image
     from adapters.measuring.metrics import CannyF1
 
     def mean(wanted: Mapping[str, Image.Image]) -> float:
-        found = CannyF1(condition=lambda shot: wanted[shot.prompt].resize(shot.image.size), edges=edges)(shots)
+        found = CannyF1(condition=lambda shot: wanted[shot.subject].resize(shot.image.size), edges=edges)(shots)
         return sum(found) / len(found)
 
     own = mean(conditions)
@@ -196,12 +221,14 @@ def _score(name: str, shots: Sequence[Any], conditions: Mapping[str, Image.Image
         say(f"{name}: the pictures do not follow the edges; try more --sampling.steps or --conditioning_scale")
 
 
-def _columns(given: Mapping[str, Given]) -> dict[str, list[Any]]:
+def _columns(given: Sequence[Given]) -> dict[str, list[Any]]:
     """The user's pictures and their conditions, as columns beside what was drawn."""
     from adapters import Shot
 
-    def column(name: str) -> list[Any]:
-        return [Shot(prompt=text, seed=0, latents="", image=getattr(one, name)) for text, one in given.items()]
+    def column(part: str) -> list[Any]:
+        return [
+            Shot(prompt=one.prompt, subject=one.name, seed=0, latents="", image=getattr(one, part)) for one in given
+        ]
 
     return {"yours": column("picture"), "condition": column("condition")}
 

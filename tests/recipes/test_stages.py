@@ -454,6 +454,25 @@ def test_control_generation_writes_a_sheet_with_the_conditions(tmp_path: Path, d
     assert Image.open(tmp_path / "out" / "sheet.png").size == (4 * 128 + 420, 2 * 128 + 20)
 
 
+def test_one_prompt_is_drawn_for_several_pictures_and_a_new_picture_is_drawn_for(tmp_path: Path, done) -> None:
+    for number in (0, 1):
+        shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.webp", tmp_path)
+    config = ROOT / "recipes" / "configs" / "controlled" / "pocket_canny.yaml"
+    words = ["--pictures", tmp_path, "--prompt=a teapot in the sea", "--sampling.batch_size=1", *SAMPLE]
+
+    def drawn(*more: str) -> list[bytes]:
+        said = done("controlled", f"--config={config}", *words, f"--out={tmp_path / 'out'}", *more)
+        assert "S-CFG: canny F1" in said
+        assert Image.open(tmp_path / "out" / "sheet.png").size == (4 * 128 + 420, 2 * 128 + 20)
+        return [(tmp_path / "out" / f"{number} S-CFG 1.png").read_bytes() for number in (0, 1)]
+
+    zero, one = drawn()
+    assert zero != one
+    shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / "1.webp", tmp_path / "0.webp")
+    shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / "0.webp", tmp_path / "1.webp")
+    assert drawn() == [one, zero]
+
+
 def test_controlled_names_its_own_flags(tmp_path: Path, call) -> None:
     config = ROOT / "recipes" / "configs" / "controlled" / "pocket_canny.yaml"
     said = call("controlled", f"--config={config}", f"--pictures={tmp_path / 'gone'}", f"--out={tmp_path / 'out'}")

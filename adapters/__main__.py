@@ -15,7 +15,7 @@ import torch
 from . import compose, files, keys
 from .base import modules_of
 from .errors import AdapterError, BaseMismatchError, FileError
-from .injection import fit
+from .injection import fit_to_model
 from .machine import explain
 from .measuring.verify import verify
 from .source import MODEL_FILE, Source, open_source, read_adapter, read_guider
@@ -174,7 +174,7 @@ def _fitted(adapter: keys.Adapter, models: Mapping[str, torch.nn.Module]) -> key
     missing = [component for component in adapter.components if component not in models]
     if missing:
         raise BaseMismatchError(f"the adapter changes {missing[0]}, which the base has not")
-    modules = {n: m for part in adapter.components for n, m in fit(models[part], adapter, part).items()}
+    modules = {n: m for part in adapter.components for n, m in fit_to_model(models[part], adapter, part).items()}
     return replace(adapter, modules=modules)
 
 

@@ -21,7 +21,7 @@ from .measuring.gains import Gains
 from .measuring.plane import sentences
 from .tokens import token_words
 
-__all__ = ["Card", "escape", "render", "slug"]
+__all__ = ["Card", "escape", "render_card", "slug"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
 
 
-def render(
+def render_card(
     card: Card,
     *,
     kinds: Sequence[str],
@@ -170,7 +170,7 @@ def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
         cells = []
         for metric in design.higher_is_better:
             value = arm["metrics"][metric]
-            cells.append(f"{words.number(metric, value)} ({words.interval(metric, value)})")
+            cells.append(f"{words.format_mean(metric, value)} ({words.format_interval(metric, value)})")
         table.append(f"| {escape(arm['name'])} | " + " | ".join(cells) + f" | {arm['seconds']:.3g} |")
     counts = gains.counts
     verdicts = [*([gains.adapter] if gains.adapter else []), gains.verdict]

@@ -25,14 +25,14 @@ from .spelling import to_peft
 if TYPE_CHECKING:
     pass
 
-__all__ = ["fit", "injected"]
+__all__ = ["fit_to_model", "injected"]
 
 _CONFIGS = {"lora": "LoraConfig", "loha": "LoHaConfig", "lokr": "LoKrConfig"}
 
 
 @contextmanager
 def injected(model: torch.nn.Module, adapter: Adapter, component: str, name: str, weight: float) -> Iterator[None]:
-    """The adapter's part, which `fit` has checked, on `model` for as long as the context lasts.
+    """The adapter's part, which `fit_to_model` has checked, on `model` for as long as the context lasts.
 
     Args:
         model: a network of diffusers or transformers.
@@ -69,7 +69,7 @@ def injected(model: torch.nn.Module, adapter: Adapter, component: str, name: str
         _remove(model, name, before)
 
 
-def fit(model: torch.nn.Module, adapter: Adapter, component: str) -> dict[str, Module]:
+def fit_to_model(model: torch.nn.Module, adapter: Adapter, component: str) -> dict[str, Module]:
     """The component's modules checked against the model; linear and 1x1-convolution shapes exchanged where needed.
 
     Args:

@@ -20,7 +20,7 @@ import torch
 from . import base, compose, files
 from .embeddings import learned
 from .errors import AdapterError, BaseMismatchError, FileError
-from .injection import fit, injected
+from .injection import fit_to_model, injected
 from .placement import is_offloaded, offload_like, unwrapped
 from .scope import Place, Scope, Where, scoped
 from .seat import refuse_fused
@@ -179,7 +179,7 @@ def _adapter(pipe: DiffusionPipeline, source: Source, name: str, weight: float, 
             raise BaseMismatchError(f"{source.path} adapts {component}, which {type(pipe).__name__} has not")
     with learned(pipe, adapter.tokens), ExitStack() as undo:
         for component in adapter.components:
-            part = replace(adapter, modules=fit(models[component], adapter, component))
+            part = replace(adapter, modules=fit_to_model(models[component], adapter, component))
             # A DoRA reads the base's weights in every step, which offloading leaves empty.
             dora = any(module.dora for module in part.modules.values())
             if merged or part.merges_only or (dora and any(map(is_offloaded, models[component].modules()))):

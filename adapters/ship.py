@@ -14,7 +14,7 @@ import torch
 
 from . import compose, files, signing
 from .adapter import Adapter
-from .card import Card, render, slug
+from .card import Card, render_card, slug
 from .errors import AdapterError, FileError, FormatError
 from .measuring import report
 from .measuring.gains import FORMAT, Gains
@@ -111,7 +111,7 @@ def ship(
 
 
 def _report(gains: Gains, shots: Mapping[str, Sequence[Shot]], card: Card, made: Mapping[str, Any]) -> str:
-    return report.render(gains, shots, title=card.title, command=card.command, facts={**card.facts, **made})
+    return report.render_report(gains, shots, title=card.title, command=card.command, facts={**card.facts, **made})
 
 
 def _reading(rule: TextRule | None, *, sdxl: bool) -> list[str]:
@@ -138,7 +138,7 @@ def _readme(stage: Path, card: Card, kinds: list[str], gains: Gains | None, note
     """The card, which names what lies in the folder by now."""
     names = sorted(p.name for p in stage.iterdir())
     tokens = read_tokens(stage / EMBEDS_FILE) if EMBEDS_FILE in names else None
-    text = render(card, kinds=kinds, gains=gains, has=names, notes=notes, tokens=tokens)
+    text = render_card(card, kinds=kinds, gains=gains, has=names, notes=notes, tokens=tokens)
     (stage / "README.md").write_text(text, "utf-8")
 
 

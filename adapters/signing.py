@@ -17,7 +17,7 @@ from pathlib import Path
 from . import files
 from .errors import FileError, SignatureError
 
-__all__ = ["NAMESPACE", "check_key", "checked", "sign"]
+__all__ = ["NAMESPACE", "check_key", "checked_signature", "sign"]
 
 NAMESPACE = "scfg-release"
 MAX_SIGNATURE, MAX_KEYS = 2**16, 2**20  # bytes; a signature of RSA 16384 has 6,000
@@ -42,7 +42,7 @@ def check_key(key: str | Path) -> None:
     _signed(b"", key)
 
 
-def checked(folder: Path, signers: str | Path | None = None) -> str:
+def checked_signature(folder: Path, signers: str | Path | None = None) -> str:
     """What there is to say of a folder's signature.
 
     Args:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from recipes.common.base import adapted, edges_of, sampling_pipeline, size_of
 from recipes.common.cli import launch, named, say
-from recipes.common.draw import OWN, draw, keep, sheet, trial
+from recipes.common.draw import OWN, draw_shots, keep, sheet_of_arms, trial
 from recipes.common.guidance import method_title
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings
@@ -92,7 +92,7 @@ def run(settings: Settings) -> Path | None:
         for shot in made:
             keep(shot.image, Path(settings.out) / f"{shot.subject} {name} {shot.seed}.png")
     page = Path(settings.out) / "sheet.png"
-    keep(sheet({**_columns(given), **shots}), page)
+    keep(sheet_of_arms({**_columns(given), **shots}), page)
     say(f"pictures in {settings.out}; side by side: {page}")
     return page
 
@@ -172,7 +172,7 @@ def _draw(
     made = []
     for number, some in enumerate(_rounds(given)):
         folder = Path(settings.out) / "pictures" / name
-        shots = draw(
+        shots = draw_shots(
             pipe,
             list(some),
             settings.seeds,

@@ -13,7 +13,7 @@ from recipes.common.after_training import finish
 from recipes.common.base import POCKET, edges_of
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import Training, check_stages, data, load_for_training, train
+from recipes.common.training import Training, check_stages, data, load_for_training, run_training
 from training.config import (
     ControlNetSettings,
     ObjectiveSettings,
@@ -55,7 +55,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     edges = _edges(settings)
     pictures = data(settings.data, parts=parts, edges=edges)
     method = controlnet.prepare(parts, settings.controlnet, settings.objective, edges=edges, seed=settings.train.seed)
-    result = train(settings, method, pictures)
+    result = run_training(settings, method, pictures)
     return result.folder if result else None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import SubjectTraining, check_stages, load_for_training, subjects, train
+from recipes.common.training import SubjectTraining, check_stages, load_for_training, run_training, subjects
 from training.config import require
 
 __all__ = ["Settings", "run"]
@@ -43,7 +43,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     pictures, prior, others = subjects(parts, settings)
     region = region_of(settings.region) if settings.region else None
     method = dreambooth.prepare(parts, settings.dreambooth, settings.objective)
-    result = train(settings, method, pictures, prior=prior, further=others, region=region)
+    result = run_training(settings, method, pictures, prior=prior, further=others, region=region)
     return result.folder if result else None
 
 

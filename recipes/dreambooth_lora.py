@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import SubjectTraining, check_stages, load_for_training, subjects, train
+from recipes.common.training import SubjectTraining, check_stages, load_for_training, run_training, subjects
 from training.config import LoraSettings
 
 __all__ = ["Settings", "run"]
@@ -42,7 +42,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     pictures, prior, others = subjects(parts, settings, settings.lora.tokens)
     region = region_of(settings.region) if settings.region else None
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
-    result = train(settings, method, pictures, prior=prior, further=others, region=region)
+    result = run_training(settings, method, pictures, prior=prior, further=others, region=region)
     return result.folder if result else None
 
 

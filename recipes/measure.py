@@ -18,7 +18,7 @@ from typing import Any
 from recipes.common.base import check_text, painted, sampling_pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
-from recipes.common.draw import OWN, TUNED, draw, first_calls
+from recipes.common.draw import OWN, TUNED, draw_shots, first_calls
 from recipes.common.results import write_results
 from recipes.common.settings import MeasureSettings, SamplingSettings
 from recipes.common.stages import span
@@ -89,7 +89,7 @@ def run(settings: Settings) -> Path | None:
     shots: dict[str, list[Any]] = {}
     classes_of = [_classes(pipe, case, comparison, settings) for case in comparison.units]
     gone = standard.untold(comparison, comparison.units, classes_of)
-    facts = standard.said(gone)
+    facts = standard.missing_facts(gone)
     if gone:
         comparison = resolved_with(standard.without(comparison, gone))
     for case, classes in zip(comparison.units, classes_of, strict=True):
@@ -100,7 +100,7 @@ def run(settings: Settings) -> Path | None:
             shots = {name: [*shots.get(name, []), *taken] for name, taken in made.items()}
     drift = _drift(pipe, comparison, settings) if settings.measure.drift_prompts and settings.adapter else {}
     if state().is_main_process:
-        more = {**facts, **drift, **bleed.facts(comparison, shots)}
+        more = {**facts, **drift, **bleed.bleed_facts(comparison, shots)}
         write_results(pipe, comparison, settings.sampling, rows, shots, more, out, record=resolved(settings))
     state().wait_for_everyone()
     return out
@@ -149,7 +149,7 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
     folder, seeds = class_folder(settings.out, case), settings.measure.seeds
     prompts, guidance = case.of_class.prompts, comparison.bare.guidance
     own = _renewed(settings)
-    return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None, renewed=own)
+    return draw_shots(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None, renewed=own)
 
 
 def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) -> list[Any]:
@@ -157,7 +157,7 @@ def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) ->
     weights = None if arm.bare else f"{digest_of(case.adapter)} {arm.worn}"
     inputs = None if arm.bare else case.given
     seeds, sampling = settings.measure.seeds, settings.sampling
-    shots = draw(
+    shots = draw_shots(
         pipe,
         case.prompts,
         seeds,

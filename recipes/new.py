@@ -15,8 +15,8 @@ from recipes import dreambooth_lora
 from recipes.common import given
 from recipes.common.base import POCKET
 from recipes.common.cli import CONFIGS, explained, quiet
-from recipes.common.photos import Photos, look
-from recipes.common.subject_plan import NETWORKS, compared, judged
+from recipes.common.photos import Photos, read_photos
+from recipes.common.subject_plan import NETWORKS, compared, pocket_measures
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out, tuning
 from recipes.common.training import check_stages
 from training.command_line import parse
@@ -107,7 +107,7 @@ def prepare_subject(
 
     calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]
     prompt = f"a photo of {article(calls)}"
-    photos = look(folder, calls=calls, prompt=prompt, minimum=min(256, preset["resolution"]))
+    photos = read_photos(folder, calls=calls, prompt=prompt, minimum=min(256, preset["resolution"]))
     file, config = folder / "subject.json", out / "config.yaml"
     facts = _subject(file, noun, identifier, pocket=base == POCKET)
     if base == POCKET:
@@ -233,7 +233,7 @@ def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, 
     """The table `measure`; without it where nothing can be measured."""
     if base == POCKET:
         print(ON_POCKET)
-        return {"measure": judged(photos.folder, masks=photos.masks is not None)}
+        return {"measure": pocket_measures(photos.folder, masks=photos.masks is not None)}
     plan = compared(photos.folder, networks)
     if plan is None:
         print("nothing is measured or tuned; the release will say so")

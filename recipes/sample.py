@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes.common.base import adapted, pipeline_arguments, sampling_pipeline
 from recipes.common.cli import launch, named, say
-from recipes.common.draw import draw, keep, sheet, trial
+from recipes.common.draw import draw_shots, keep, sheet_of_arms, trial
 from recipes.common.guidance import check_guided
 from recipes.common.prompts import texts
 from recipes.common.settings import GuidanceSettings, SamplingSettings
@@ -67,14 +67,16 @@ def run(settings: Settings) -> Path | None:
                 _second(settings)
             return None
         folder = Path(settings.out) / "pictures"
-        shots = draw(pipe, prompts, settings.seeds, settings.guidance, settings.sampling, folder, settings.adapter)
+        shots = draw_shots(
+            pipe, prompts, settings.seeds, settings.guidance, settings.sampling, folder, settings.adapter
+        )
     if settings.upscaler is not None:
         second, guidance = _second(settings)
         small = {(shot.prompt, shot.seed): shot.image for shot in shots}
         folder, inputs = Path(settings.out) / "enlarged", lambda prompt, seed: {"image": small[prompt, seed]}
-        shots = draw(second, prompts, settings.seeds, guidance, settings.sampling, folder, None, inputs=inputs)
+        shots = draw_shots(second, prompts, settings.seeds, guidance, settings.sampling, folder, None, inputs=inputs)
     page = Path(settings.out) / "sheet.png"
-    keep(sheet({settings.guidance.method: shots}), page)
+    keep(sheet_of_arms({settings.guidance.method: shots}), page)
     say(f"{len(shots)} pictures in {folder}; side by side: {page}")
     return page
 

@@ -106,7 +106,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
         (folder / "settings.yaml").is_file(), f"measured {folder} has no settings.yaml; run recipes/measure.py first"
     )
     made = parse(measure.Settings, ["--config", str(folder / "settings.yaml")])
-    gains, stored = adapters.measuring.verify.checked(folder)
+    gains, stored = adapters.measuring.verify.checked_gains(folder)
     guidance: Any = gains.design.notes.get("guidance")
     facts = stored.get("facts")
     arm = guidance_to_ship(gains)

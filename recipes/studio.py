@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -323,15 +323,20 @@ def _into_release(folder: Path, text: str) -> None:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def build_page(gr: ModuleType, settings: Settings) -> Any:
-    """The page. The base is loaded first, so that a wrong one is said on the command line."""
+def _pipelines(settings: Settings) -> Callable[[str], Any]:
+    """Base -> its pipeline; the last one is kept."""
 
     @lru_cache(maxsize=1)
     def pipe(path: str) -> Any:
-        return sampling_pipeline(
-            settings.base if path == settings.base.path else BaseSettings(path=path), settings.sampling
-        )
+        base = settings.base if path == settings.base.path else BaseSettings(path=path)
+        return sampling_pipeline(base, settings.sampling)
 
+    return pipe
+
+
+def build_page(gr: ModuleType, settings: Settings) -> Any:
+    """The page. The base is loaded first, so that a wrong one is said on the command line."""
+    pipe = _pipelines(settings)
     pipe(settings.base.path)
     shipped, prompt = _opened(settings)
     settings = replace(settings, guidance=shipped)

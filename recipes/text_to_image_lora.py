@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.common.after_training import finish
 from recipes.common.cli import launch
 from recipes.common.comparison import Comparison
-from recipes.common.training import Training, check_stages, data, load_for_training, train
+from recipes.common.training import Training, check_stages, data, load_for_training, run_training
 from training.config import LoraSettings, ObjectiveSettings
 
 __all__ = ["Settings", "run"]
@@ -41,7 +41,7 @@ def _trained(settings: Settings, comparison: Comparison | None) -> Path | None:
     parts = load_for_training(settings, comparison)
     pictures = data(settings.data, parts=parts)
     method = lora.prepare(parts, settings.lora, settings.objective, seed=settings.train.seed)
-    result = train(settings, method, pictures)
+    result = run_training(settings, method, pictures)
     return result.folder if result else None
 
 

@@ -17,12 +17,12 @@ from recipes.common import standard
 from recipes.common.base import check_text, sampling_pipeline, size_of, without_control
 from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
-from recipes.common.draw import draw
+from recipes.common.draw import draw_shots
 from recipes.common.guidance import guider_of
-from recipes.common.search import Search, resolve_search, step_of
+from recipes.common.search import Search, resolve_search, step_in_manifest
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
 from recipes.common.trial import try_candidates
-from recipes.common.tuned import Tuned
+from recipes.common.tuned import TunedArms
 from recipes.common.units import Case
 from training.config import BaseSettings
 from training.progress import Progress
@@ -88,7 +88,7 @@ def run(settings: Settings) -> Path | None:
         return None
     classes = [_classes(pipe, case, comparison, settings) for case in search.units]
     gone = standard.untold(comparison, search.units, classes)
-    standard.said(gone)
+    standard.missing_facts(gone)
     if gone:
         comparison, search = resolved(standard.without(comparison, gone), standard.searched(settings.tune, gone))
     objective = search.objective(classes)
@@ -101,7 +101,7 @@ def run(settings: Settings) -> Path | None:
     signs = _signs(pipe, search, comparison, settings) if "checkpoint" in found else {}
     out = Path(settings.out) / "tuned"
     if state().is_main_process:
-        tuned = Tuned(
+        tuned = TunedArms(
             best={name: _guidance(found[name].best) for name in search.candidates},
             adapter=adapter,
             metric=objective.name,
@@ -112,7 +112,7 @@ def run(settings: Settings) -> Path | None:
             rounds={name: item.rounds for name, item in found.items()},
             pictures={name: item.images for name, item in found.items()},
             signs=signs,
-            steps=[step_of(one["adapter"]) for one in first] if "checkpoint" in found else (),
+            steps=[step_in_manifest(one["adapter"]) for one in first] if "checkpoint" in found else (),
         )
         _write(out, tuned, settings.measure.arm, search.units[0])
         if said := tuned.overfitting():
@@ -121,7 +121,7 @@ def run(settings: Settings) -> Path | None:
     return out
 
 
-def _write(out: Path, tuned: Tuned, arm: str, case: Case) -> None:
+def _write(out: Path, tuned: TunedArms, arm: str, case: Case) -> None:
     """Write what was found, and the arm's guidance as a file of its own, for a case's subject."""
     import adapters
 
@@ -184,7 +184,7 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
         return []
     prompts, guidance, seeds = case.of_class.prompts, comparison.bare.guidance, settings.tune.seeds
     folder = _folder(settings, {"class": asdict(guidance)}) / case.name
-    return draw(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
+    return draw_shots(without_control(pipe), prompts, seeds, guidance, settings.sampling, folder, None)
 
 
 def _signs(pipe: Any, search: Search, comparison: Comparison, settings: Settings) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def _try(
     arm = Arm(name="", guidance=guidance, weight=weight)
     weights = f"{digest_of(path)} {arm.worn}"
     with worn(pipe, replace(case, adapter=path), arm):
-        return draw(pipe, case.prompts, seeds, guidance, settings.sampling, folder, weights, inputs=case.given)
+        return draw_shots(pipe, case.prompts, seeds, guidance, settings.sampling, folder, weights, inputs=case.given)
 
 
 def _folder(settings: Settings, drawn: Mapping[str, Any]) -> Path:

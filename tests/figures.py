@@ -7,19 +7,19 @@ import re
 from itertools import combinations
 from pathlib import Path
 
-from adapters.measuring.labels import HEIGHT, SIZE, Box, width
+from adapters.measuring.labels import HEIGHT, SIZE, Rectangle, width
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = re.compile(r'<text x="(-?[\d.]+)" y="(-?[\d.]+)">([^<]*)</text>')
 
 
-def labels(figure: str) -> list[tuple[str, Box]]:
+def labels(figure: str) -> list[tuple[str, Rectangle]]:
     """Each label of a figure with the rectangle that it covers."""
     found = []
     groups = re.findall(rf'<g font-size="{SIZE}">(.*?)</g>', figure)
     for x, y, text in TEXT.findall("".join(groups)):
         left, bottom, said = float(x), float(y) + 3, html.unescape(text)
-        found.append((said, Box(left, bottom - HEIGHT, left + width(said), bottom)))
+        found.append((said, Rectangle(left, bottom - HEIGHT, left + width(said), bottom)))
     return found
 
 
@@ -27,7 +27,7 @@ def overlaps(page: str) -> list[tuple[str, str]]:
     """Pairs of labels of one figure that overlap by more than the rounding of their places."""
     met = []
     for figure in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
-        smaller = [(said, Box(b.left + 0.1, b.top + 0.1, b.right, b.bottom)) for said, b in labels(figure)]
+        smaller = [(said, Rectangle(b.left + 0.1, b.top + 0.1, b.right, b.bottom)) for said, b in labels(figure)]
         met += [(one, other) for (one, a), (other, b) in combinations(smaller, 2) if a.meets(b)]
     return met
 

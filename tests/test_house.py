@@ -1,8 +1,9 @@
-"""Import directions: which room and folder may import which, no circles, and the page that shows it; sizes."""
+"""Import directions: which room and folder may import which, no circles, and the page that shows it; names, sizes."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ CHAINS = {
     "recipes.ship": {"recipes.measure"},
     "recipes.common.after_training": {"recipes.tune", "recipes.measure", "recipes.ship"},
 }
+# Public names that several files share, each meaning one thing in all of them: name -> the folders of these files.
+PROTOCOLS = {
+    "Settings": {"recipes"},  # a recipe's settings,
+    "run": {"recipes"},  # what it does with them,
+    "main": {"recipes", "adapters", "training/pocket/making"},  # and the entry of a command line
+    "prepare": {"training"},  # makes the `Method` of a training method
+    "fit": {"training/pocket/making"},  # fits one part of the pocket base
+    "unwrapped": {"adapters", "scfg"},  # the same helper twice: neither room may import the other
+}
+COMMANDS = Path("recipes/pocket.py")  # its functions have the names of its subcommands, which wrap pocket/making
 
 
 def arrows() -> list[tuple[str, str]]:
@@ -107,6 +118,35 @@ def test_only_the_command_line_imports_jsonargparse() -> None:
         if "jsonargparse" in file.read_text()
     }
     assert users <= {"training/command_line.py"}
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    """The functions and classes at a module's top, also those under a condition."""
+    nodes: list[ast.AST] = [*tree.body]
+    for node in nodes:
+        if isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+            nodes += ast.iter_child_nodes(node)
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_a_public_name_is_defined_in_one_file() -> None:
+    homes: dict[str, set[Path]] = defaultdict(set)
+    for room in MAY_IMPORT:
+        for file in (ROOT / room).rglob("*.py"):
+            for name in public_names(ast.parse(file.read_text("utf-8"))):
+                homes[name].add(file.relative_to(ROOT))
+    shared = {name: files for name, files in homes.items() if len(files) > 1}
+    for name, folders in PROTOCOLS.items():
+        strangers = [file for file in shared.pop(name) if file.parent.as_posix() not in folders]
+        assert not strangers, f"{name} is no {name} of the others in {strangers}"
+    twice = {name: files for name, files in shared.items() if len(files - {COMMANDS}) > 1}
+    assert not twice, "give each its own name, or add a protocol to PROTOCOLS and CONTRIBUTING.md"
+
+
+def test_public_names_are_found() -> None:
+    source = "class A:\n    def no(self): ...\ndef _no(): ...\ntry:\n    def b(): ...\nexcept X:\n    def c(): ..."
+    assert public_names(ast.parse(source)) == {"A", "b", "c"}
 
 
 @pytest.mark.parametrize("room", [*MAY_IMPORT, "benchmarks"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .design import Contrast, Design, Verdict
+from .design import ArmContrast, Design, Verdict
 
-__all__ = ["verdict"]
+__all__ = ["guidance_verdict"]
 
 
-def verdict(primary: Contrast, contrasts: Sequence[Contrast], design: Design) -> Verdict:
+def guidance_verdict(primary: ArmContrast, contrasts: Sequence[ArmContrast], design: Design) -> Verdict:
     """The word and the sentence.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import GainsError
 from .design import Design
-from .paired import arm_summary, by_arm, check_join, cluster_of, number
+from .paired import arm_summary, by_arm, check_join, cluster_of, row_value
 from .table import Row
 
 __all__ = ["at_effective_scale", "curve"]
@@ -67,10 +67,10 @@ def at_effective_scale(
     scales = [scale for scale, _ in points]
     result = []
     for key, row in tables[arm].items():
-        effective = number(row, recorded)
+        effective = row_value(row, recorded)
         if not scales[0] <= effective <= scales[-1]:
             raise GainsError(f"effective scale {effective:.3g} of {key} is outside the sweep {scales}; widen the sweep")
-        values = {m: [number(table[key], m) for _, table in points] for m in metrics}
+        values = {m: [row_value(table[key], m) for _, table in points] for m in metrics}
         numbers = {m: float(np.interp(effective, scales, v)) for m, v in values.items()}
         result.append(replace(row, arm=name, image="", seconds=0.0, numbers={**numbers, recorded: effective}))
     return result

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ..errors import GainsError
 
-__all__ = ["Contrast", "Design", "Verdict"]
+__all__ = ["ArmContrast", "Design", "Verdict"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Design:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrast:
+class ArmContrast:
     """One arm against the baseline on one metric; `difference` is arm minus baseline."""
 
     arm: str

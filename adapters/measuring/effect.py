@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .design import Contrast, Design, Verdict
+from .design import ArmContrast, Design, Verdict
 
-__all__ = ["confidence", "metrics", "verdict"]
+__all__ = ["adapter_verdict", "confidence", "effect_metrics"]
 
 
-def metrics(design: Design) -> list[str]:
+def effect_metrics(design: Design) -> list[str]:
     """The metrics that decide, and then the referee's, of which only the sign is looked at."""
     decide = [design.primary] if design.identity is None else [design.identity, str(design.accuracy)]
     return [*decide, *([design.referee] if design.referee and design.referee not in decide else [])]
@@ -30,14 +30,14 @@ def confidence(design: Design) -> float:
     return design.confidence if design.identity is None else 1 - (1 - design.confidence) / 2
 
 
-def verdict(effects: Sequence[Contrast], design: Design) -> Verdict:
-    """The word and the sentence; `effects` are the baseline against the base on `metrics(design)`."""
+def adapter_verdict(effects: Sequence[ArmContrast], design: Design) -> Verdict:
+    """The word and the sentence; `effects` are the baseline against the base on `effect_metrics(design)`."""
     word, why = (_alone if design.identity is None else _subject)(effects, design)
     said = "; ".join(_said(contrast) for contrast in effects[: 1 if design.identity is None else 2])
     return Verdict(word=word, sentence=f"{word.capitalize()}: {why}. {design.baseline} against {design.base}: {said}.")
 
 
-def _alone(effects: Sequence[Contrast], design: Design) -> tuple[str, str]:
+def _alone(effects: Sequence[ArmContrast], design: Design) -> tuple[str, str]:
     gap, low, high = effects[0].better
     if high < 0:
         return "harm", f"{effects[0].metric} is worse than the base's"
@@ -53,7 +53,7 @@ def _alone(effects: Sequence[Contrast], design: Design) -> tuple[str, str]:
     return "gain", f"{effects[0].metric} is better than the base's"
 
 
-def _subject(effects: Sequence[Contrast], design: Design) -> tuple[str, str]:
+def _subject(effects: Sequence[ArmContrast], design: Design) -> tuple[str, str]:
     tolerance = design.tolerance or design.minimum_effect
     (gap, low, high), (change, least, most) = effects[0].better, effects[1].better
     subject, prompt = effects[0].metric, effects[1].metric
@@ -73,12 +73,12 @@ def _subject(effects: Sequence[Contrast], design: Design) -> tuple[str, str]:
     return "no detectable change", "the subject is not shown to be there"
 
 
-def _against(effects: Sequence[Contrast], design: Design) -> Contrast | None:
+def _against(effects: Sequence[ArmContrast], design: Design) -> ArmContrast | None:
     """The referee's contrast, where it has another sign than a gain."""
     judge = next((contrast for contrast in effects[1:] if contrast.metric == design.referee), None)
     decides = design.accuracy == design.referee  # then it is looked at as what it is
     return judge if judge is not None and not decides and judge.better[0] <= 0 else None
 
 
-def _said(contrast: Contrast) -> str:
+def _said(contrast: ArmContrast) -> str:
     return f"{contrast.metric} {contrast.difference:+.3g} (interval {contrast.low:+.3g} to {contrast.high:+.3g})"

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import GainsError
 from . import added, effect, plane, stats
 from .curves import curve
-from .design import Contrast, Design, Verdict
+from .design import ArmContrast, Design, Verdict
 from .paired import (
     arm_summary,
     by_arm,
@@ -27,13 +27,13 @@ from .paired import (
     cluster_of,
     contrast,
     finite,
-    number,
     pairs,
+    row_value,
     with_holm,
 )
 from .table import Row
 
-__all__ = ["FORMAT", "Contrast", "Design", "Gains", "Verdict", "compare"]
+__all__ = ["FORMAT", "ArmContrast", "Design", "Gains", "Verdict", "compare"]
 
 FORMAT = 2
 """Of gains.json: 1 had the verdict on the guidance alone, and no plane."""
@@ -49,11 +49,11 @@ class Gains:
     """What the guidance adds to plain guidance."""
     design: Design
     arms: list[dict[str, Any]]
-    effects: list[Contrast]
+    effects: list[ArmContrast]
     """The baseline against the base alone, on the metrics that decide about the adapter."""
-    contrasts: list[Contrast]
+    contrasts: list[ArmContrast]
     plane: dict[str, Any] | None
-    """Every arm as a point of identity and accuracy, and the front of plain guidance; see `plane.draw`."""
+    """Every arm as a point of identity and accuracy, and the front of plain guidance; see `plane.plane_values`."""
     curves: dict[str, list[dict[str, Any]]]
     worst: list[dict[str, Any]]
     """The five pairs that lost most on the primary metric."""
@@ -62,7 +62,7 @@ class Gains:
     counts: dict[str, Any]
 
     @property
-    def primary(self) -> Contrast:
+    def primary(self) -> ArmContrast:
         d = self.design
         return next(c for c in self.contrasts if (c.arm, c.metric) == (d.arm, d.primary))
 
@@ -106,9 +106,9 @@ def compare(rows: Sequence[Row], design: Design) -> Gains:
     curves = {method: curve(rows, sweep, design) for method, sweep in design.sweeps.items()}
     primary = next(c for c in contrasts if (c.arm, c.metric) == (design.arm, design.primary))
     return Gains(
-        adapter=effect.verdict(effects, design) if effects else None,
+        adapter=effect.adapter_verdict(effects, design) if effects else None,
         design=design,
-        verdict=added.verdict(primary, contrasts, design),
+        verdict=added.guidance_verdict(primary, contrasts, design),
         arms=arms,
         effects=effects,
         contrasts=contrasts,
@@ -127,14 +127,14 @@ def compare(rows: Sequence[Row], design: Design) -> Gains:
     )
 
 
-def _effects(tables: Mapping[str, Mapping[Any, Row]], design: Design, cluster: str) -> list[Contrast]:
+def _effects(tables: Mapping[str, Mapping[Any, Row]], design: Design, cluster: str) -> list[ArmContrast]:
     """The adapter with plain guidance against the base; none where the base was not drawn."""
     if design.base is None:
         return []
     ours, theirs = tables[design.baseline], tables[design.base]
     level = replace(design, confidence=effect.confidence(design))
     names = (design.baseline, design.base)
-    return [contrast(ours, theirs, names, metric, level, cluster) for metric in effect.metrics(design)]
+    return [contrast(ours, theirs, names, metric, level, cluster) for metric in effect.effect_metrics(design)]
 
 
 def _plane(
@@ -144,16 +144,16 @@ def _plane(
     if design.identity is None or design.accuracy is None:
         return None
 
-    def gap(arm: str, edge: plane.Edge) -> stats.Interval:
+    def gap(arm: str, edge: plane.Edge) -> stats.MeanInterval:
         """Interval of how far an arm lies above an edge of the front, pair by pair."""
         values = {
             key: sum(
-                weight * (number(row, metric) - sum(s * number(tables[p][key], metric) for p, s in edge.shares))
+                weight * (row_value(row, metric) - sum(s * row_value(tables[p][key], metric) for p, s in edge.shares))
                 for metric, weight in edge.normal.items()
             )
             for key, row in tables[arm].items()
         }
         means = cluster_means(finite(values, f"{arm} against the front"), cluster)
-        return stats.interval(means, confidence=design.confidence)
+        return stats.mean_interval(means, confidence=design.confidence)
 
-    return plane.draw(arms, design, gap)
+    return plane.plane_values(arms, design, gap)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Box", "Spot", "arrange", "width"]
+__all__ = ["Rectangle", "Spot", "arrange", "width"]
 
 Spot = tuple[float, float]
 Line = tuple[Spot, Spot]
@@ -17,7 +17,7 @@ _CROSSED = 25.0  # a line under a label or across its leader is as bad as so man
 
 
 @dataclass(frozen=True)
-class Box:
+class Rectangle:
     """A rectangle, y pointing down."""
 
     left: float
@@ -25,12 +25,12 @@ class Box:
     right: float
     bottom: float
 
-    def meets(self, other: Box) -> bool:
+    def meets(self, other: Rectangle) -> bool:
         """Whether the two have points in common inside."""
         across = self.left < other.right and other.left < self.right
         return across and self.top < other.bottom and other.top < self.bottom
 
-    def holds(self, other: Box) -> bool:
+    def holds(self, other: Rectangle) -> bool:
         """Whether the other lies within."""
         across = self.left <= other.left and other.right <= self.right
         return across and self.top <= other.top and other.bottom <= self.bottom
@@ -58,7 +58,7 @@ def width(text: str) -> float:
     return SIZE * sum(0.75 if letter.isupper() or letter in "@%" else 0.58 for letter in text)
 
 
-def arrange(labels: Sequence[tuple[Spot, str]], area: Box, lines: Sequence[Line] = ()) -> list[Box]:
+def arrange(labels: Sequence[tuple[Spot, str]], area: Rectangle, lines: Sequence[Line] = ()) -> list[Rectangle]:
     """A place for each label, in their order: inside the area, meeting neither each other nor a point's mark.
 
     Args:
@@ -66,8 +66,8 @@ def arrange(labels: Sequence[tuple[Spot, str]], area: Box, lines: Sequence[Line]
         area: what the labels must stay in.
         lines: what they cross only where there is no better place near.
     """
-    marks = [Box(x - MARK, y - MARK, x + MARK, y + MARK) for (x, y), _ in labels]
-    placed: list[Box] = []
+    marks = [Rectangle(x - MARK, y - MARK, x + MARK, y + MARK) for (x, y), _ in labels]
+    placed: list[Rectangle] = []
     for spot, text in labels:
         best, least = None, math.inf
         for away, box in _candidates(spot, width(text)):
@@ -83,7 +83,7 @@ def arrange(labels: Sequence[tuple[Spot, str]], area: Box, lines: Sequence[Line]
     return placed
 
 
-def _candidates(spot: Spot, wide: float) -> Iterator[tuple[float, Box]]:
+def _candidates(spot: Spot, wide: float) -> Iterator[tuple[float, Rectangle]]:
     """Places around a point, the nearest first, each with how far away it is; up and to the right comes first."""
     x, y = spot
     for ring in range(_RINGS):
@@ -94,4 +94,4 @@ def _candidates(spot: Spot, wide: float) -> Iterator[tuple[float, Box]]:
             # The label's corner is there, or the middle of its side where the way is about level or upright.
             left = x + away * across - wide * (0.0 if across > 0.3 else 1.0 if across < -0.3 else 0.5)
             top = y - away * up - HEIGHT * (1.0 if up > 0.3 else 0.0 if up < -0.3 else 0.5)
-            yield away, Box(left, top, left + wide, top + HEIGHT)
+            yield away, Rectangle(left, top, left + wide, top + HEIGHT)

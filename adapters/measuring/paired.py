@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import GainsError
 from . import stats
-from .design import Contrast, Design
+from .design import ArmContrast, Design
 from .table import Row
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "cluster_of",
     "contrast",
     "finite",
-    "number",
     "pairs",
+    "row_value",
     "with_holm",
 ]
 
@@ -107,7 +107,7 @@ def cluster_means(values: Mapping[Key, float], cluster: str) -> np.ndarray:
     return np.array([np.mean(v) for v in subjects.values()])
 
 
-def number(row: Row, metric: str) -> float:
+def row_value(row: Row, metric: str) -> float:
     """The row's value of a metric.
 
     Args:
@@ -151,9 +151,9 @@ def arm_summary(name: str, table: Mapping[Any, Row], design: Design, cluster: st
     """
     summary: dict[str, Any] = {"name": name, "n": len(table), "metrics": {}}
     for metric in design.higher_is_better:
-        values = finite({key: number(row, metric) for key, row in table.items()}, f"{name}, {metric}")
+        values = finite({key: row_value(row, metric) for key, row in table.items()}, f"{name}, {metric}")
         summary["metrics"][metric] = asdict(
-            stats.interval(cluster_means(values, cluster), confidence=design.confidence)
+            stats.mean_interval(cluster_means(values, cluster), confidence=design.confidence)
         )
     summary["seconds"] = float(np.mean([row.seconds for row in table.values()]))
     extra = sorted({n for row in table.values() for n in row.numbers} - set(design.higher_is_better))
@@ -168,7 +168,7 @@ def contrast(
     metric: str,
     design: Design,
     cluster: str,
-) -> Contrast:
+) -> ArmContrast:
     """One arm against another on one metric.
 
     Args:
@@ -179,12 +179,12 @@ def contrast(
         design: which way is up, and the confidence of the interval.
         cluster: subject or prompt.
     """
-    raw = {key: number(row, metric) - number(reference[key], metric) for key, row in table.items()}
+    raw = {key: row_value(row, metric) - row_value(reference[key], metric) for key, row in table.items()}
     pairs = finite(raw, f"{names[0]} against {names[1]}, {metric}")
     means = cluster_means(pairs, cluster)
-    result = stats.interval(means, confidence=design.confidence)
+    result = stats.mean_interval(means, confidence=design.confidence)
     up = 1 if design.higher_is_better[metric] else -1
-    return Contrast(
+    return ArmContrast(
         arm=names[0],
         baseline=names[1],
         metric=metric,
@@ -206,7 +206,7 @@ def contrast(
     )
 
 
-def with_holm(contrasts: Sequence[Contrast], design: Design) -> list[Contrast]:
+def with_holm(contrasts: Sequence[ArmContrast], design: Design) -> list[ArmContrast]:
     """Holm within each arm, over everything but the primary contrast; the design's arm and metric come first.
 
     Args:

@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 from .design import Design
-from .stats import Interval
+from .stats import MeanInterval
 
-__all__ = ["Edge", "draw", "sentences"]
+__all__ = ["Edge", "plane_values", "sentences"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,9 @@ class _Point:
     y: float
 
 
-def draw(arms: Sequence[Mapping[str, Any]], design: Design, gap: Callable[[str, Edge], Interval]) -> dict[str, Any]:
+def plane_values(
+    arms: Sequence[Mapping[str, Any]], design: Design, gap: Callable[[str, Edge], MeanInterval]
+) -> dict[str, Any]:
     """The plane as plain values: `points`, `front` (arms, by rising identity) and how far the others lie above it.
 
     Args:

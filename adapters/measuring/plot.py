@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from .labels import HEIGHT as LABEL
-from .labels import SIZE, Box, arrange, width
+from .labels import SIZE, Rectangle, arrange, width
 
 __all__ = ["Point", "picture", "plot"]
 
@@ -75,7 +75,7 @@ def _svg(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, *, w
     for index, (name, line) in enumerate(series.items()):
         parts.append(_line(line, index, place))
         parts += [_entry(name, index, *entries[name])] if name in entries else []
-    parts.append(_labels(list(series.values()), place, Box(LEFT, top, WIDTH, bottom)))
+    parts.append(_labels(list(series.values()), place, Rectangle(LEFT, top, WIDTH, bottom)))
     title = f"{y_label} against {x_label}"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + legend}" width="{WIDTH}" role="img" aria-label="{escape(title)}" '
@@ -176,7 +176,7 @@ def _entry(name: str, index: int, row: int, x: float) -> str:
     return f'{_stroke(f"M{_at(x)} {y - 4}h28", index)}{mark}<text x="{_at(x + _SAMPLE)}" y="{y}">{escape(name)}</text>'
 
 
-def _labels(series: Sequence[Sequence[Point]], place: Place, area: Box) -> str:
+def _labels(series: Sequence[Sequence[Point]], place: Place, area: Rectangle) -> str:
     """What is written beside the points, with a thin line to those that had to move away."""
     lines, labels = [], []
     for line in series:

@@ -22,13 +22,13 @@ from .page import LIMIT, SIDES, drawer, html
 from .plot import Point
 from .sample import Shot
 
-__all__ = ["render"]
+__all__ = ["render_report"]
 
 RESULTS = "Results: same prompt, same seed, same noise"
 Overlay = Callable[[Shot], Mapping[str, Image.Image]]
 
 
-def render(
+def render_report(
     gains: Gains,
     shots: Mapping[str, Sequence[Shot]],
     *,
@@ -74,7 +74,7 @@ def render(
             strips.gallery("shown", joined, shown, draw, over),
             figures.plane(gains),
             "<h2>Every way to sample</h2>",
-            tables.arms(gains),
+            tables.table_of_arms(gains),
         ]
         for name, ends in tables.ends(gains).items():
             keys = [(one["subject"], one["prompt"], one["seed"], one["latents"]) for one in ends]
@@ -86,7 +86,7 @@ def render(
             "<h2>Statistics</h2>",
             tables.statistics(gains),
             "<h2>How it was made</h2>",
-            tables.facts({**(facts or {}), **gains.design.notes}),
+            tables.table_of_facts({**(facts or {}), **gains.design.notes}),
             f"<pre>{escape(command)}</pre>" if command else "",
         ]
         page = html(title, body)
@@ -104,9 +104,9 @@ def _verdicts(gains: Gains) -> list[str]:
 def _how_to_read(gains: Gains, terms: Mapping[str, str]) -> str:
     """The words of the two sentences, and behind a fold all others."""
     design, counts = gains.design, gains.counts
-    every = words.arms(gains)
+    every = words.describe_arms(gains)
     own = {name: every.pop(name) for name in (design.base, design.baseline, design.arm) if name in every}
-    own |= {name: said for name in words.decide(gains) if (said := words.metric(name))}
+    own |= {name: said for name in words.deciding_metrics(gains) if (said := words.metric(name))}
     count = " ".join([_many(counts["prompts"], "prompt"), "with", _many(counts["seeds"], "seed"), "each"])
     summary = f"How to read the rest: {count}, drawn in {_many(len(gains.arms), 'way')}"
     shown = [RESULTS, words.adapter(gains), words.guidance(gains), summary]

@@ -32,7 +32,7 @@ def plane(gains: Gains) -> str:
             series[one["arm"]] = [point(one["arm"])]
     told = [*_front(drawn, means), *sentences(drawn)]
     said = "".join(f"<li>{escape(sentence)}</li>" for sentence in told)
-    rows = [[name, *(f"{words.number(m, means[name][m])}" for m in (x, y))] for name in means]
+    rows = [[name, *(f"{words.format_mean(m, means[name][m])}" for m in (x, y))] for name in means]
     listed = html_table("The points of the figure", ["point", x, y], rows)
     return (
         "<h2>The subject against the prompt</h2><p>Up and to the right is better. Plain guidance reaches the line by "
@@ -47,7 +47,7 @@ def _front(drawn: Mapping[str, Any], means: Mapping[str, Mapping[str, Any]]) -> 
     x, y, names = drawn["identity"], drawn["accuracy"], drawn["front"]
     if len(names) < 2:
         return []
-    both = [(words.number(x, means[name][x]), words.number(y, means[name][y])) for name in names]
+    both = [(words.format_mean(x, means[name][x]), words.format_mean(y, means[name][y])) for name in names]
     others = [f"{name} ({one}, {other})" for name, (one, other) in zip(names[1:], both[1:], strict=True)]
     first = f"{names[0]} ({x} {both[0][0]}, {y} {both[0][1]})"
     between = f" over {', '.join(others[:-1])}" if others[1:] else ""

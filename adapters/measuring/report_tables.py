@@ -7,13 +7,13 @@ from html import escape
 from typing import Any
 
 from . import words
-from .gains import Contrast, Gains
+from .gains import ArmContrast, Gains
 from .page import html_table
 
-__all__ = ["arms", "ends", "ends_table", "facts", "statistics"]
+__all__ = ["ends", "ends_table", "statistics", "table_of_arms", "table_of_facts"]
 
 
-def arms(gains: Gains) -> str:
+def table_of_arms(gains: Gains) -> str:
     metrics = gains.design.higher_is_better
     head = ["arm", *(f"{m} {'↑' if up else '↓'}" for m, up in metrics.items()), "seconds per picture"]
     hidden = gains.design.notes.get("only at equal effective scale", ())
@@ -22,7 +22,8 @@ def arms(gains: Gains) -> str:
     for arm in gains.arms:
         values = [arm["metrics"][m] for m in metrics]
         cells = [
-            f"{words.number(name, v)} ({words.interval(name, v)})" for name, v in zip(metrics, values, strict=True)
+            f"{words.format_mean(name, v)} ({words.format_interval(name, v)})"
+            for name, v in zip(metrics, values, strict=True)
         ]
         extra = [f"{arm['recorded'][name]:.4g}" if name in arm["recorded"] else "" for name in recorded]
         rows.append([arm["name"], *cells, f"{arm['seconds']:.3g}", *extra])
@@ -51,7 +52,7 @@ def _design(gains: Gains) -> str:
     )
 
 
-def _contrasts(contrasts: Sequence[Contrast]) -> str:
+def _contrasts(contrasts: Sequence[ArmContrast]) -> str:
     head = [
         "arm",
         "metric",
@@ -67,7 +68,7 @@ def _contrasts(contrasts: Sequence[Contrast]) -> str:
     return html_table("Differences, arm by arm", head, [_line(c) for c in contrasts], text=[1])
 
 
-def _line(c: Contrast) -> list[str]:
+def _line(c: ArmContrast) -> list[str]:
     return [
         c.arm,
         f"{c.metric} {'↑' if c.higher_is_better else '↓'}",
@@ -102,7 +103,7 @@ def ends_table(gains: Gains, name: str) -> str:
     return html_table(f"The five that {name} most", head, rows)
 
 
-def facts(known: Mapping[str, Any]) -> str:
+def table_of_facts(known: Mapping[str, Any]) -> str:
     return (
         html_table("Facts", ["what", "value"], [[str(k), str(v)] for k, v in known.items()], text=[1]) if known else ""
     )

@@ -19,14 +19,14 @@ from scipy import stats
 
 from ..errors import GainsError
 
-__all__ = ["BCA_FROM", "Interval", "bootstrap_t", "detectable", "holm", "interval", "wilcoxon"]
+__all__ = ["BCA_FROM", "MeanInterval", "bootstrap_t", "detectable", "holm", "mean_interval", "wilcoxon"]
 
 BCA_FROM = 40
 DRAWS = 10_000
 
 
 @dataclass(frozen=True)
-class Interval:
+class MeanInterval:
     """A mean over clusters and its confidence interval."""
 
     mean: float
@@ -43,7 +43,7 @@ def _means(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return means
 
 
-def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> MeanInterval:
     """Confidence interval of the mean of independent cluster means.
 
     Args:
@@ -58,9 +58,9 @@ def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, 
     means = _means(values)
     n, mean = len(means), float(means.mean())
     if np.ptp(means) == 0:
-        return Interval(mean, mean, mean, n, "constant")
+        return MeanInterval(mean, mean, mean, n, "constant")
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * means.std(ddof=1) / math.sqrt(n))
-    student = Interval(mean, mean - half, mean + half, n, "student-t")
+    student = MeanInterval(mean, mean - half, mean + half, n, "student-t")
     if n < BCA_FROM:
         return student
     generator = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ def interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, 
     low, high = map(float, result.confidence_interval)
     if not math.isfinite(low) or not math.isfinite(high):
         return student  # all but a few clusters equal: the acceleration is undefined
-    return Interval(mean, low, high, n, "BCa expanded")
+    return MeanInterval(mean, low, high, n, "BCa expanded")
 
 
 def bootstrap_t(

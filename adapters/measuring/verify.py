@@ -14,7 +14,7 @@ from . import archive, tune
 from .gains import Design, Gains, compare
 from .table import read_csv
 
-__all__ = ["checked", "difference", "recompute", "verify"]
+__all__ = ["checked_gains", "json_difference", "recompute", "verify"]
 
 _SINCE_2 = {  # fields that format 2 of gains.json added
     "gains": {"adapter", "effects", "plane", "best"},
@@ -37,7 +37,7 @@ def verify(source: str | Path, *, signers: str | Path | None = None) -> dict[str
 def _verified(path: Path, signers: str | Path | None) -> dict[str, Any]:
     manifest = files.verify_folder(path)
     summary: dict[str, Any] = {"kind": manifest.get("kind"), "files": len(manifest["files"])}
-    summary["signature"] = signing.checked(path, signers)
+    summary["signature"] = signing.checked_signature(path, signers)
     if others := files.unnamed(path, manifest):
         summary["not in the manifest"] = others
     with files.understood(path):
@@ -48,7 +48,7 @@ def _figures(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What was measured and tuned, recomputed."""
     summary: dict[str, Any] = {}
     if "gains.json" in manifest["files"]:
-        gains, stored = checked(path)
+        gains, stored = checked_gains(path)
         _check_identity(path, manifest, stored.get("identity"))
         if gains.adapter is not None:
             summary["adapter"] = gains.adapter.sentence
@@ -105,11 +105,11 @@ def _tuned(folder: Path) -> dict[str, Any]:
     return ours
 
 
-def checked(folder: Path) -> tuple[Gains, dict[str, Any]]:
+def checked_gains(folder: Path) -> tuple[Gains, dict[str, Any]]:
     """The comparison recomputed, and what `gains.json` holds; a `GainsError` where they differ."""
     gains, stored = recompute(folder), files.read_object(folder / "gains.json")
     ours = _as_stored(gains.to_dict(), stored)
-    if changed := difference(ours, {name: stored.get(name) for name in ours}, "gains"):
+    if changed := json_difference(ours, {name: stored.get(name) for name in ours}, "gains"):
         raise GainsError(f"{folder}: {changed}; gains.json does not follow from per_image.csv")
     return gains, stored
 
@@ -129,7 +129,7 @@ def recompute(folder: Path) -> Gains:
         raise FileError(f"{folder / 'gains.json'}: the design is malformed ({error})") from error
 
 
-def difference(ours: Any, stored: Any, where: str) -> str | None:
+def json_difference(ours: Any, stored: Any, where: str) -> str | None:
     """The first place where two JSON values differ.
 
     Args:
@@ -143,11 +143,11 @@ def difference(ours: Any, stored: Any, where: str) -> str | None:
     if isinstance(ours, dict) and isinstance(stored, dict):
         if ours.keys() != stored.keys():
             return f"{where} has other fields: {sorted(ours.keys() ^ stored.keys())}"
-        return next((d for k in ours if (d := difference(ours[k], stored[k], f"{where}.{k}"))), None)
+        return next((d for k in ours if (d := json_difference(ours[k], stored[k], f"{where}.{k}"))), None)
     if isinstance(ours, list) and isinstance(stored, list):
         if len(ours) != len(stored):
             return f"{where} has {len(stored)} entries, recomputed {len(ours)}"
-        return next((d for i, o in enumerate(ours) if (d := difference(o, stored[i], f"{where}[{i}]"))), None)
+        return next((d for i, o in enumerate(ours) if (d := json_difference(o, stored[i], f"{where}[{i}]"))), None)
     if isinstance(ours, float) and isinstance(stored, int | float) and not isinstance(stored, bool):
         same = math.isclose(ours, stored, rel_tol=TOLERANCE, abs_tol=1e-12) or (math.isnan(ours) and math.isnan(stored))
     else:

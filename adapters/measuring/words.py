@@ -12,13 +12,13 @@ from .gains import Gains
 __all__ = [
     "TERMS",
     "adapter",
-    "arms",
-    "decide",
+    "deciding_metrics",
+    "describe_arms",
+    "format_interval",
+    "format_mean",
     "guidance",
-    "interval",
     "is_share",
     "metric",
-    "number",
     "scale_of",
     "scope_words",
     "terms",
@@ -115,7 +115,10 @@ def adapter(gains: Gains) -> str:
         word = word if (moved > 0) == design.higher_is_better[design.identity] else "lost"
     said = (_ALONE if design.identity is None else _ADAPTER)[word]
     names = [design.primary] if design.identity is None else [design.identity, str(design.accuracy)]
-    told = [f"{name} {number(name, before[name])} without it, {number(name, after[name])} with it" for name in names]
+    told = [
+        f"{name} {format_mean(name, before[name])} without it, {format_mean(name, after[name])} with it"
+        for name in names
+    ]
     return f"{said} {_sentence('; '.join(told))}"
 
 
@@ -124,7 +127,7 @@ def guidance(gains: Gains) -> str:
     design, means = gains.design, {arm["name"]: arm["metrics"] for arm in gains.arms}
     name = design.primary
     said = _GUIDANCE[gains.verdict.word].format(arm=design.arm)
-    plain, own = number(name, means[design.baseline][name]), number(name, means[design.arm][name])
+    plain, own = format_mean(name, means[design.baseline][name]), format_mean(name, means[design.arm][name])
     return f"{said} {_sentence(f'{name} {plain} with {design.baseline}, {own} with {design.arm}')}"
 
 
@@ -148,7 +151,7 @@ def terms(text: str, known: Collection[str] = ()) -> dict[str, str]:
         found |= more
 
 
-def arms(gains: Gains) -> dict[str, str]:
+def describe_arms(gains: Gains) -> dict[str, str]:
     """Arm -> what it is, in a line."""
     told, notes = {}, gains.design.notes.get("guidance", {})
     for arm in gains.arms:
@@ -188,7 +191,7 @@ def scope_words(scope: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def decide(gains: Gains) -> list[str]:
+def deciding_metrics(gains: Gains) -> list[str]:
     """The metrics of the two sentences."""
     design = gains.design
     about = [design.identity, design.accuracy] if gains.adapter else []
@@ -208,14 +211,14 @@ def is_share(metric: str) -> bool:
     return _SHARES.fullmatch(metric) is not None
 
 
-def number(metric: str, value: Mapping[str, Any]) -> str:
+def format_mean(metric: str, value: Mapping[str, Any]) -> str:
     """A mean with the digits that its interval bears; shares in percent."""
     if is_share(metric):
         return f"{round(100 * value['mean'])} %"
     return f"{value['mean']:.{_decimals(value)}f}"
 
 
-def interval(metric: str, value: Mapping[str, Any]) -> str:
+def format_interval(metric: str, value: Mapping[str, Any]) -> str:
     """The interval of a mean, with equally many digits; that of a share stays between 0 and 100 %."""
     if is_share(metric):
         low, high = (min(max(100 * value[end], 0), 100) for end in ("low", "high"))

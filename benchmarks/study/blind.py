@@ -101,7 +101,7 @@ def score(key: Path, answers: Path) -> dict[str, Any]:
         preferences[pair["prompt"]].append(VALUE[said] * (1 if pair["left"] == "second" else -1))
     every = [value for values in preferences.values() for value in values]
     means = np.array([np.mean(values) for values in preferences.values()])
-    found = adapters.measuring.stats.interval(means)
+    found = adapters.measuring.stats.mean_interval(means)
     return {
         "pairs": len(every),
         "prompts": len(means),

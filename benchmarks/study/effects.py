@@ -177,7 +177,7 @@ def _said(name: str, found: Mapping[str, np.ndarray], values: Mapping[str, Mappi
         rows[metric] = {"mean": float(value.mean())}
         if name not in ("base", PLAIN) and reference in values:
             gap = (value - values[reference][metric]).reshape(len(PROMPTS), len(SEEDS)).mean(1)
-            ends = stats.interval(gap)
+            ends = stats.mean_interval(gap)
             rows[metric] |= {"difference": ends.mean, "low": ends.low, "high": ends.high, "from": reference}
     line = []
     for row in rows.values():

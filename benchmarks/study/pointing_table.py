@@ -13,7 +13,7 @@ import numpy as np
 
 from adapters.errors import GainsError
 from adapters.files import read_json
-from adapters.measuring.verify import difference
+from adapters.measuring.verify import json_difference
 
 __all__ = ["check", "read_csv", "summary"]
 
@@ -62,7 +62,7 @@ def check(folder: Path) -> dict[str, Any]:
         GainsError: the summary in the folder does not follow from its table.
     """
     ours = summary(read_csv(folder / "pointing.csv"))
-    if changed := difference(ours, read_json(folder / "pointing.json"), "pointing"):
+    if changed := json_difference(ours, read_json(folder / "pointing.json"), "pointing"):
         raise GainsError(f"{folder}: {changed}; pointing.json does not follow from pointing.csv")
     return ours
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from recipes import measure, ship, tune
 from recipes.common.stages import took
 from recipes.common.training import Training
-from recipes.common.tuned import Tuned
+from recipes.common.tuned import TunedArms
 
 __all__ = ["finish"]
 
@@ -36,7 +36,7 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
                 )
             )
         assert found is not None
-        tuned, adapter = str(found), Tuned.read(found).adapter or adapter
+        tuned, adapter = str(found), TunedArms.read(found).adapter or adapter
         folder = found
     measured = None
     if settings.measure is not None:

@@ -19,7 +19,7 @@ from .comparison import BASE, Comparison
 from .spaces import pictures, space_of
 from .units import Case
 
-__all__ = ["bleed_table", "facts", "matrix"]
+__all__ = ["bleed_facts", "bleed_table", "matrix"]
 
 
 def matrix(units: Sequence[Case], shots: Sequence[Any], likeness: Mapping[tuple[str, str], Metric]) -> np.ndarray:
@@ -38,7 +38,7 @@ def matrix(units: Sequence[Case], shots: Sequence[Any], likeness: Mapping[tuple[
     return found
 
 
-def facts(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+def bleed_facts(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict[str, float]:
     """The matrices of the base and of the baseline by name, and the mean beside the diagonal; printed too.
 
     Empty where there is one subject, or each has an adapter of its own.

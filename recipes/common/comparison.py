@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from recipes.common.base import POCKET, adapted, edges_of, pipeline_arguments
 from recipes.common.cli import named
 from recipes.common.settings import GuidanceSettings, MeasureSettings, ScopeSettings
-from recipes.common.tuned import Tuned
+from recipes.common.tuned import TunedArms
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 
@@ -34,7 +34,7 @@ __all__ = [
     "check_scope",
     "digest_of",
     "resolve",
-    "whole",
+    "whole_network",
     "worn",
 ]
 
@@ -95,7 +95,7 @@ class Comparison:
     """The metric that says how far the prompt is kept; null likewise."""
     adapted: bool
     """Whether an adapter or a ControlNet stands on the base."""
-    tuned: Tuned | None = None
+    tuned: TunedArms | None = None
 
     @property
     def arm(self) -> Arm:
@@ -144,7 +144,7 @@ class Comparison:
         """
         from recipes.common import metrics
 
-        return metrics.metrics(self.plan, case, pocket=self.pocket, base=base, classes=classes)
+        return metrics.make_metrics(self.plan, case, pocket=self.pocket, base=base, classes=classes)
 
     def design(self) -> Any:
         """The same as `adapters` is told it."""
@@ -203,7 +203,7 @@ def resolve(
         "controlnet and measure.targets belong together: the network, and what its conditions are made from",
     )
     require(adapter is not None or not plan.weights, "measure.weights are those of an adapter, and there is none")
-    pocket, found = base.path == POCKET, None if tuned is None else Tuned.read(tuned)
+    pocket, found = base.path == POCKET, None if tuned is None else TunedArms.read(tuned)
     arms = _arms(plan, weight, found)
     _check_arms(arms, base, controlnet)
     edges = edges_of(controlnet) if controlnet and controlnet != TO_COME else None
@@ -250,7 +250,7 @@ def _deciding(plan: MeasureSettings, known: Mapping[str, bool]) -> tuple[dict[st
 # ---------------------------------------------------------------------------------------------- arms
 
 
-def _arms(plan: MeasureSettings, weight: float, tuned: Tuned | None) -> dict[str, Arm]:
+def _arms(plan: MeasureSettings, weight: float, tuned: TunedArms | None) -> dict[str, Arm]:
     """The base, the plan's arms at its scale, the tuned ones as they were found, and those of the sweep."""
     guidances = {
         name: replace(arm, guidance_scale=plan.guidance_scale or arm.guidance_scale) for name, arm in plan.arms.items()
@@ -352,7 +352,7 @@ def check_scope(
     share = scope.uncond_weight
     require(share is None or share <= weight, f"{flag}.uncond_weight {share} is above the adapter's weight {weight:g}")
     require(
-        share in (None, 0, 1) or whole(units[0].adapter) is None,
+        share in (None, 0, 1) or whole_network(units[0].adapter) is None,
         f"{flag}.uncond_weight {share}: a whole network has no weights between 0 and 1",
     )
     if scope.where is None:
@@ -372,7 +372,7 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: Tuned) -> None:
+def _check_held_out(plan: MeasureSettings, units: Sequence[Case], tuned: TunedArms) -> None:
     """A report on what was tuned on would flatter whatever was tuned."""
     prompts = {prompt for case in units for prompt in case.prompts}
     for flag, shared in (
@@ -396,7 +396,7 @@ def _check_called(units: Sequence[Case]) -> None:
 
 def _check_there(adapter: str | None, arms: Mapping[str, Arm]) -> None:
     """The adapter is there, and can be put on at the weight of every arm."""
-    kind = whole(adapter)
+    kind = whole_network(adapter)
     for arm in arms.values():
         require(
             kind is None or arm.bare or arm.weight == 1,
@@ -416,7 +416,7 @@ def worn(pipe: DiffusionPipeline, case: Case, arm: Arm) -> AbstractContextManage
     return adapted(pipe, case.adapter, arm.weight, scope=arm.guidance.scope, **subject)
 
 
-def whole(adapter: str | None) -> str | None:
+def whole_network(adapter: str | None) -> str | None:
     """`unet` or `controlnet` where the adapter is a whole network, which has no weight.
 
     Raises:

@@ -23,7 +23,7 @@ from training.progress import Progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["OWN", "TUNED", "check_kept", "draw", "first_calls", "keep", "sheet", "trial"]
+__all__ = ["OWN", "TUNED", "check_drawn", "draw_shots", "first_calls", "keep", "sheet_of_arms", "trial"]
 
 OWN = ("weights", "controlnet")
 """What a run trains itself: pictures of what it trained before are out of date, and are drawn again."""
@@ -31,7 +31,7 @@ TUNED = ("guidance", "guidance_scale", "rescale")
 """The same of what a search finds."""
 
 
-def draw(
+def draw_shots(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -91,7 +91,7 @@ def draw(
     return share(0, 1)  # with several processes: all are read back, in order
 
 
-def check_kept(
+def check_drawn(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -102,16 +102,16 @@ def check_kept(
     arm: str,
     unknown: Collection[str],
 ) -> None:
-    """Pictures that `draw` would find in its folder were drawn with these settings, as far as they are known yet.
+    """Pictures that `draw_shots` would find in its folder were drawn with these settings, as far as they are known yet.
 
     Args:
-        pipe: see `draw`.
-        prompts: see `draw`.
-        seeds: see `draw`.
-        guidance: see `draw`.
-        sampling: see `draw`.
-        folder: see `draw`.
-        arm: see `draw`.
+        pipe: see `draw_shots`.
+        prompts: see `draw_shots`.
+        seeds: see `draw_shots`.
+        guidance: see `draw_shots`.
+        sampling: see `draw_shots`.
+        folder: see `draw_shots`.
+        arm: see `draw_shots`.
         unknown: names of what is not known yet, or may differ, such as the weights of an adapter to be trained.
 
     Raises:
@@ -150,10 +150,10 @@ def trial(
     Args:
         pipe: with the adapter that the pictures will have.
         prompt: of the picture.
-        guidance: see `draw`.
-        sampling: see `draw`.
-        inputs: see `draw`.
-        common: see `draw`.
+        guidance: see `draw_shots`.
+        sampling: see `draw_shots`.
+        inputs: see `draw_shots`.
+        common: see `draw_shots`.
         record: maps that will be asked for, see `scfg.attach`.
 
     Raises:
@@ -251,7 +251,9 @@ def _digest(pipe: DiffusionPipeline, sampling: SamplingSettings) -> str:
     return hashlib.sha256(given["image"].tobytes() + given["mask_image"].tobytes()).hexdigest()[:16]
 
 
-def sheet(shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = "") -> Image.Image:
+def sheet_of_arms(
+    shots: Mapping[str, Sequence[Any]], *, side: int = 128, rows: int = 24, title: str = ""
+) -> Image.Image:
     """One column an arm, one row a prompt of a subject (its first seed).
 
     Args:

@@ -14,7 +14,7 @@ import yaml
 from recipes.common.base import POCKET
 from recipes.common.cli import quiet, say
 from recipes.common.photos import LEAST
-from recipes.common.subject_plan import NETWORKS, compared, judged
+from recipes.common.subject_plan import NETWORKS, compared, pocket_measures
 from recipes.common.subject_prompts import IDENTIFIER, check_pocket, held_out
 from training.config import require
 from training.naming import note
@@ -57,7 +57,7 @@ def words_of(words: Sequence[str]) -> list[str]:
     folder, pocket = out / "subject" / name, base == POCKET
     subject = _subject(folder, options.photos.expanduser(), options.noun, trigger, pocket=pocket)
     networks = {"clip": options.clip, "dino": options.dino}
-    plan = judged(subject, masks=(subject / "masks").is_dir()) if pocket else compared(subject, networks)
+    plan = pocket_measures(subject, masks=(subject / "masks").is_dir()) if pocket else compared(subject, networks)
     require(plan is not None, "nothing to measure with: give --clip or --dino a folder that holds the network")
     assert plan is not None
     scale = POCKET_SCALE if options.guidance_scale is None and pocket else options.guidance_scale

@@ -37,7 +37,7 @@ from .settings import MeasureSettings
 from .spaces import pictures, reference, space_of
 from .units import Case
 
-__all__ = ["made"]
+__all__ = ["make_metric"]
 
 IN_SPACE = re.compile(r"(alignment|identity|similarity|masked similarity|diversity|drift|kernel distance) \((\w+)\)")
 
@@ -48,7 +48,9 @@ def _canny(name: str, case: Case) -> Metric:
     return kinds.CannyF1(condition=lambda shot: _condition(name, case, shot), edges=case.edges)
 
 
-def made(name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot], classes: Sequence[Shot]) -> Metric:
+def make_metric(
+    name: str, settings: MeasureSettings, case: Case, base: Sequence[Shot], classes: Sequence[Shot]
+) -> Metric:
     """The metric of a name.
 
     Args:

@@ -32,13 +32,13 @@ from training.errors import TrainingError
 from training.pocket import PocketError, captions
 from training.pocket.metrics import IDENTITY, PARTS, PROMPT, SUBJECT
 
-from .judges import made
+from .judges import make_metric
 from .scorers import PREFERENCE, SCORERS, check_scorers
 from .settings import MeasureSettings
 from .spaces import check_frechet, check_spaces
 from .units import Case
 
-__all__ = ["PREFERENCE", "PROMPT", "SUBJECT", "check_metrics", "defaults", "judged", "metrics", "of_subject"]
+__all__ = ["PREFERENCE", "PROMPT", "SUBJECT", "applies_to", "check_metrics", "defaults", "make_metrics", "of_subject"]
 
 SSIM_SIDE = 11  # pixels of its window
 # How far each goes in whatever it measures, for the two that say what an adapter does for a subject.
@@ -73,7 +73,7 @@ def defaults(settings: MeasureSettings, *, pocket: bool) -> list[str]:
     return [f"identity ({looks})", "alignment (clip)", f"similarity ({looks})", "similarity (clip)"]
 
 
-def metrics(
+def make_metrics(
     settings: MeasureSettings,
     case: Case,
     *,
@@ -90,7 +90,7 @@ def metrics(
         base: the base's own pictures of its prompts, for drift.
         classes: the base's pictures of the class, of the same prompts without the identifier, for identity.
     """
-    return [made(name, settings, case, base, classes) for name in defaults(settings, pocket=pocket)]
+    return [make_metric(name, settings, case, base, classes) for name in defaults(settings, pocket=pocket)]
 
 
 def check_metrics(settings: MeasureSettings, units: Sequence[Case], *, pocket: bool) -> dict[str, bool]:
@@ -109,7 +109,7 @@ def check_metrics(settings: MeasureSettings, units: Sequence[Case], *, pocket: b
     check_scorers(settings, names, units)
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"measure.metrics: {twice!r} is there twice")
-    every = [metrics(settings, case, pocket=pocket) for case in units]
+    every = [make_metrics(settings, case, pocket=pocket) for case in units]
     for name in names:
         require(
             not name.startswith("diversity") or len(settings.seeds) > 1,
@@ -128,14 +128,14 @@ def check_metrics(settings: MeasureSettings, units: Sequence[Case], *, pocket: b
         require(
             wanted is None or settings.control != wanted, f"measure.metrics: {name} does not fit conditions of {wanted}"
         )
-        said = [judged(name, case, prompt) for case in units for prompt in case.prompts]
+        said = [applies_to(name, case, prompt) for case in units for prompt in case.prompts]
         require(sum(said) >= 2, f"measure.metrics: {name} needs two prompts that say so; {sum(said)} of {len(said)} do")
     if settings.frechet:
         check_frechet(settings)
     return {metric.name: metric.higher_is_better for metric in every[0]}
 
 
-def judged(name: str, case: Case, prompt: str) -> bool:
+def applies_to(name: str, case: Case, prompt: str) -> bool:
     """Whether a metric has anything to judge in a prompt.
 
     Args:

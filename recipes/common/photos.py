@@ -8,7 +8,7 @@ from typing import Any
 
 from training.config import require
 
-__all__ = ["LEAST", "Photos", "look"]
+__all__ = ["LEAST", "Photos", "read_photos"]
 
 LEAST = 3  # photos that a subject is learnt from
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
@@ -41,7 +41,7 @@ class Photos:
         return lines
 
 
-def look(folder: Path, *, calls: str, prompt: str, minimum: int) -> Photos:
+def read_photos(folder: Path, *, calls: str, prompt: str, minimum: int) -> Photos:
     """The photos of a folder, if a subject can be learnt from them.
 
     Args:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recipes.common.base import paints_holes
 from recipes.common.cli import say
 from recipes.common.comparison import Comparison, worn
-from recipes.common.draw import sheet
+from recipes.common.draw import sheet_of_arms
 from recipes.common.guidance import EFFECTIVE, arguments_of, guided
 from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import SamplingSettings
@@ -64,7 +64,7 @@ def write_results(
         facts["at equal effective scale"] = equal if isinstance(equal, str) else equal.verdict.sentence
         facts |= _preferences(equal, comparison)
     facts |= _frechet(comparison, shots)
-    page = adapters.measuring.report.render(
+    page = adapters.measuring.report.render_report(
         gains,
         shots,
         title=title(comparison, record),
@@ -82,7 +82,7 @@ def write_results(
         text = json.dumps({"format": FORMAT, "facts": facts, **gains.to_dict()}, indent=1)
         (stage / "gains.json").write_text(text, "utf-8")
         (stage / "report.html").write_text(page, "utf-8")
-        sheet(shots).save(stage / "sheet.png")
+        sheet_of_arms(shots).save(stage / "sheet.png")
         write_settings(dict(record), stage / "settings.yaml")
     print("\n" + "\n".join(headlines(gains)))
     if design.sweeps:
@@ -183,9 +183,10 @@ def _frechet(comparison: Comparison, shots: Mapping[str, Sequence[Any]]) -> dict
     plan = comparison.plan
     if plan.frechet is None:
         return {}
+    found = {name: spaces.frechet_to_reference(plan, taken) for name, taken in shots.items()}
     return {
-        f"Fréchet distance ({plan.frechet}), {name}": f"{spaces.frechet(plan, taken):.4g} (n = {len(taken)})"
-        for name, taken in shots.items()
+        f"Fréchet distance ({plan.frechet}), {name}": f"{value:.4g} (n = {len(shots[name])})"
+        for name, value in found.items()
     }
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from recipes.common.base import POCKET
 from recipes.common.cli import named
-from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, check_scope, whole
+from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, check_scope, whole_network
 from recipes.common.prompts import texts
 from recipes.common.settings import TuneSettings
 from recipes.common.units import Case, cases
 from training.config import require
 
-__all__ = ["JOINT", "Search", "combinations", "resolve_search", "step_of"]
+__all__ = ["JOINT", "Search", "combinations", "resolve_search", "step_in_manifest"]
 
 TUNING = 50_000  # so many of the pocket world's held-out scenes are left to reports
 JOINT = "joint"
@@ -73,7 +73,7 @@ def resolve_search(
             require(prompt not in held, f"tune.prompts: {prompt!r} is held out for the report and cannot be tuned on")
             for name in comparison.higher_is_better:
                 with named("tune.prompts"):
-                    metrics.judged(name, case, prompt)
+                    metrics.applies_to(name, case, prompt)
     shared = sorted(set(search.seeds) & set(comparison.plan.seeds))
     require(not shared, f"tune.seeds: {shared[:1]} is held out for the report and cannot be tuned on")
     wanted = search.metric or (JOINT if comparison.identity else comparison.primary)
@@ -82,7 +82,7 @@ def resolve_search(
         wanted == JOINT or wanted in comparison.higher_is_better,
         f"tune.metric {wanted!r} is none of {JOINT}, {', '.join(comparison.higher_is_better)}",
     )
-    kind = whole(units[0].adapter)
+    kind = whole_network(units[0].adapter)
     for weight in search.weights or ():
         require(kind is None or weight == 1, f"tune.weights {weight:g}: a whole {kind} has no weight; leave it at 1")
     scalable = wanted == JOINT and adapter is not None and kind is None
@@ -187,15 +187,16 @@ def _checkpoints(search: TuneSettings, comparison: Comparison, adapter: str | No
     beside = Path(search.snapshots or Path(adapter).parent / "snapshots")
     folders = [str(folder) for folder in sorted(beside.glob("step-*"))]
     require(bool(folders) or search.snapshots is None, f"tune.snapshots: no step-* folders in {search.snapshots}")
-    last = step_of(adapter)
-    folders = [folder for folder in folders if last is None or step_of(folder) != last]  # the adapter once more
+    last = step_in_manifest(adapter)
+    # A snapshot of the last step is the adapter once more.
+    folders = [folder for folder in folders if last is None or step_in_manifest(folder) != last]
     plan = comparison.plan
     plain = plan.arms[plan.baseline]
     guidance = asdict(replace(plain, guidance_scale=plan.guidance_scale or plain.guidance_scale))
     return [{**guidance, "adapter": one} for one in (*folders, adapter)]
 
 
-def step_of(folder: str) -> int | None:
+def step_in_manifest(folder: str) -> int | None:
     """The step of training that a checkpoint is of, by its manifest; None where that is not known."""
     from adapters import FileError, files
 

@@ -29,7 +29,7 @@ __all__ = [
     "check_frechet",
     "check_spaces",
     "device_of",
-    "frechet",
+    "frechet_to_reference",
     "looks",
     "pictures",
     "reference",
@@ -121,7 +121,7 @@ def check_spaces(settings: MeasureSettings) -> None:
     device_of(settings.device)
 
 
-def frechet(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
+def frechet_to_reference(settings: MeasureSettings, shots: Sequence[Shot]) -> float:
     """Fréchet distance of an arm's pictures to the reference's, in the space `measure.frechet`."""
     assert settings.frechet is not None
     features = space_of(settings.frechet, settings)

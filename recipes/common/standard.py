@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from recipes.common.comparison import Comparison
     from recipes.common.units import Case
 
-__all__ = ["instead", "said", "searched", "untold", "without"]
+__all__ = ["instead", "missing_facts", "searched", "untold", "without"]
 
 IN_SPACE = re.compile(r"identity \((\w+)\)")
 
@@ -80,7 +80,7 @@ def searched(search: TuneSettings, gone: Mapping[str, str]) -> TuneSettings:
     return replace(search, metric=metric, references=given)
 
 
-def said(gone: Mapping[str, str]) -> dict[str, str]:
+def missing_facts(gone: Mapping[str, str]) -> dict[str, str]:
     """The same as facts for a report; printed too."""
     facts = {f"{name}, left out": f"{why}; {instead(name)} takes its place" for name, why in gone.items()}
     for name, line in facts.items():

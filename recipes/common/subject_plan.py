@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NETWORKS", "compared", "judged"]
+__all__ = ["NETWORKS", "compared", "pocket_measures"]
 
 NETWORKS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"}
 
 
-def judged(folder: Path, *, masks: bool) -> dict[str, Any]:
+def pocket_measures(folder: Path, *, masks: bool) -> dict[str, Any]:
     """`measure` of a subject on the pocket base: what its judge needs masks for is left out where there are none."""
     plan: dict[str, Any] = {"subjects": [str(folder)], "seeds": [1, 2]}
     if not masks:

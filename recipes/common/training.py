@@ -37,7 +37,16 @@ if MYPY:
     from training.method import Method
     from training.models import Parts
 
-__all__ = ["SubjectTraining", "Training", "check_stages", "data", "load_for_training", "record", "subjects", "train"]
+__all__ = [
+    "SubjectTraining",
+    "Training",
+    "check_stages",
+    "data",
+    "load_for_training",
+    "record",
+    "run_training",
+    "subjects",
+]
 
 LATER = ("tune", "measure", "ship", "sampling")
 
@@ -181,7 +190,7 @@ def load_for_training(settings: Training, comparison: Comparison | None) -> Part
     return parts
 
 
-def train(settings: Training, method: Method, pictures: Views, **more: Any) -> Result | None:
+def run_training(settings: Training, method: Method, pictures: Views, **more: Any) -> Result | None:
     """The loop with the recipe's settings.
 
     Args:

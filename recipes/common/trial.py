@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from recipes.common.base import without_control
 from recipes.common.cli import named, say
 from recipes.common.comparison import Arm, Comparison, worn
-from recipes.common.draw import check_kept, trial
+from recipes.common.draw import check_drawn, trial
 from recipes.common.search import Search
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from recipes.common.units import Case
@@ -44,7 +44,7 @@ def check_pictures(
         comparison: its arms and units.
         sampling: as all pictures are drawn.
         out: of the run.
-        unknown: see `draw.check_kept`.
+        unknown: see `draw.check_drawn`.
 
     Raises:
         TrainingError: pictures of other settings lie there, with the arm.
@@ -54,10 +54,10 @@ def check_pictures(
         for arm in comparison.arms.values():
             own, place = plain if arm.bare else pipe, folder_of(out, case, arm)
             with named(f"measure.arms, {arm.name!r}"):
-                check_kept(own, case.prompts, seeds, arm.guidance, sampling, place, arm=arm.name, unknown=unknown)
+                check_drawn(own, case.prompts, seeds, arm.guidance, sampling, place, arm=arm.name, unknown=unknown)
         if comparison.asks_for_class:
             place, prompts = class_folder(out, case), case.of_class.prompts
-            check_kept(plain, prompts, seeds, comparison.bare.guidance, sampling, place, arm="", unknown=unknown)
+            check_drawn(plain, prompts, seeds, comparison.bare.guidance, sampling, place, arm="", unknown=unknown)
 
 
 def try_arms(
@@ -70,7 +70,7 @@ def try_arms(
         comparison: its arms and units.
         sampling: as all pictures are drawn.
         out: of the run.
-        renewed: see `draw.draw`.
+        renewed: see `draw.draw_shots`.
 
     Raises:
         TrainingError: what an arm would be refused for when its turn comes, with its name.

@@ -11,7 +11,7 @@ from typing import Any
 from recipes.common.settings import GuidanceSettings
 from training.errors import TrainingError
 
-__all__ = ["Tuned"]
+__all__ = ["TunedArms"]
 
 FILE = "tuned.json"
 Point = tuple[float, float, float, float, str]
@@ -25,7 +25,7 @@ SIGNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuned:
+class TunedArms:
     """A search's winners, and everything they follow from."""
 
     best: Mapping[str, GuidanceSettings]
@@ -67,7 +67,7 @@ class Tuned:
         (folder / FILE).write_text(json.dumps(record, indent=1), "utf-8")
 
     @classmethod
-    def read(cls, folder: str | Path) -> Tuned:
+    def read(cls, folder: str | Path) -> TunedArms:
         """What `write` wrote, also before there were references.
 
         Raises:

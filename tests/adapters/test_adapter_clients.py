@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from adapters import compose, files, keys, names, source
-from adapters.injection import fit
+from adapters.injection import fit_to_model
 from adapters.writing import write_kohya
 
 WIDTHS, DEPTHS = (8, 16, 32), (0, 2, 3)  # SDXL's are (320, 640, 1280) and (0, 2, 10)
@@ -268,7 +268,7 @@ def test_lycoris_own_files_change_the_weights_as_lycoris_does(layouts, tmp_path,
     model, flats = layouts[layout]
     adapter, wanted = written_by_lycoris(itertools.repeat(kind), model, flats, tmp_path / "theirs.safetensors")
     assert adapter.part("unet").keys() == wanted.keys()
-    ours = compose.deltas(keys.Adapter(modules=fit(model, adapter, "unet")), {"unet": model})
+    ours = compose.deltas(keys.Adapter(modules=fit_to_model(model, adapter, "unet")), {"unet": model})
     for path, theirs in wanted.items():
         assert off_by(effect_of(ours[f"unet.{path}"], model.get_submodule(path)), theirs) < 1e-5, path
 
@@ -283,7 +283,7 @@ def test_kinds_mixed_in_one_file_change_the_weights_as_lycoris_does(layouts, tmp
     again = source.read_adapter(source.open_source(tmp_path / "ours.safetensors"))
     for adapter in (theirs, again):
         assert adapter.part("unet").keys() == wanted.keys()
-        ours = compose.deltas(keys.Adapter(modules=fit(model, adapter, "unet")), {"unet": model})
+        ours = compose.deltas(keys.Adapter(modules=fit_to_model(model, adapter, "unet")), {"unet": model})
         for path, change in wanted.items():
             assert off_by(effect_of(ours[f"unet.{path}"], model.get_submodule(path)), change) < 1e-5, path
 
@@ -346,7 +346,7 @@ def test_whole_differences_and_norms_as_lycoris_has_them(layouts, tmp_path, layo
         layer = model.get_submodule(path)
         wanted[path] = effect(lycoris.make_module(algorithm, parameters, flat, layer).double().eval(), layer)
     changed = copy.deepcopy(model)
-    compose.merge(keys.Adapter(modules=fit(changed, adapter, "unet")), {"unet": changed})
+    compose.merge(keys.Adapter(modules=fit_to_model(changed, adapter, "unet")), {"unet": changed})
     for path, theirs in wanted.items():
         x = inputs(model.get_submodule(path))
         with torch.no_grad():

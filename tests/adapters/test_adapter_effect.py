@@ -11,7 +11,7 @@ import pytest
 from adapters import card, files
 from adapters.errors import GainsError
 from adapters.measuring import effect, gains, plane, stats, verify, words
-from adapters.measuring.design import Contrast, Design
+from adapters.measuring.design import ArmContrast, Design
 from adapters.measuring.table import Row, write_csv
 
 DESIGN = Design(
@@ -91,10 +91,10 @@ def test_a_referee_that_disagrees_leaves_it_open():
 # ---------------------------------------------------------------------------------------------- calibration
 
 
-def contrast(metric: str, values: np.ndarray, level: float) -> Contrast:
+def contrast(metric: str, values: np.ndarray, level: float) -> ArmContrast:
     """Cluster means as `gains.compare` makes a contrast of them."""
-    found = stats.interval(values, confidence=level)
-    return Contrast(
+    found = stats.mean_interval(values, confidence=level)
+    return ArmContrast(
         arm="CFG",
         baseline="base",
         metric=metric,
@@ -135,8 +135,10 @@ def wrong(truth: tuple[float, float], clusters: int, studies: int, seed: list[in
     for _ in range(studies):
         shared = generator.normal(size=clusters)
         drawn = [0.3 * (0.6 * shared + 0.8 * generator.normal(size=clusters)) + mean for mean in truth]
-        both = [contrast(name, values, level) for name, values in zip(effect.metrics(DESIGN), drawn, strict=True)]
-        said.append(effect.verdict(both, DESIGN).word)
+        both = [
+            contrast(name, values, level) for name, values in zip(effect.effect_metrics(DESIGN), drawn, strict=True)
+        ]
+        said.append(effect.adapter_verdict(both, DESIGN).word)
     return {word: said.count(word) / studies for word in TRUTHS[truth]}
 
 
@@ -159,8 +161,8 @@ def test_a_large_change_is_found_in_most_studies():
         said = []
         for _ in range(200):
             drawn = [mean + 0.3 * generator.normal(size=12) for mean in truth]
-            both = [contrast(n, v, level) for n, v in zip(effect.metrics(DESIGN), drawn, strict=True)]
-            said.append(effect.verdict(both, DESIGN).word)
+            both = [contrast(n, v, level) for n, v in zip(effect.effect_metrics(DESIGN), drawn, strict=True)]
+            said.append(effect.adapter_verdict(both, DESIGN).word)
         assert said.count(word) >= 180, truth
 
 
@@ -254,7 +256,7 @@ def test_a_reader_in_a_hurry_is_told_in_words_and_a_harmful_adapter_says_so_in_i
     )
     assert words.guidance(found).startswith("S-CFG is not shown to make the pictures better than plain guidance does.")
     made = card.Card(title="x", base_model="y", weight=0.6)
-    page = card.render(made, kinds=["lora"], gains=found, has=["pytorch_lora_weights.safetensors"], notes=[])
+    page = card.render_card(made, kinds=["lora"], gains=found, has=["pytorch_lora_weights.safetensors"], notes=[])
     assert "**It does harm by its own measure.**" in page
     assert page.index("does harm") < page.index("| arm |")
     assert 'pipe.set_adapters("this", 0.6)' in page

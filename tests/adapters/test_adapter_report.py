@@ -17,7 +17,7 @@ from PIL import Image
 
 from adapters.measuring import archive, gains, report, verify, words
 from adapters.measuring.gains import Design
-from adapters.measuring.labels import Box, arrange, width
+from adapters.measuring.labels import Rectangle, arrange, width
 from adapters.measuring.plot import plot
 from adapters.measuring.sample import Shot
 from adapters.measuring.table import Row
@@ -49,7 +49,7 @@ def page() -> str:
         notes={EVIL: EVIL},
     )
     overlay = lambda shot: {EVIL: shot.image}  # noqa: E731
-    return report.render(
+    return report.render_report(
         gains.compare(rows, design), shots, title=EVIL, command=EVIL, overlay=overlay, facts={EVIL: EVIL}
     )
 
@@ -158,7 +158,7 @@ def noisy(size: int, subjects: int, **more: Any) -> str:
         arm="S-CFG", baseline="CFG", base="base", primary="m", minimum_effect=0.1, higher_is_better={"m": True}
     )
     references = [Image.fromarray(generator.integers(0, 256, (size, size, 3), np.uint8)) for _ in range(4)]
-    return report.render(
+    return report.render_report(
         gains.compare(rows, design), shots, title="16 subjects", references=references, terms={"sks bird": "it"}, **more
     )
 
@@ -251,7 +251,9 @@ def sixteen():
     with archive.unpacked(RESULTS / "subjects-kept.zip") as folder:
         found = verify.recompute(folder)
     shots = {name: [] for name in (found.design.base, found.design.baseline, found.design.arm)}
-    return found, report.render(found, shots, title="16 subjects on pocket", terms={"pocket": "the base model's name"})
+    return found, report.render_report(
+        found, shots, title="16 subjects on pocket", terms={"pocket": "the base model's name"}
+    )
 
 
 def test_no_term_of_the_glossary_stands_above_the_pictures_without_its_explanation(sixteen, page):
@@ -276,16 +278,16 @@ def test_labels_find_a_place_whatever_the_points_are(spread):
     generator = np.random.default_rng(spread)
     spots = [(200 + x, 150 + y) for x, y in generator.random((25, 2)) * (spread, spread / 2)]
     texts = [f"CFG @ {number}, weight 0.85" if number % 3 else "S-CFG" for number in range(25)]
-    area = Box(64, 30, 560, 340)
+    area = Rectangle(64, 30, 560, 340)
     boxes = arrange(list(zip(spots, texts, strict=True)), area, list(itertools.pairwise(spots)))
     assert all(area.holds(box) for box in boxes)
     assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.meets(b)]
-    assert not [box for box in boxes for x, y in spots if box.meets(Box(x - 4, y - 4, x + 4, y + 4))]
+    assert not [box for box in boxes for x, y in spots if box.meets(Rectangle(x - 4, y - 4, x + 4, y + 4))]
     assert [round(box.right - box.left - width(text), 6) for box, text in zip(boxes, texts, strict=True)] == [0.0] * 25
 
 
 def test_a_line_cuts_a_box_or_does_not():
-    box = Box(10, 10, 20, 20)
+    box = Rectangle(10, 10, 20, 20)
     assert box.cut_by(((0, 15), (30, 15)))
     assert box.cut_by(((0, 0), (30, 30)))
     assert not box.cut_by(((0, 15), (9, 15)))

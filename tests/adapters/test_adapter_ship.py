@@ -20,7 +20,7 @@ import yaml
 
 import adapters
 from adapters import files, keys, loading, ship, whole
-from adapters.card import Card, escape, render
+from adapters.card import Card, escape, render_card
 from adapters.errors import AdapterError, FileError, GainsError
 from adapters.measuring import gains, sample, table, verify
 from adapters.measuring.metrics import Measure
@@ -260,7 +260,7 @@ def test_foreign_text_stays_text_in_the_card():
     card = Card(
         title=EVIL, base_model=EVIL, description=EVIL, trigger_words=[EVIL], prompts=[EVIL], command=EVIL, limits=[EVIL]
     )
-    text = render(
+    text = render_card(
         card, kinds=["lora"], gains=None, has=["pytorch_lora_weights.safetensors", "guider_config.json"], notes=[]
     )
     head, body = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n")), text.split("\n---\n", 1)[1]
@@ -347,14 +347,14 @@ def test_the_card_loads_a_base_that_is_no_hub_id_by_what_is_imported():
     load = ("from training.pocket import base_path", "base_path()")
     card = replace(CARD, base_import=load, trigger_words=["sks dog"])
     has = ["pytorch_lora_weights.safetensors", "guider_config.json"]
-    text = render(card, kinds=["lora"], gains=None, has=has, notes=[])
+    text = render_card(card, kinds=["lora"], gains=None, has=has, notes=[])
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         assert block.index(load[0]) < block.index("DiffusionPipeline.from_pretrained(base_path())")
     assert "Trigger words: `sks dog`" in text
     for kinds in (["controlnet"], ["unet"], ["loha"]):
-        text = render(card, kinds=kinds, gains=None, has=[], notes=[])
+        text = render_card(card, kinds=kinds, gains=None, has=[], notes=[])
         first = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
         compile(first, "card", "exec")
         assert first.index(load[0]) < first.index("from_pretrained(base_path()")

@@ -170,7 +170,7 @@ def needed(losses: np.ndarray) -> int:
 def power(losses: np.ndarray, n: int) -> float:
     """Share of studies of n pictures whose interval says that something is lost."""
     generator = np.random.default_rng(0)
-    return float(np.mean([stats.interval(generator.choice(losses, n)).low > 0 for _ in range(DRAWS)]))
+    return float(np.mean([stats.mean_interval(generator.choice(losses, n)).low > 0 for _ in range(DRAWS)]))
 
 
 def lite0() -> Callable:

@@ -16,7 +16,7 @@ from recipes.common.comparison import resolve
 from recipes.common.guidance import guider_of
 from recipes.common.search import JOINT, resolve_search
 from recipes.common.settings import GuidanceSettings, MeasureSettings, ScopeSettings, ShipSettings, TuneSettings
-from recipes.common.tuned import Tuned
+from recipes.common.tuned import TunedArms
 from training import naming
 from training.config import BaseSettings
 from training.errors import TrainingError
@@ -68,7 +68,7 @@ def tuned(folder: Path, **change: object) -> Path:
         "rounds": {},
         "pictures": {},
     }
-    Tuned(**{**values, **change}).write(folder)  # type: ignore[arg-type]
+    TunedArms(**{**values, **change}).write(folder)  # type: ignore[arg-type]
     return folder
 
 
@@ -98,7 +98,7 @@ def test_metrics_and_spaces_may_have_their_names_of_before(capsys: pytest.Captur
 
 def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     folder = tuned(tmp_path / "tuned")
-    assert Tuned.read(folder).best["S-CFG"].options == {"stop": 0.5}
+    assert TunedArms.read(folder).best["S-CFG"].options == {"stop": 0.5}
     found = resolve(MeasureSettings(prompts=PROMPTS), base=POCKET, tuned=str(folder)).arms
     assert (found["S-CFG"].guidance.guidance_scale, found["S-CFG"].weight, found["CFG"].guidance.guidance_scale) == (
         3.0,
@@ -114,7 +114,7 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     )
     file = folder / "tuned.json"
     file.write_text(file.read_text().replace('"guidance_scale"', '"scale"'))  # as versions before wrote it
-    assert Tuned.read(folder).best["S-CFG"].guidance_scale == 3.0
+    assert TunedArms.read(folder).best["S-CFG"].guidance_scale == 3.0
     scoped = GuidanceSettings(method="cfg", scope=ScopeSettings(stop=0.5))
     plan = MeasureSettings(subjects=[str(ROOT / "recipes" / "subjects" / "bird")], seeds=[9], limit=2)
     plain = tuned(tmp_path / "plain", best={"CFG": GuidanceSettings(method="cfg", guidance_scale=2.0, weight=0.6)})
@@ -122,7 +122,7 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
     early = resolve(plan, base=POCKET, adapter=TEAPOT, tuned=str(plain)).arms["CFG early"].guidance
     assert (early.guidance_scale, early.weight, early.scope) == (2.0, 0.6, scoped.scope)
     place = tuned(tmp_path / "scoped", best={"CFG": scoped})
-    assert Tuned.read(place).best["CFG"] == scoped
+    assert TunedArms.read(place).best["CFG"] == scoped
     for change, said in (
         ({"prompts": ["a dog"]}, "measure.prompts: ['a dog'] was tuned on"),
         ({"seeds": [2]}, r"measure.seeds: \[2\] was tuned on"),
@@ -139,13 +139,13 @@ def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: 
     ]
     chosen = {"adapter": "runs/step-10", "rounds": {"checkpoint": [{"seeds": 1, "results": results}]}}
     curve = [(1, 0.5, 0.5, 0.5, "step-10, chosen"), (2, 0.4, 0.4, 0.4, "lora")]
-    old = Tuned.read(tuned(tmp_path / "old", **chosen))
+    old = TunedArms.read(tuned(tmp_path / "old", **chosen))
     assert (old.checkpoints(), old.overfitting()) == ({"what was maximised": curve}, "")
-    none = Tuned.read(tuned(tmp_path / "none"))
+    none = TunedArms.read(tuned(tmp_path / "none"))
     assert (none.checkpoints(), none.overfitting()) == ({}, "")
     plain = {"nearest": 0.5, "copies": 0.0, "drift": 0.1, "diversity": 0.4}
     signs = {"space": "judge", "base": plain, "checkpoints": [plain, {**plain, "copies": 0.5, "diversity": 0.1}]}
-    found = Tuned.read(tuned(tmp_path / "tuned", **chosen, signs=signs))
+    found = TunedArms.read(tuned(tmp_path / "tuned", **chosen, signs=signs))
     assert found.checkpoints()["diversity (judge)"] == [
         (1, 0.4, 0.4, 0.4, "step-10, chosen"),
         (2, 0.1, 0.1, 0.1, "lora"),
@@ -156,15 +156,15 @@ def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: 
         "25 % of the diversity of the base's."
     )
     assert found.facts()["overfitting"] == found.overfitting()
-    counted = Tuned.read(tuned(tmp_path / "counted", **chosen, steps=[10, 40]))
+    counted = TunedArms.read(tuned(tmp_path / "counted", **chosen, steps=[10, 40]))
     assert counted.checkpoints() == {"what was maximised": [(10, 0.5, 0.5, 0.5, "chosen"), (40, 0.4, 0.4, 0.4, "")]}
     even = [{**one, "mean": 0.0} for one in results]
     tied = {"adapter": "runs/step-10", "rounds": {"checkpoint": [{"seeds": 1, "results": even}]}}
-    assert Tuned.read(tuned(tmp_path / "tied", **tied)).facts()["tuning checkpoint, undecided"] == (
+    assert TunedArms.read(tuned(tmp_path / "tied", **tied)).facts()["tuning checkpoint, undecided"] == (
         "all 2 candidates measure 0: the search cannot tell them apart, and the first of them was taken"
     )
     assert "tuning checkpoint, undecided" not in old.facts()
-    half = Tuned.read(tuned(tmp_path / "half", **chosen, steps=[10, None]))
+    half = TunedArms.read(tuned(tmp_path / "half", **chosen, steps=[10, None]))
     assert half.checkpoints() == {"what was maximised": curve}
 
 
@@ -301,7 +301,7 @@ def test_an_impossible_value_is_refused_before_anything_is_drawn(
     field: str, call: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("recipes.measure", "recipes.tune"):
-        monkeypatch.setattr(f"{module}.draw", None)  # to draw would end with a traceback
+        monkeypatch.setattr(f"{module}.draw_shots", None)  # to draw would end with a traceback
     stage = field.split(".")[0]
     recipe = "ship" if stage == "ship" else "tune" if stage == "tune" else "measure"
     common = {

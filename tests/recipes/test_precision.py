@@ -27,7 +27,7 @@ def drawn(base: BaseSettings, name: str, folder: Path) -> tuple[list[np.ndarray]
     sampling = SamplingSettings(precision=name, steps=2, batch_size=2)  # type: ignore[arg-type]
     pipe = sampling_pipeline(base, sampling)
     before = adapters.describe(pipe)
-    shots = draw.draw(pipe, ["a dog", "a cat"], [1], GuidanceSettings(guidance_scale=3), sampling, folder, None)
+    shots = draw.draw_shots(pipe, ["a dog", "a cat"], [1], GuidanceSettings(guidance_scale=3), sampling, folder, None)
     if name == "auto":
         assert {one.dtype for one in pipe.unet.parameters()} == {torch.float32}
         assert adapters.describe(pipe) == before

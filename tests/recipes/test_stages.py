@@ -324,7 +324,7 @@ def test_a_controlnet_trains_is_measured_and_ships(tmp_path: Path, done) -> None
 
 
 def test_conditions_and_scores_use_the_detector_that_the_controlnet_was_trained_with(tmp_path: Path) -> None:
-    from recipes.common.metrics import metrics
+    from recipes.common.metrics import make_metrics
 
     assert edges_of("pocket-canny") == EDGES
     old = tmp_path / "old"  # of a training from before ControlNets kept their detector
@@ -341,7 +341,8 @@ def test_conditions_and_scores_use_the_detector_that_the_controlnet_was_trained_
         shots = [
             adapters.Shot(prompt=prompt, seed=1, latents="0", image=image) for prompt, image in case.targets.items()
         ]
-        assert list(metrics(plan, case, pocket=True)[0](shots)) == [1.0] * len(shots)  # a target keeps its own edges
+        metric = make_metrics(plan, case, pocket=True)[0]
+        assert list(metric(shots)) == [1.0] * len(shots)  # a target keeps its own edges
         found[edges] = [np.asarray(condition) for condition in case.conditions.values()]
     assert any((one != other).any() for one, other in zip(found[EDGES], found[Canny()], strict=True))
 
@@ -384,7 +385,7 @@ def test_class_images_need_no_word_of_the_region(tmp_path: Path, done) -> None:
 def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_path: Path, changed: str) -> None:
     """A ControlNet trained further, or a base of the same name, in the folder of an earlier run."""
     from recipes.common.base import sampling_pipeline, size_of
-    from recipes.common.draw import draw
+    from recipes.common.draw import draw_shots
     from recipes.common.settings import GuidanceSettings, SamplingSettings
     from training.errors import TrainingError
 
@@ -396,7 +397,9 @@ def test_pictures_of_other_weights_are_not_taken_for_these(models: Path, tmp_pat
 
     def again(**more: float) -> list[adapters.Shot]:
         guidance = GuidanceSettings(method="cfg", **more)
-        return draw(pipe, ["a dog"], [1], guidance, sampling, tmp_path, None, inputs=lambda prompt, seed: condition)
+        return draw_shots(
+            pipe, ["a dog"], [1], guidance, sampling, tmp_path, None, inputs=lambda prompt, seed: condition
+        )
 
     with pytest.raises(TrainingError, match=r"rescale 0\.7: StableDiffusionControlNetPipeline has none"):
         again(rescale=0.7)

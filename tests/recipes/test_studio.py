@@ -134,11 +134,11 @@ def test_a_guider_saved_into_a_signed_release_takes_the_signature_with_it(releas
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     signing.sign(release, key)
-    assert signing.checked(release, f"{key}.pub").startswith("by ")
+    assert signing.checked_signature(release, f"{key}.pub").startswith("by ")
     assert "it is unsigned now" in save_guider(str(release), TUNED)
-    assert signing.checked(release) == "unsigned"
+    assert signing.checked_signature(release) == "unsigned"
     with pytest.raises(adapters.SignatureError, match="unsigned; get a signed release"):
-        signing.checked(release, f"{key}.pub")
+        signing.checked_signature(release, f"{key}.pub")
     assert files.verify_folder(release)["files"]
     assert "unsigned" not in save_guider(str(release), TUNED)  # it has lost no signature this time
 

@@ -129,7 +129,9 @@ def test_the_card_s_code_reads_the_base_as_it_was(single: bool, folders: dict, f
     settings = ship.Settings(base=base, adapter="x", out=str(tmp_path))
     card = ship._card(settings, MeasureSettings(prompts=["a dog"]), 1.0, pipe)
     assert card.base_model == ("sd.safetensors" if single else str(path))
-    text = adapters.card.render(card, kinds=["lora"], gains=None, has=["pytorch_lora_weights.safetensors"], notes=[])
+    text = adapters.card.render_card(
+        card, kinds=["lora"], gains=None, has=["pytorch_lora_weights.safetensors"], notes=[]
+    )
     code = text.split("```python")[1].split("```")[0]
     if single:  # the configs of the tiny model do not ship
         assert "pipe = StableDiffusionPipeline.from_single_file('sd.safetensors')" in code

@@ -26,7 +26,7 @@ __all__ = [
     "IMAGENET_STD",
     "Pretrained",
     "batched",
-    "checked",
+    "checked_config",
     "normalised",
     "pixels",
 ]
@@ -35,7 +35,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def checked(name: str | Path, kinds: Sequence[str] = ()) -> Any:
+def checked_config(name: str | Path, kinds: Sequence[str] = ()) -> Any:
     """The config of a model that is there and of a kind that will do; no weights are read.
 
     Args:
@@ -80,7 +80,7 @@ class Pretrained:
     """What a model of another kind is told that this needs; only without `kinds`."""
 
     def __post_init__(self) -> None:
-        self.config = checked(self.name, self.kinds)
+        self.config = checked_config(self.name, self.kinds)
         if not self.kinds and type(self.config) not in _named(self.model_class)._model_mapping:
             raise FileError(f"{self.name} is a model of type {self.config.model_type}; this needs {self.needs}")
 

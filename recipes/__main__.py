@@ -15,22 +15,22 @@ __all__ = ["main"]
 
 PROGRAM = "scfg-toolkit"
 RECIPES = {
-    "new": "check your photos and write a config for them, with the time and memory it will take",
-    "train": "train, and tune, measure and ship where the config says so (--recipe NAME chooses how)",
-    "tune": "find the guidance and the checkpoint that measure best",
-    "measure": "compare an adapter and guidances: differences with intervals, and a verdict",
+    "new": "check your photos, write a config for them, and estimate time and memory",
+    "train": "train; then tune, measure and ship if the config has these sections (--recipe NAME chooses the recipe)",
+    "tune": "find the guidance and the checkpoint with the best measured result",
+    "measure": "compare an adapter and guidances: differences with intervals, and verdicts",
     "ship": "make a release folder of what was trained and measured",
-    "sample": "draw prompts",
-    "controlled": "draw pictures that follow the edges, lines, depth or classes of your own",
+    "sample": "draw pictures for prompts",
+    "controlled": "draw pictures that follow the edges, lines, depth or classes of your pictures",
     "studio": "a page in the browser that draws CFG and S-CFG side by side",
-    "demo": "the whole way on a demo subject, in ten minutes on a CPU",
+    "demo": "train, measure and ship a demo subject, in about ten minutes on a CPU",
 }
 TOOLS = {
-    "inspect": "show what an adapter's folder or file holds",
-    "verify": "check a release folder and compute its figures once more",
-    "convert": "write an adapter in other keys",
+    "inspect": "show the contents of an adapter's folder or file",
+    "verify": "check a release folder and recompute its figures",
+    "convert": "convert an adapter to the keys of another program",
     "merge": "merge adapters into a U-net or into one another",
-    "extract": "make a LoRA of the difference of two U-nets",
+    "extract": "make a LoRA from the difference of two U-nets",
 }
 CONFIGS = "list the configs that come with the package"
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _help() -> str:
     rows = [f"  {name:11} {what}" for name, what in {**RECIPES, **TOOLS, "configs": CONFIGS}.items()]
     more = [
-        f"`{PROGRAM} COMMAND --help` explains its commonest settings, `--help all` every one.",
+        f"`{PROGRAM} COMMAND --help` explains its most common settings, and `--help all` explains all of them.",
         f"--config takes a file, or a name that `{PROGRAM} configs` lists.",
         "--processes N runs a recipe in N processes; --launcher FILE takes a config of accelerate instead.",
     ]

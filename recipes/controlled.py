@@ -43,9 +43,9 @@ class Settings:
     controlnet: str
     """ControlNet folder or hub id; pocket-canny and pocket-segmentation are the embedded ones."""
     adapter: str | None = None
-    """An adapter on top; see recipes/sample.py."""
+    """An adapter to use as well: folder, hub id or another trainer's .safetensors file."""
     weight: float = 1.0
-    """Scale of the adapter's change."""
+    """Weight of the adapter. 1: as trained, 0: no effect."""
     pictures: str
     """Folder of pictures. The caption of each (a .txt file beside it) is its prompt."""
     prompt: str | None = None
@@ -63,7 +63,7 @@ class Settings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     dry_run: bool = False
-    """Loads and checks everything, and stops."""
+    """Loads and checks everything, then stops."""
     out: str
     """Folder for the pictures."""
 

@@ -1,4 +1,4 @@
-"""The whole way on the pocket base: train a LoRA of one subject, tune, sample with and without S-CFG, measure, ship.
+"""The demo on the pocket base: train a LoRA of one subject, tune, sample with and without S-CFG, measure, ship.
 
 python recipes/demo.py [--subject dog] [--out runs/demo] [--quick]
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", choices=SUBJECTS, default="dog")
     parser.add_argument("--out", default="runs/demo")
-    parser.add_argument("--quick", action="store_true", help="only a few steps and pictures, as a check")
+    parser.add_argument("--quick", action="store_true", help="only a few steps and pictures, to check that it runs")
     options = parser.parse_args()
     begin = time.perf_counter()
     quiet()

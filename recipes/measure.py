@@ -38,8 +38,8 @@ __all__ = ["Settings", "run"]
 class Settings:
     """A measured comparison of guidances on one base, with an adapter or without.
 
-    For an adapter from elsewhere, `measure ADAPTER --photos FOLDER --class NOUN --trigger WORD` needs no config;
-    `measure ADAPTER --help` says more.
+    For an adapter from another trainer, `measure ADAPTER --photos FOLDER --class NOUN --trigger WORD` needs no config;
+    see `measure ADAPTER --help`.
     """
 
     base: BaseSettings

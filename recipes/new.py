@@ -1,4 +1,4 @@
-"""Your own photos: checked, captioned, with a config that runs to the end, and the command that starts it.
+"""Checks your own photos, writes a config for them, and prints the command that starts the run.
 
 scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusion-v1-5] [--memory 12] [SETTINGS]
 """
@@ -53,15 +53,15 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="three to twenty photos of one thing")
     parser.add_argument("--class", dest="noun", required=True, help="the subject's class, such as dog or teapot")
-    parser.add_argument("--base", default=POCKET, help="folder or hub id of the base model, or pocket")
-    parser.add_argument("--identifier", default=IDENTIFIER, help="a rare word that will stand for the subject")
+    parser.add_argument("--base", default=POCKET, help="folder, hub id or .safetensors file of the base; or pocket")
+    parser.add_argument("--identifier", default=IDENTIFIER, help="a rare word that names the subject in prompts")
     parser.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME")
     parser.add_argument(
         "--memory", type=int, metavar="GB", help="memory of the GPU, such as 8, 12, 16 or 24: fit into it"
     )
     parser.add_argument("--clip", default=NETWORKS["clip"], help="folder or hub id of the CLIP that measures")
     parser.add_argument("--dino", default=NETWORKS["dino"], help="folder or hub id of the DINO that measures")
-    parser.add_argument("--no-trial", action="store_true", help="leave out the trial of the run and its estimate")
+    parser.add_argument("--no-trial", action="store_true", help="do not try one step, and estimate nothing")
     options, more = parser.parse_known_args()
     quiet()
     out = options.out or Path("runs") / options.folder.resolve().name

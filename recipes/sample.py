@@ -1,6 +1,6 @@
 """Draw pictures with a base, an adapter and a guidance. They do not depend on batch size or number of processes.
 
-accelerate launch recipes/sample.py --config recipes/configs/sample/pocket_dog.yaml
+accelerate launch recipes/sample.py --config recipes/configs/sample/pocket.yaml
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Draws prompts with seeds."""
+    """Draws pictures for prompts and seeds."""
 
     base: BaseSettings
     """The base model. `path: pocket` is the embedded one."""

@@ -39,7 +39,7 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Searches the best guidance, with the same budget for arm and baseline."""
+    """Searches for the best guidance, with the same budget for arm and baseline."""
 
     base: BaseSettings
     """The base model. `path: pocket` is the embedded one."""
@@ -56,7 +56,7 @@ class Settings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
     dry_run: bool = False
-    """Loads and checks everything, and stops."""
+    """Loads and checks everything, then stops."""
     out: str
     """Folder of the run. tuned.json and guider_config.json are written to its subfolder `tuned`."""
 

@@ -94,7 +94,7 @@ COMMON = (  # what most runs set; of these --help shows the first ten that a com
 
 
 def _short_help(parser: Any, kind: type) -> str:
-    """The commonest settings of a recipe; `--help all` shows the rest."""
+    """The most common settings of a recipe; `--help all` shows the rest."""
     helps = {action.dest: action.help for action in parser._actions}
     shown = [name for name in COMMON if name in helps]
     shown = [*[name for name in shown if name != "out"][:9], *(["out"] if "out" in shown else [])]
@@ -102,7 +102,7 @@ def _short_help(parser: Any, kind: type) -> str:
     lines = [
         inspect.cleandoc(kind.__doc__ or ""),
         "",
-        f"{'--config':{width + 2}}  a YAML file, or the name of one that ships",
+        f"{'--config':{width + 2}}  a YAML file, or the name of a shipped config",
     ]
     for name in shown:
         said = str(helps[name] or "").split(" (required")[0].split(" (default")[0].split(" (type")[0]

@@ -64,15 +64,15 @@ class BaseSettings:
     config: str | None = None
     """Folder in diffusers' layout with the configs and tokenizers for a single file. null: those of its family."""
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """What the U-net predicts, for training and sampling. auto: as its scheduler's config or the file's keys say."""
+    """What the U-net predicts, for training and sampling. auto: read from the scheduler's config or the file's keys."""
     zero_snr: bool | None = None
-    """Whether its noise schedule ends without signal (zero terminal SNR). null: as its config or its keys say."""
+    """Whether the noise schedule ends without signal (zero terminal SNR). null: read from the config or keys."""
     clip_skip: int | None = None
-    """Layer of CLIP that is read, counted from the last one as A1111 and kohya count: 1 is the last, 2 the one before.
-    null: the family's own, which is 1 for SD and 2 for SDXL."""
+    """Layer of CLIP whose output is used, counted from the last one as in A1111 and kohya: 1 is the last, 2 the one
+    before it. null: the default of the model family, which is 1 for SD and 2 for SDXL."""
     prompt_chunks: int | None = None
-    """Chunks of 75 tokens that prompts and captions may have; shorter ones are padded. 3 reads 225 tokens. null: 1,
-    and longer texts are cut."""
+    """Number of chunks of 75 tokens for prompts and captions. Shorter texts are padded, longer ones are cut. 3: up to
+    225 tokens. null: 1."""
 
     def __post_init__(self) -> None:
         require(
@@ -86,20 +86,20 @@ class BaseSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TagSettings:
-    """Captions as lists of tags, said in another way at every position; by default they stay as they are."""
+    """How captions that are lists of tags vary from step to step. By default they do not."""
 
     shuffle: bool = False
     """Shuffles the tags, except the first `keep`."""
     keep: int = 0
     """Number of tags at the beginning that are neither moved nor dropped."""
     drop: float = 0.0
-    """Probability of each other tag to be dropped."""
+    """Probability that each other tag is dropped."""
     drop_all: float = 0.0
     """Probability that all other tags are dropped together. `objective.caption_dropout` empties the whole caption."""
     prefix: str | None = None
     """Put before every caption that does not begin with it, such as a trigger. It is never moved or dropped."""
     separator: str = ","
-    """What separates tags."""
+    """Text that separates tags."""
     cached: int = 1000
     """Maximum number of captions whose embeddings are cached. If the run draws more different ones, none are cached:
     the text encoders stay in memory and encode in every step."""
@@ -133,7 +133,7 @@ class DataSettings:
     prompt: str | None = None
     """One caption for all images. Default: captions from .txt files, metadata.jsonl or the caption column."""
     tags: TagSettings = field(default_factory=TagSettings)
-    """Captions of tags: shuffled, dropped, with a prefix."""
+    """For captions that are lists of tags: shuffling, dropping, and a prefix."""
     masks: str | None = None
     """Folder of masks with the names and sizes of the images. White, or opaque, marks the subject."""
     conditioning: str | None = None
@@ -236,17 +236,17 @@ class LoraSettings:
     rank: int = 8
     """Rank of the weight update. Higher: more capacity, larger files."""
     ranks: dict[str, int] = field(default_factory=dict)
-    """Other ranks by pattern, such as {"mid_block": 16, "attn1": 0}: a regular expression found in a layer's name. 0:
-    not adapted. The first pattern that finds a layer counts."""
+    """Ranks that differ from `rank`, by pattern, such as {"mid_block": 16, "attn1": 0}. A pattern is a regular
+    expression for a part of a layer's name; the first one that matches counts. 0: not adapted."""
     alpha: float | None = None
     """The update is scaled by alpha/rank (alpha/sqrt(rank) with rslora). Default: equal to the layer's rank."""
     alphas: dict[str, float] = field(default_factory=dict)
-    """Other alphas by pattern, as in `ranks`."""
+    """Alphas that differ from `alpha`, by pattern, as in `ranks`."""
     plus_ratio: float = 1.0
     """LoRA+ (Hayou et al. 2024): factor on the learning rate of the up projections. The paper uses 16. 1: off."""
     start: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How the matrices start, as in peft. default, gaussian, orthogonal: without effect. pissa, olora: with a part of
-    the layer's weight; the result is saved as a plain LoRA of twice the rank."""
+    """How the matrices are initialised, as in peft. default, gaussian, orthogonal: without effect at the start. pissa,
+    olora: with a part of the layer's weight; the result is saved as a plain LoRA of twice the rank."""
     dropout: float = 0.0
     """Dropout probability before the down projection (lora.kind: lora)."""
     rank_dropout: float = 0.0
@@ -334,8 +334,8 @@ class DreamBoothSettings:
     """Rare word that marks the subject in captions, such as sks. With it, preserve: base also uses the subject's own
     pictures, with this word removed from their captions; only these if class_prompt is null."""
     own_share: float = 0.5
-    """Share of the subject's own pictures (with company, of those with its cut-out) among the class samples, if there
-    are class images as well."""
+    """Share of the subject's own pictures among the class samples, if there are class images as well. With company,
+    these are the pictures with its cut-out."""
     class_prompt_file: str | None = None
     """File with one prompt per line for the class images, instead of one prompt for all. {} is replaced by
     class_prompt, and image i uses line i."""
@@ -377,25 +377,25 @@ class DreamBoothSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptSettings:
-    """A further subject in the same run. What is not set here is as for the first, in `data` and `dreambooth`."""
+    """A further subject in the same run. All other settings are those of the first one, in `data` and `dreambooth`."""
 
     source: str
-    """Folder or dataset of its pictures."""
+    """Folder or dataset of this subject's pictures."""
     masks: str | None = None
-    """Folder of its masks."""
+    """Folder of the masks of these pictures."""
     prompt: str | None = None
-    """One caption for all its pictures. Default: captions as in `data`."""
+    """One caption for all pictures of this subject. Default: captions as in `data`."""
     prefix: str | None = None
-    """Put before every caption of it, as `data.tags.prefix`; a trigger that its captions lack."""
+    """Text before every caption of this subject, such as a trigger that they lack. Default: `data.tags.prefix`."""
     identifier: str | None = None
-    """The word that marks it in captions. Default: `dreambooth.identifier`."""
+    """Word that marks this subject in captions. Default: `dreambooth.identifier`."""
     class_prompt: str | None = None
-    """Prompt of its own class images. Default: none, and its pictures under their class captions preserve the class."""
+    """Prompt of class images for this subject. Default: none; its own pictures then preserve the class."""
     class_folder: str | None = None
-    """Folder of its class images. Default: one for each class prompt, in the output folder."""
+    """Folder of these class images. Default: one for each class prompt, in the output folder."""
     share: float | None = 1.0
-    """Samples of it for each sample of the first subject, its class samples included. 1: balanced; null: by number of
-    pictures, where kohya's repeats count."""
+    """Number of samples of this subject, class samples included, for each sample of the first subject. 1: balanced;
+    null: by number of pictures, where kohya's repeats count."""
 
     def __post_init__(self) -> None:
         require(self.share is None or self.share > 0, f"concepts: share must be > 0 or null, got {self.share}")
@@ -454,8 +454,8 @@ class TrainSettings:
     text_learning_rate: float | None = None
     """Learning rate of text encoders and new tokens. Default: `learning_rate`."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Factors on these rates by pattern, such as {"mid_block": 0.5}: a regular expression found in a parameter's name.
-    0: not trained. The first pattern that finds a parameter counts."""
+    """Factors on these rates by pattern, such as {"mid_block": 0.5}. A pattern is a regular expression for a part of a
+    parameter's name; the first one that matches counts. 0: not trained."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate after warm-up."""
     warmup: int = 0
@@ -470,8 +470,8 @@ class TrainSettings:
     ema: float | None = None
     """Decay of an exponential moving average, which is then saved and sampled instead of the last weights."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Compute precision. Trained weights stay in float32. auto: bf16 if it is faster here, which a short trial shows,
-    otherwise fp32; a run that is resumed keeps what was chosen."""
+    """Compute precision. Trained weights stay in float32. auto: bf16 if a short trial shows that it is faster on this
+    machine, otherwise fp32; a resumed run keeps the choice."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """Attention kernel. auto: plain on a CPU up to 1024 latents, where it is faster; otherwise sdpa."""
     gradient_checkpointing: bool = False
@@ -499,15 +499,15 @@ class TrainSettings:
     resume: str | None = "latest"
     """Checkpoint to continue from: `latest` (if there is one), a checkpoint folder, or null to start again."""
     if_damaged: Literal["earlier", "stop"] = "earlier"
-    """If the latest checkpoint is damaged. earlier: a line says so, and the one before it is taken; stop: an error."""
+    """What to do if the latest checkpoint is damaged. earlier: say so and use the one before it; stop: an error."""
     log_every: int = 10
     """Steps between log lines. The loss is read from the device only then."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Trackers, by accelerate's names. One that is not installed is skipped with a message."""
     project: str = "tracking"
-    """Name of the trackers' project; for tensorboard the folder of its files in the output folder."""
+    """Name of the trackers' project. For tensorboard, the folder of its files in the output folder."""
     dry_run: bool = False
-    """Checks everything, prints what would be trained, memory and time, and stops."""
+    """Checks everything, prints what would be trained and the memory and time, and stops."""
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     """Sample pictures during training."""
 

@@ -82,16 +82,18 @@ def parser() -> argparse.ArgumentParser:
     """The options of the short form."""
     parser = argparse.ArgumentParser(
         prog="scfg-toolkit measure ADAPTER",
-        description="Measure an adapter from elsewhere on a subject of your photos: base, CFG and S-CFG.",
+        description="Measure an adapter from any trainer on the subject of your photos: base, CFG and S-CFG.",
         epilog="Settings of measure.py may follow, such as --sampling.steps 30 or --dry_run true.",
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="folder, hub id or any trainer's .safetensors")
-    parser.add_argument("--photos", type=Path, required=True, help="three or more photos of the subject, and masks/")
+    parser.add_argument(
+        "--photos", type=Path, required=True, help="folder of three or more photos, perhaps with masks/"
+    )
     parser.add_argument("--class", dest="noun", required=True, help="the subject's class, such as dog or teapot")
-    parser.add_argument("--trigger", default=IDENTIFIER, help="the word that stands for the subject")
+    parser.add_argument("--trigger", default=IDENTIFIER, help="the word that names the subject in prompts")
     parser.add_argument("--base", help="folder, hub id or single file of the base; default: by the adapter's keys")
-    parser.add_argument("--arms", choices=("few", "all"), default="few", help="all: the controls as well")
+    parser.add_argument("--arms", choices=("few", "all"), default="few", help="all: the control arms as well")
     parser.add_argument("--sweep", type=float, nargs="+", help="further guidance scales, for curves")
     parser.add_argument("--scale", dest="guidance_scale", type=float, help=argparse.SUPPRESS)  # its name of before
     parser.add_argument("--guidance_scale", type=float, help="guidance scale of all arms")

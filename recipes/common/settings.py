@@ -29,14 +29,15 @@ class ScopeSettings:
     """Where, when and how strongly an adapter acts while sampling; see `adapters.Scope`."""
 
     uncond_weight: float | None = None
-    """Weight of the adapter in the unconditional half. 0: the base's own prediction; null: as in the other half."""
+    """Weight of the adapter in the prediction without the prompt. 0: the base alone; null: as with the prompt."""
     start: float = 0.0
     """Fraction of the sampling steps at which the adapter is switched on."""
     stop: float = 1.0
     """Fraction of the sampling steps at which it is switched off again."""
     where: Literal["subject", "uniform", "elsewhere"] | None = None
-    """subject: acts only where the attention to the subject's words is, which doubles the U-net's work. As controls,
-    uniform acts everywhere by the subject's share of the picture, and elsewhere in a wrong place of the same shape."""
+    """Where the adapter acts. subject: only where the U-net attends to the subject's words, which doubles the U-net's
+    work. Two controls: uniform acts everywhere but weaker, by the subject's share of the picture; elsewhere acts in a
+    wrong place of the same shape. null: everywhere."""
     where_stop: float = 1.0
     """Fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere."""
 
@@ -64,7 +65,7 @@ class GuidanceSettings:
     """How pictures are guided."""
 
     method: str = "semantic"
-    """semantic (S-CFG), cfg (plain), dose, placebo, pointwise or interval; see docs/guidance.md."""
+    """Guidance method: semantic (S-CFG), cfg (plain), dose, placebo, pointwise or interval; see docs/guidance.md."""
     guidance_scale: float = field(default=7.5, metadata={"was": "scale"})
     """Guidance scale of the pipeline."""
     preset: Literal["default", "published", "paper", "published_if_stage1", "published_if_stage2"] = "default"
@@ -74,7 +75,7 @@ class GuidanceSettings:
     weight: float | None = None
     """Weight of the adapter. null: the recipe's weight."""
     scope: ScopeSettings | None = None
-    """Where, when and how strongly the adapter acts. null: everywhere, in every step, in both halves."""
+    """Where, when and how strongly the adapter acts. null: everywhere, in every step, with and without the prompt."""
     rescale: float | None = None
     """`guidance_rescale` of the pipeline (Lin et al. 2023), from 0 to 1. null: not set."""
 
@@ -106,14 +107,14 @@ class SamplingSettings:
     width: int | None = None
     """Pixels. null: the base's own size."""
     negative_prompt: str | None = None
-    """Negative prompt, used for the unconditional half."""
+    """Negative prompt, used in place of the empty prompt."""
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
-    """Precision of weights and computation while sampling. auto: bf16 if it is faster here, which a short trial shows
-    the first time, otherwise fp32."""
+    """Precision of weights and computation while sampling. auto: bf16 if a short trial, made once, shows that it is
+    faster on this machine, otherwise fp32."""
     image: str | None = None
-    """Inpainting bases: the picture that is painted into, for all prompts. null: whole pictures are painted."""
+    """For inpainting bases: the picture that every prompt is painted into. null: whole pictures are painted."""
     mask: str | None = None
-    """White where `image` is painted over."""
+    """For inpainting bases: a mask that is white where `image` is painted over."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -167,7 +168,7 @@ class MeasureSettings:
 
     subjects: list[str] = field(default_factory=list)
     """Subject folders (pictures, `masks/`, `subject.json`). Patterns such as data/dreambooth/* are allowed. In a
-    training, default: `data.source`, if it has a subject.json."""
+    training, the default is `data.source`, if it has a subject.json."""
     prompts: list[str] = field(default_factory=list)
     """Held-out prompts. {} is replaced by "identifier class". Default: the prompts in each subject.json."""
     prompt_file: str | None = None
@@ -183,7 +184,7 @@ class MeasureSettings:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Seeds for every prompt. They must differ from the seeds used for tuning."""
     arms: dict[str, GuidanceSettings] = field(default_factory=_arms)
-    """Name -> guidance. `dose`, `placebo` and `pointwise` separate a gain from placement from stronger guidance."""
+    """Name -> guidance. `dose`, `placebo` and `pointwise` show whether a gain comes only from stronger guidance."""
     guidance_scale: float | None = field(default=None, metadata={"was": "scale"})
     """Guidance scale for all arms. null: each arm's own."""
     base_arm: bool = True
@@ -207,15 +208,15 @@ class MeasureSettings:
     questions: str | None = None
     """JSON file: prompt -> questions with answers, for question accuracy. Default: questions made from the prompt."""
     objects: str | None = None
-    """File of GenEval's form: what each prompt says, for detected objects. Default: read from the prompt."""
+    """File in GenEval's format with the objects of each prompt, for detected objects. Default: read from the prompt."""
     device: str | None = None
-    """Device of the metrics' networks, such as cpu or cuda:1. null: the one that draws."""
+    """Device of the metrics' networks, such as cpu or cuda:1. null: the device that draws the pictures."""
     batch_size: int = 16
-    """Pictures that a metric's network sees at once."""
+    """Pictures in one batch of a metric's network."""
     primary: str | None = None
     """The metric that decides. Default: the first one."""
     referee: str | None = None
-    """A second metric, in another feature space, that must agree in sign before a gain is claimed."""
+    """A second metric, in another feature space. A gain needs a difference of the same sign there."""
     minimum_effect: float = 0.02
     """Smallest difference worth calling a gain, in units of the primary metric (for an adapter: of `identity`)."""
     identity: str | None = None

@@ -53,7 +53,7 @@ LATER = ("tune", "measure", "ship", "sampling")
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Settings of every training recipe. A later stage that is null is left out."""
+    """Settings of every training recipe. A stage whose settings are null is left out."""
 
     base: BaseSettings
     """The base model. `path: pocket` is the embedded one."""
@@ -66,7 +66,7 @@ class Training:
     tune: TuneSettings | None = None
     """Search for the best guidance and checkpoint before measuring. null: no search."""
     measure: MeasureSettings | None = None
-    """The comparison. null: nothing is measured. Where `data.source` has a subject.json, it is the default of
+    """The comparison. null: nothing is measured. If `data.source` has a subject.json, it is the default of
     `measure.subjects`."""
     ship: ShipSettings | None = None
     """The release folder. null: nothing is shipped."""
@@ -90,9 +90,9 @@ class SubjectTraining(Training):
     dreambooth: DreamBoothSettings = field(default_factory=DreamBoothSettings)
     """Preservation of the class, and what full fine-tuning trains."""
     region: str | None = None
-    """Words such as sks dog whose attention regions are used as masks in the region-aware loss."""
+    """Words such as sks dog. Their regions in the attention are used as masks in the region-aware loss."""
     concepts: dict[str, ConceptSettings] = field(default_factory=dict)
-    """Name -> a further subject, taught together with that of `data` and `dreambooth`."""
+    """Name -> a further subject, taught together with the one in `data` and `dreambooth`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,7 @@ ROOMS = {
 }
 HEAD = """# The rooms of the code
 
-- Which package imports which. `python docs/house.py` makes this page from the imports; a test keeps it up to date.
+- This page shows which package imports which. `python docs/house.py` makes it, and a test keeps it up to date.
 - An arrow points from the importing package to the imported one.
 - `scfg` and `adapters` import nothing else of this project, so each can be used alone.
 - `training` imports `adapters` for its file formats; `recipes` connects everything.

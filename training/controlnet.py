@@ -14,10 +14,11 @@ from torch import Tensor
 from adapters.edges import Canny
 from adapters.files import write_tensors
 
+from .batch import Batch
 from .config import ControlNetSettings, ObjectiveSettings
 from .data.batches import seed_of
 from .errors import TrainingError
-from .method import Batch, Method, Weights, conditions_of, text_of
+from .method import Method, Weights, conditions_of, text_of
 from .models import Parts
 from .objective import Objective, build_objective
 
@@ -103,7 +104,7 @@ def _step(models: Mapping[str, Any], batch: Batch, dtype: torch.dtype, *, parts:
         predicted: Tensor = parts.unet(noisy, timesteps, return_dict=False, **conditions, **residuals)[0]
         return predicted
 
-    return objective.losses(predict, dict(batch))
+    return objective.losses(predict, batch)
 
 
 def _save(weights: Weights, folder: Path, metadata: dict[str, str], *, network: ControlNetModel) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
 from .config import TrainSettings
 from .kernels.prepack import prepacked_bytes
 from .method import Method
@@ -65,7 +65,7 @@ def trained_table(method: Method) -> list[str]:
     return [*lines, *method.chosen]
 
 
-def activation_bytes(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
+def activation_bytes(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Runs the forward pass; returns its losses and the bytes it keeps for the backward pass, weights left out."""
     with torch.no_grad():
         known = {local(item).untyped_storage().data_ptr() for item in model.parameters()}
@@ -90,7 +90,7 @@ def _since(began: float) -> float:
     return time.perf_counter() - began
 
 
-def _base_seconds(method: Method, batch: dict[str, Any], dtype: torch.dtype) -> float:
+def _base_seconds(method: Method, batch: Batch, dtype: torch.dtype) -> float:
     """Of the base's own prediction of a whole micro-batch."""
     if method.base is None:
         return 0.0
@@ -103,7 +103,7 @@ def _base_seconds(method: Method, batch: dict[str, Any], dtype: torch.dtype) -> 
 def estimate(
     method: Method,
     model: nn.Module,
-    batch: dict[str, Any],
+    batch: Batch,
     settings: TrainSettings,
     *,
     dtype: torch.dtype = torch.float32,
@@ -121,7 +121,8 @@ def estimate(
         asked: share of samples for which the base predicts too, which any one micro-batch may hold more or fewer of.
         caching_seconds: time that caching will take beside the steps.
     """
-    batch = {name: value for name, value in batch.items() if name != "preserved"}
+    batch = batch.copy()
+    batch.pop("preserved", None)
     losses, activations = activation_bytes(model, batch)
     losses.mean().backward()
     began = time.perf_counter()

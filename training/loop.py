@@ -23,6 +23,7 @@ from adapters import files
 from adapters.errors import FileError
 
 from . import checkpoint, config, launcher, lock, optim, precision, sharding, validate
+from .batch import DrawnBatch
 from .config import TrainSettings
 from .data.batches import seed_of
 from .data.cache import Region
@@ -356,7 +357,7 @@ def _stopped(run: _Run) -> Stopped:
     return Stopped(f"stopped after step {run.step}, saved {run.saved}; go on with --train.resume latest")
 
 
-def _step(run: _Run, micros: list[dict[str, Any]], parameters: list[nn.Parameter]) -> Tensor:
+def _step(run: _Run, micros: list[DrawnBatch], parameters: list[nn.Parameter]) -> Tensor:
     """One optimizer step; returns its loss (), on the device, without waiting for it."""
     settings, accelerator, optimizer = run.settings, run.accelerator, _bare(run.optimizer)
     torch.manual_seed(seed_of(settings.seed, "dropout", run.step, accelerator.process_index))

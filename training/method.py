@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from .batch import Batch, CaptionTensors, tensors
 from .models import Parts, encode_text
 from .objective import Objective
 from .preserve import BasePrediction
 
 __all__ = ["Method", "Stepper", "base_prediction", "conditions_of", "denoise_step", "text_of"]
 
-Batch = Mapping[str, Any]
 Weights = dict[str, Tensor]
 
 
@@ -79,7 +79,7 @@ class Method:
         return {name: parameter for name, parameter in self.parameters().items() if parameter.requires_grad}
 
 
-def text_of(models: Mapping[str, Any], batch: Batch, parts: Parts) -> dict[str, Tensor]:
+def text_of(models: Mapping[str, Any], batch: Batch, parts: Parts) -> CaptionTensors:
     """`embeds` and, for SDXL, `pooled`: from the batch where cached, else from the encoders in `models` or the base.
 
     Args:
@@ -87,17 +87,18 @@ def text_of(models: Mapping[str, Any], batch: Batch, parts: Parts) -> dict[str, 
         batch: with `embeds`, or with token ids `ids_0`, `ids_1` (B, T).
         parts: the base.
     """
+    known = tensors(batch)
     if "embeds" in batch:
-        return {key: batch[key] for key in ("embeds", "pooled") if key in batch}
+        return cast(CaptionTensors, {key: known[key] for key in ("embeds", "pooled") if key in known})
     names = ("text_encoder", "text_encoder_2")
     encoders = [  # a ModuleDict has no `get`
         models[name] if name in models else encoder  # noqa: SIM401
         for name, encoder in zip(names, parts.text_encoders, strict=False)
     ]
-    return encode_text(parts, [batch[f"ids_{number}"] for number in range(len(encoders))], encoders)
+    return encode_text(parts, [known[f"ids_{number}"] for number in range(len(encoders))], encoders)
 
 
-def conditions_of(text: Mapping[str, Tensor], frame: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def conditions_of(text: CaptionTensors, frame: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """The U-net's and ControlNet's text arguments; `frame` (B, 6) is SDXL's size conditioning, used beside `pooled`.
 
     Args:
@@ -121,7 +122,7 @@ def denoise_step(
         parts: the base.
         objective: the loss.
     """
-    return objective.losses(_predictor(models, batch, dtype, parts), dict(batch))
+    return objective.losses(_predictor(models, batch, dtype, parts), batch)
 
 
 def _predictor(
@@ -149,21 +150,20 @@ def base_prediction(method: Method, batch: Batch, dtype: torch.dtype) -> Tensor:
         dtype: compute precision.
     """
     assert method.base is not None
-    chosen = batch["preserved"]
-    rows = {name: batch[name][chosen] for name in ("latents", "noise", "timesteps", "frame", "beside") if name in batch}
-    rows |= {name.removeprefix("base_"): value for name, value in batch.items() if name.startswith("base_")}
+    chosen, known = batch["preserved"], tensors(batch)
+    own = {name: known[name][chosen] for name in ("latents", "noise", "timesteps", "frame", "beside") if name in known}
+    asked = {name.removeprefix("base_"): value for name, value in known.items() if name.startswith("base_")}
+    rows = cast(Batch, own | asked)
     with method.base.models() as models:
         predict = _predictor(models, rows, dtype, method.parts)
         return predict(method.objective.noisy(rows), rows["timesteps"]).float()
 
 
-def _first_row(batch: Batch) -> dict[str, Tensor]:
-    """What `base_prediction` needs to predict the first sample under its own caption."""
-    said = {key: value for key, value in batch.items() if key in ("embeds", "pooled") or key.startswith("ids_")}
-    return {
-        "preserved": torch.zeros(1, dtype=torch.int64, device=batch["preserved"].device),
-        **{f"base_{key}": value[:1] for key, value in said.items()},
-    }
+def _first_row(batch: Batch) -> Batch:
+    """The batch with what `base_prediction` needs to predict the first sample under its own caption."""
+    said = {f"base_{key}": value[:1] for key, value in tensors(batch).items() if key in CaptionTensors.__annotations__}
+    first = torch.zeros(1, dtype=torch.int64, device=batch["preserved"].device)
+    return cast(Batch, {**batch, "preserved": first, **said})
 
 
 class Stepper(nn.Module):
@@ -182,12 +182,12 @@ class Stepper(nn.Module):
         self._step, self._dtype, self._device = method.step, dtype, device
         self._autocast = method.whole and dtype != torch.float32
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Losses per sample (B,)."""
         with torch.autocast(self._device.type, self._dtype, enabled=self._autocast):
             if len(batch.get("preserved", ())):
                 batch = {**batch, "wanted": base_prediction(self._method, batch, self._dtype)}
             elif "preserved" in batch and any(isinstance(model, FSDPModule) for model in self.models.values()):
                 # Divided weights are gathered by all processes together, and others may have samples to preserve.
-                base_prediction(self._method, {**batch, **_first_row(batch)}, self._dtype)
+                base_prediction(self._method, _first_row(batch), self._dtype)
             return self._step(self.models, batch, self._dtype)

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers import (
@@ -32,6 +32,7 @@ from adapters.errors import AdapterError, FileError
 from adapters.files import read_object
 
 from . import single_file
+from .batch import CaptionTensors
 from .errors import TrainingError
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def _all_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> list[li
     return tokenizer(captions, truncation=False, verbose=False).input_ids if captions else []
 
 
-def encode_text(parts: Parts, ids: list[Tensor], encoders: list[Any] | None = None) -> dict[str, Tensor]:
+def encode_text(parts: Parts, ids: list[Tensor], encoders: list[Any] | None = None) -> CaptionTensors:
     """`embeds` (B, T, D), and for SDXL `pooled` (B, P), as the base's rule has them.
 
     Args:
@@ -280,7 +281,7 @@ def encode_text(parts: Parts, ids: list[Tensor], encoders: list[Any] | None = No
         ids: tokens (B, T) for each encoder.
         encoders: in the place of the base's own, where they train.
     """
-    return text.encode(encoders or parts.text_encoders, ids, parts.text)
+    return cast(CaptionTensors, text.encode(encoders or parts.text_encoders, ids, parts.text))
 
 
 def encode_images(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .config import ObjectiveSettings
 from .errors import TrainingError
 
@@ -164,19 +165,18 @@ class Objective:
     prediction: str
     settings: ObjectiveSettings
 
-    def noisy(self, batch: dict[str, Any]) -> Tensor:
+    def noisy(self, batch: Batch) -> Tensor:
         """x_t (B, C, h, w) float32 of a batch as `losses` takes it."""
         alpha, sigma = alpha_sigma(self.products, batch["timesteps"])
         return add_noise(batch["latents"], batch["noise"], alpha, sigma)
 
-    def losses(self, predict: Callable[[Tensor, Tensor], Tensor], batch: dict[str, Any]) -> Tensor:
+    def losses(self, predict: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
         """Weighted loss per sample, (B,) float32.
 
         Args:
             predict: x_t (B, C, h, w) float32 and timesteps (B,) -> the network's prediction, same shape.
-            batch: `latents` and `noise` (B, C, h, w), `timesteps` (B,), and where there is one `mask` (B, 1, h, w).
-                Where the base says what it wants, `preserved` (n,) names the rows, `wanted` (n, C, h, w) holds its
-                predictions, and `inside` (n, 1, h, w) is 1 where the sample's own target stays.
+            batch: of which `latents`, `noise` and `timesteps` are used, and `mask` where there is one. Where the base
+                says what it wants, also `preserved`, `wanted` and `inside`.
         """
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]
         alpha, sigma = alpha_sigma(self.products, timesteps)

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
 from adapters import files
 from adapters.errors import FileError
 
+from .batch import Batch, ids_of
 from .config import TrainSettings
 from .method import Method, Stepper
 from .models import encode_text, tokenize_captions
@@ -241,12 +242,12 @@ def _config(one: Any) -> dict[str, Any]:
     return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
 
-def _batch(method: Method, count: int, size: tuple[int, int]) -> dict[str, Tensor]:
+def _batch(method: Method, count: int, size: tuple[int, int]) -> Batch:
     """Random samples of the form that a step takes, see `data.batches.Feed.batch`."""
     parts, random = method.parts, torch.Generator().manual_seed(0)
     height, width = size[0] // parts.vae_scale_factor, size[1] // parts.vae_scale_factor
     latents = torch.randn((count, parts.unet.config.in_channels, height, width), generator=random)
-    batch = {
+    batch: Batch = {
         "latents": latents,
         "noise": latents.flip(0, 2),
         "timesteps": torch.linspace(0, len(method.objective.products) - 1, count).long(),
@@ -254,7 +255,7 @@ def _batch(method: Method, count: int, size: tuple[int, int]) -> dict[str, Tenso
     }
     ids = tokenize_captions(parts, [""] * count)
     if method.trains_text:
-        batch |= {f"ids_{number}": one for number, one in enumerate(ids)}
+        batch |= ids_of(ids)
     else:
         with torch.no_grad():
             batch |= encode_text(parts, ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
-from torch import Tensor
 
 from . import sharding, validate
+from .batch import Batch, CaptionTensors, DrawnBatch, ids_of, tensors
 from .config import TagSettings, TrainSettings
 from .data.batches import Draws, Feed, Stream
 from .data.cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
@@ -55,15 +56,15 @@ class Prepared:
     """Of the pictures that are taught."""
     names: dict[str, list[str]]
     """Content of the data and, if any, of the class images, to notice at resuming that it changed."""
-    texts: dict[str, dict[str, Tensor]] | None
+    texts: dict[str, CaptionTensors] | None
     """Cached embeddings by caption; None when the text encoders are asked in every step."""
-    fixed: list[dict[str, Any]]
+    fixed: list[DrawnBatch]
     """Batches of the fixed-noise validation loss."""
     size: tuple[int, int]
     dtype: torch.dtype
     caching_seconds: float
     """Of a dry run, which does not cache."""
-    ready: Callable[[dict[str, Any]], dict[str, Any]]
+    ready: Callable[[DrawnBatch], Batch]
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
 
 
@@ -277,7 +278,7 @@ def _cached_texts(
     settings: TrainSettings,
     device: torch.device,
     say: Callable[[str], None],
-) -> dict[str, dict[str, Tensor]] | None:
+) -> dict[str, CaptionTensors] | None:
     """Embeddings of all captions of the run, the empty one and the prompts of validation; None where the encoders are
     asked in every step."""
     if method.trains_text:
@@ -299,7 +300,7 @@ def _cached_texts(
         say(f"the tags of this run make {len(drawn)} captions, all of which are cached")
         captions |= drawn
     names = encode_captions([*sorted(captions), *settings.validation.prompts], method.parts, store, device=device)
-    return {caption: store[name] for caption, name in names.items()}
+    return {caption: typing.cast(CaptionTensors, store[name]) for caption, name in names.items()}
 
 
 def _feed(
@@ -469,26 +470,22 @@ def compile_network(network: torch.nn.Module) -> None:
     network.compile(dynamic=False)
 
 
-def _text_of(method: Method, texts: dict[str, dict[str, Tensor]] | None) -> Callable[[list[str]], dict[str, Tensor]]:
+def _text_of(method: Method, texts: dict[str, CaptionTensors] | None) -> Callable[[list[str]], CaptionTensors]:
     """Captions to cached embeddings, or to token ids for encoders that train or are not cached."""
     if texts is None:
+        return lambda captions: ids_of(tokenize_captions(method.parts, captions))
 
-        def ids(captions: list[str]) -> dict[str, Tensor]:
-            return {f"ids_{number}": item for number, item in enumerate(tokenize_captions(method.parts, captions))}
-
-        return ids
-
-    def embeddings(captions: list[str]) -> dict[str, Tensor]:
-        found = [texts[caption] for caption in captions]
-        return {key: torch.stack([item[key] for item in found]) for key in found[0]}
+    def embeddings(captions: list[str]) -> CaptionTensors:
+        found = [tensors(texts[caption]) for caption in captions]
+        return typing.cast(CaptionTensors, {key: torch.stack([item[key] for item in found]) for key in found[0]})
 
     return embeddings
 
 
-def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def ready(batch: dict[str, Any]) -> dict[str, Any]:
+def _ready(method: Method, device: torch.device) -> Callable[[DrawnBatch], Batch]:
+    def ready(drawn: DrawnBatch) -> Batch:
         parts = method.parts
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        batch = {key: value.to(device, non_blocking=True) for key, value in tensors(drawn).items()}
         with torch.no_grad():
             if "hole" in batch:
                 batch["beside"] = beside(parts, batch["pixels"], batch.pop("hole"))
@@ -497,8 +494,8 @@ def _ready(method: Method, device: torch.device) -> Callable[[dict[str, Any]], d
             batch["latents"] = torch.addcmul(batch.pop("mean"), batch.pop("std"), batch.pop("posterior"))
             if "ids_0" in batch and not method.trains_text:
                 ids = [batch.pop(f"ids_{number}") for number in range(len(parts.text_encoders))]
-                batch |= encode_text(parts, ids)
-        return batch
+                batch |= tensors(encode_text(parts, ids))
+        return typing.cast(Batch, batch)
 
     return ready
 

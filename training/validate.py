@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapters.files import write_file
 
+from .batch import CaptionTensors, DrawnBatch
 from .config import ValidationSettings
 from .data.batches import Draws, Feed, Stream
 from .data.images import condition_as_rgb
@@ -68,7 +69,7 @@ def check_validation(method: Method, settings: ValidationSettings, size: tuple[i
 def samples(
     method: Method,
     settings: ValidationSettings,
-    texts: Mapping[str, Mapping[str, Tensor]] | None,
+    texts: Mapping[str, CaptionTensors] | None,
     folder: Path,
     *,
     device: torch.device,
@@ -119,9 +120,7 @@ def samples(
     return written
 
 
-def _prompt_arguments(
-    prompt: str, texts: Mapping[str, Mapping[str, Tensor]] | None, device: torch.device
-) -> dict[str, Any]:
+def _prompt_arguments(prompt: str, texts: Mapping[str, CaptionTensors] | None, device: torch.device) -> dict[str, Any]:
     if texts is None:
         return {"prompt": prompt, "negative_prompt": ""}
     arguments = {"prompt_embeds": texts[prompt]["embeds"], "negative_prompt_embeds": texts[""]["embeds"]}
@@ -145,8 +144,8 @@ def _conditioning(settings: ValidationSettings, number: int, size: tuple[int, in
 
 
 def fixed_loss_batches(
-    stream: Stream, draws: Draws, count: int, *, seed: int, text: Callable[[list[str]], dict[str, Tensor]] | None
-) -> list[dict[str, Any]]:
+    stream: Stream, draws: Draws, count: int, *, seed: int, text: Callable[[list[str]], CaptionTensors] | None
+) -> list[DrawnBatch]:
     """One-sample batches over evenly spread views, timesteps and fixed noise, the same in every run with this seed.
 
     Args:
@@ -166,9 +165,7 @@ def fixed_loss_batches(
     return batches
 
 
-def fixed_loss(
-    step: Callable[[dict[str, Any]], Tensor], batches: list[dict[str, Any]], modules: list[nn.Module]
-) -> float:
+def fixed_loss(step: Callable[[DrawnBatch], Tensor], batches: list[DrawnBatch], modules: list[nn.Module]) -> float:
     """Mean loss of the batches without training on them.
 
     Args:

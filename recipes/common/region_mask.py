@@ -6,12 +6,13 @@ every position, as they do in S-CFG, and the region is what the wanted words win
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import scfg
+from training.batch import CaptionTensors, EntryTensors, tensors
 from training.errors import TrainingError
 from training.method import conditions_of
 from training.models import Parts, encode_text, tokenize_captions
@@ -26,18 +27,15 @@ def region_of(phrase: str) -> Any:
     """The region of the words of ``phrase`` as `training.loop.train` takes it; its name is part of the cache's key."""
 
     @torch.no_grad()
-    def region(parts: Parts, entry: dict[str, Tensor], caption: str) -> Tensor:
+    def region(parts: Parts, entry: EntryTensors, caption: str) -> Tensor:
         limit = parts.text.chunks * parts.tokenizers[0].model_max_length
         words = scfg.prompt_words(parts.tokenizers[0], caption, limit)
         if not {word.text for word in words} & set(phrase.split()):
             raise TrainingError(f"region {phrase!r}: none of its words is in the caption {caption!r}")
         unet: Any = parts.unet
-        text = encode_text(parts, tokenize_captions(parts, [caption]))
-        conditions = conditions_of(
-            {name: value.to(unet.device) for name, value in text.items()},
-            entry["frame"][None].to(unet.device),
-            unet.dtype,
-        )
+        text = tensors(encode_text(parts, tokenize_captions(parts, [caption])))
+        there = cast(CaptionTensors, {name: value.to(unet.device) for name, value in text.items()})
+        conditions = conditions_of(there, entry["frame"][None].to(unet.device), unet.dtype)
         maps = scfg.WordMaps(unet)
         mean = entry["mean"][None].to(unet.device)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import CaptionTensors, DrawnBatch, DrawnSample, EntryTensors, tensors
 from ..errors import TrainingError
 from ..holes import hole
 
@@ -46,7 +47,7 @@ class Entries(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+    def __getitem__(self, index: int) -> EntryTensors: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class Feed:
         accumulation: int = 1,
         processes: int = 1,
         rank: int = 0,
-        text: Callable[[list[str]], dict[str, Tensor]] | None = None,
+        text: Callable[[list[str]], CaptionTensors] | None = None,
     ):
         self.streams, self.draws, self.seed, self.text = streams, draws, seed, text
         self.batch_size, self.accumulation, self.processes, self.rank = batch_size, accumulation, processes, rank
@@ -137,22 +138,19 @@ class Feed:
         of_captions = sum(stream.share for stream in self.streams if stream.preserved or stream.asked) / total
         return of_captions + (1 - of_captions) * self.draws.caption_dropout if self.preserves else 0.0
 
-    def batch(self, step: int, micro: int) -> dict[str, Any]:
-        """This process's batch of one micro-step, on the CPU.
-
-        Holds `noise` (B, C, h, w), `posterior` like it, `timesteps` (B,), `weight` (B,), what `text` makes of the
-        captions, and the entries' tensors stacked.
-        """
+    def batch(self, step: int, micro: int) -> DrawnBatch:
+        """This process's batch of one micro-step."""
         offset = (micro * self.processes + self.rank) * self.batch_size
         positions = [step * self.per_step + offset + number for number in range(self.batch_size)]
         return self.finish([self.item(step, position) for position in positions])
 
-    def finish(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+    def finish(self, items: list[DrawnSample]) -> DrawnBatch:
         """Stacks samples; `text` turns their captions into tensors, cached embeddings or token ids."""
-        captions = [item.pop("caption") for item in items]
-        asked = [item.pop("asked", None) for item in items]
-        inside = [item.pop("inside") for item in items if "inside" in item]
-        batch = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+        captions = [item["caption"] for item in items]
+        asked = [item.get("asked") for item in items]
+        inside = [item["inside"] for item in items if "inside" in item]
+        stacked = [key for key in items[0] if key not in ("caption", "asked", "inside")]
+        batch = cast(DrawnBatch, {key: torch.stack([tensors(item)[key] for item in items]) for key in stacked})
         rows = [number for number, caption in enumerate(asked) if caption is not None]
         if self.preserves:  # row numbers and no mask: their count is known without a look at the GPU
             batch["preserved"] = torch.tensor(rows, dtype=torch.int64)
@@ -160,10 +158,11 @@ class Feed:
             return {**batch, "captions": captions}
         if rows:
             batch["inside"] = torch.stack(inside)
-            batch |= {f"base_{key}": value for key, value in self.text([asked[row] or "" for row in rows]).items()}
+            said = self.text([asked[row] or "" for row in rows])
+            tensors(batch).update({f"base_{key}": value for key, value in tensors(said).items()})
         return {**batch, **self.text(captions)}
 
-    def item(self, step: int, position: int) -> dict[str, Any]:
+    def item(self, step: int, position: int) -> DrawnSample:
         """One sample with its draws."""
         number, index = self._choose(step, position)
         stream = self.streams[number]
@@ -175,7 +174,7 @@ class Feed:
         timestep = torch.randint(draws.timesteps, (), generator=random)
         drop_caption, drop_conditioning = torch.rand(2, generator=random).tolist()
         noise = torch.randn(shape, generator=random)
-        item: dict[str, Any] = {
+        item: DrawnSample = {
             **entry,
             "timesteps": timestep,
             "noise": noise,
@@ -245,7 +244,7 @@ class Feed:
         wanted = max(range(len(self.sizes)), key=lambda number: self.sizes[number][0] * self.sizes[number][1])
         return next(step for step in itertools.count() if self._size(step)[0] == wanted)
 
-    def ahead(self, first: int, last: int, workers: int) -> Generator[list[dict[str, Any]], None, None]:
+    def ahead(self, first: int, last: int, workers: int) -> Generator[list[DrawnBatch], None, None]:
         """Lists of a step's micro-batches for steps `first` up to `last`, prepared `workers` steps ahead in threads.
 
         Args:
@@ -254,14 +253,14 @@ class Feed:
             workers: threads, and steps prepared ahead; 0: prepared when asked for.
         """
 
-        def build(step: int) -> list[dict[str, Any]]:
+        def build(step: int) -> list[DrawnBatch]:
             return [self.batch(step, micro) for micro in range(self.accumulation)]
 
         if not workers:
             yield from map(build, range(first, last))
             return
         with ThreadPoolExecutor(workers, thread_name_prefix="feed") as pool:
-            waiting: list[Future[list[dict[str, Any]]]] = [
+            waiting: list[Future[list[DrawnBatch]]] = [
                 pool.submit(build, step) for step in range(first, min(last, first + workers))
             ]
             try:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from torch.nn import functional
 from adapters import files, machine
 from adapters.errors import FileError
 
+from ..batch import EntryTensors, tensors
 from ..errors import TrainingError
 from ..models import Parts, encode_images, encode_text, tokenize_captions, weights_digest
 from ..ranks import state
@@ -33,8 +34,8 @@ __all__ = ["Encoded", "Live", "Region", "Store", "caching_seconds", "encode_capt
 
 RMS_ALLOWED = (0.05, 20.0)  # of scaled latents, which a fitting VAE scale brings near 1
 MAX_ENTRY = 2**30  # bytes of a file; latents and condition of a picture are a few MiB
-Entry = dict[str, Tensor]
-Region = Callable[[Parts, Entry, str], Tensor]
+Entry = dict[str, Tensor]  # of a view or a caption, as a file holds it
+Region = Callable[[Parts, EntryTensors, str], Tensor]
 
 
 class Store:
@@ -129,8 +130,8 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Entry:
-        return self.store[self.names[index]]
+    def __getitem__(self, index: int) -> EntryTensors:
+        return cast(EntryTensors, self.store[self.names[index]])
 
 
 class Live:
@@ -145,7 +146,7 @@ class Live:
     def __len__(self) -> int:
         return len(self.views)
 
-    def __getitem__(self, index: int) -> Entry:
+    def __getitem__(self, index: int) -> EntryTensors:
         view = self.views[index]
         return {"pixels": view.pixels, **view_tensors(view, self.factor)}
 
@@ -165,9 +166,9 @@ def _mine(names: Iterable[tuple[str, Any]], store: Store) -> Iterator[tuple[str,
             yield name, work
 
 
-def view_tensors(view: View, factor: int) -> Entry:
+def view_tensors(view: View, factor: int) -> EntryTensors:
     """What a view gives besides its latents: `frame`, and where there are, `mask` at latent size and `conditioning`."""
-    entry = {"frame": view.frame}
+    entry: EntryTensors = {"frame": view.frame}
     if view.mask is not None:
         entry["mask"] = functional.avg_pool2d(view.mask[None], factor)[0]  # (1, h, w)
     if view.conditioning is not None:
@@ -213,10 +214,10 @@ def encode_views(
                 f"latents of view {index} ({view.caption!r}) have a root mean square of {rms:.3g}, which should be "
                 f"about 1: check scaling_factor and shift_factor in the VAE's config"
             )
-        entry = {"mean": mean[0].cpu(), "std": std[0].cpu(), **view_tensors(view, parts.vae_scale_factor)}
+        entry: EntryTensors = {"mean": mean[0].cpu(), "std": std[0].cpu(), **view_tensors(view, parts.vae_scale_factor)}
         if region is not None:
             entry["mask"] = region(parts, entry, view.caption).detach().float().cpu()
-        store.put(name, {key: tensor.contiguous() for key, tensor in entry.items()})
+        store.put(name, {key: tensor.contiguous() for key, tensor in tensors(entry).items()})
         if progress:
             progress(done, len(work))
     state().wait_for_everyone()
@@ -273,6 +274,6 @@ def encode_captions(captions: Iterable[str], parts: Parts, store: Store, *, devi
         encoder.to(device)
     for name, caption in _mine(((name, caption) for caption, name in names.items()), store):
         text = encode_text(parts, tokenize_captions(parts, [caption]))
-        store.put(name, {key: tensor[0].float().cpu().contiguous() for key, tensor in text.items()})
+        store.put(name, {key: tensor[0].float().cpu().contiguous() for key, tensor in tensors(text).items()})
     state().wait_for_everyone()
     return names

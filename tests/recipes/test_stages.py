@@ -454,21 +454,23 @@ def test_control_generation_writes_a_sheet_with_the_conditions(tmp_path: Path, d
 
 
 def test_one_prompt_is_drawn_for_several_pictures_and_a_new_picture_is_drawn_for(tmp_path: Path, done) -> None:
+    own, shipped = tmp_path / "own", ROOT / "recipes" / "subjects" / "teapot"
+    own.mkdir()
     for number in (0, 1):
-        shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.webp", tmp_path)
+        shutil.copy(shipped / f"{number}.webp", own)
     config = ROOT / "recipes" / "configs" / "controlled" / "pocket_canny.yaml"
-    words = ["--pictures", tmp_path, "--prompt=a teapot in the sea", "--sampling.batch_size=1", *SAMPLE]
+    words = [f"--pictures={own}", "--prompt=a teapot in the sea", "--sampling.batch_size=1", *SAMPLE]
 
-    def drawn(*more: str) -> list[bytes]:
-        said = done("controlled", f"--config={config}", *words, f"--out={tmp_path / 'out'}", *more)
+    def drawn() -> list[bytes]:
+        said = done("controlled", f"--config={config}", *words, f"--out={tmp_path / 'out'}")
         assert "S-CFG: canny F1" in said
         assert Image.open(tmp_path / "out" / "sheet.png").size == (4 * 128 + 420, 2 * 128 + 20)
-        return [(tmp_path / "out" / f"{number} S-CFG 1.png").read_bytes() for number in (0, 1)]
+        return [Image.open(tmp_path / "out" / f"{number} S-CFG 1.png").tobytes() for number in (0, 1)]
 
     zero, one = drawn()
     assert zero != one
-    shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / "1.webp", tmp_path / "0.webp")
-    shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / "0.webp", tmp_path / "1.webp")
+    shutil.copy(shipped / "1.webp", own / "0.webp")
+    shutil.copy(shipped / "0.webp", own / "1.webp")
     assert drawn() == [one, zero]
 
 

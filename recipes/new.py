@@ -146,12 +146,15 @@ def try_run(config: Path) -> None:
 
 
 def _family(base: str) -> str:
-    """Of a folder by its U-net's config; of a hub id by name, as nothing is downloaded here."""
-    from adapters.files import read_object  # not above: it brings torch
-
-    config = Path(base).expanduser() / "unet" / "config.json"
+    """Of a folder by its U-net's config, of a file by its keys; of a hub id by name, as nothing is downloaded here."""
     if base == POCKET:
         return POCKET
+    from adapters.files import read_object  # not above: they bring torch
+    from training import single_file
+
+    if single_file.is_file(base):
+        return {"sd1": "sd", "sd2": "sd21"}.get(found := single_file.inspect_file(base).configs.name, found)
+    config = Path(base).expanduser() / "unet" / "config.json"
     if not config.is_file():
         name = base.lower()
         return "sdxl" if "xl" in name else "sd21" if "2-1" in name else "sd"

@@ -18,6 +18,7 @@ from .batch import Batch
 from .config import ControlNetSettings, ObjectiveSettings
 from .data.batches import seed_of
 from .errors import TrainingError
+from .hub import offline_if_unreachable
 from .method import Method, Weights, conditions_of, text_of
 from .models import Parts
 from .objective import Objective, build_objective
@@ -81,6 +82,7 @@ def _fresh(channels: tuple[int, ...] | None, parts: Parts) -> Any:
 
 
 def _given(start: str, parts: Parts) -> Any:
+    offline_if_unreachable(start)
     try:
         network = ControlNetModel.from_pretrained(start, use_safetensors=True)
     except (OSError, ValueError) as error:

@@ -109,6 +109,7 @@ def estimate(
     dtype: torch.dtype = torch.float32,
     asked: float = 0.0,
     caching_seconds: float = 0.0,
+    area: float = 1.0,
 ) -> Estimate:
     """Tries one micro-batch: twice forward and backward (the first warms up), once forward; leaves no gradient behind.
 
@@ -120,6 +121,7 @@ def estimate(
         dtype: compute precision.
         asked: share of samples for which the base predicts too, which any one micro-batch may hold more or fewer of.
         caching_seconds: time that caching will take beside the steps.
+        area: of a picture of the run, in pictures of this batch; time and activations grow with it.
     """
     batch = batch.copy()
     batch.pop("preserved", None)
@@ -145,8 +147,8 @@ def estimate(
         gradients=4 * numbers,
         optimizer=state_bytes(settings) * numbers,
         average=4 * numbers if settings.ema else 0,
-        activations=activations,
-        step_seconds=seconds * settings.accumulation,
+        activations=round(area * activations),
+        step_seconds=area * seconds * settings.accumulation,
         caching_seconds=caching_seconds,
-        sample_seconds=sample_seconds,
+        sample_seconds=area * sample_seconds,
     )

@@ -25,6 +25,7 @@ from . import single_file
 from .architectures import FAMILIES, Architecture
 from .config import LoraSettings
 from .errors import TrainingError
+from .hub import offline_if_unreachable
 
 __all__ = ["Needs", "architecture_of", "needs"]
 
@@ -126,6 +127,7 @@ def _config(base: str, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download
 
+        offline_if_unreachable(base)
         try:
             path = Path(hf_hub_download(base, name))
         except Exception as error:  # the hub client raises many unrelated kinds

@@ -34,6 +34,7 @@ from adapters.files import read_object
 from . import single_file
 from .batch import CaptionTensors
 from .errors import TrainingError
+from .hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,6 +215,7 @@ def _folder(base: str | Path, revision: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    offline_if_unreachable(base)
     try:
         return Path(snapshot_download(str(base), revision=revision, allow_patterns=list(HUB_FILES)))
     except Exception as problem:  # the hub client raises many unrelated kinds

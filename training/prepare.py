@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ __all__ = [
 
 # Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
 PLAIN_TOKENS = 1024
+HEAVY = 1e12  # parameters times latents of a picture: a second or more of each sample's step
+SMALLER = 4  # by how much a trial's pictures are then shorter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -64,8 +66,25 @@ class Prepared:
     dtype: torch.dtype
     caching_seconds: float
     """Of a dry run, which does not cache."""
+    area: float
+    """Of a picture of the run, in pictures of the trial."""
     ready: Callable[[DrawnBatch], Batch]
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
+
+
+def _heavy(method: Method, views: Views) -> bool:
+    """Whether a step would keep a CPU busy for many seconds."""
+    numbers = sum(item.numel() for module in method.networks() for item in module.parameters())
+    return bool(numbers * (views.resolution // method.parts.vae_scale_factor) ** 2 > HEAVY)
+
+
+def _smaller(concept: Concept) -> Concept:
+    """With smaller pictures for a trial."""
+    prior, kinds = concept.prior, ("views", "own", "placed")
+    if prior is not None:
+        there = {kind: views.smaller(SMALLER) for kind in kinds if (views := getattr(prior, kind)) is not None}
+        prior = replace(prior, **there)
+    return replace(concept, views=concept.views.smaller(SMALLER), prior=prior)
 
 
 def make_accelerator(
@@ -157,11 +176,19 @@ def prepare_run(
     if any(concept.prior is not None and concept.prior.to_base for concept in concepts):
         assert method.switch is not None  # see _refuse
         method.base = method.switch()
-    seconds = 0.0
+    seconds, area = 0.0, 1.0
+    if settings.dry_run and device.type == "cpu" and _heavy(method, data):
+        concepts = [_smaller(concept) for concept in concepts]
+        area = data.resolution**2 / concepts[0].views.resolution ** 2
+        say(
+            f"a step of {data.resolution} pixels is slow without a GPU: this trial takes one of "
+            f"{concepts[0].views.resolution}, and reckons time and memory from it"
+        )
     if settings.dry_run:
         store = Store(cache_folder if cache == "disk" else None)
         quick = cache == "off" or parts.inpainting
-        cache, seconds = "off", 0.0 if quick else caching_seconds(data, parts, store, device=device)
+        tried = concepts[0].views
+        cache, seconds = "off", 0.0 if quick else area * caching_seconds(tried, parts, store, device=device)
     elif cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
@@ -195,6 +222,7 @@ def prepare_run(
         size=data.sizes[0],
         dtype=DTYPES[settings.precision],
         caching_seconds=seconds,
+        area=area,
         ready=_ready(method, device),
     )
 
@@ -522,6 +550,7 @@ def announce(
         dtype=prepared.dtype,
         asked=feed.asked,
         caching_seconds=prepared.caching_seconds,
+        area=prepared.area,
     )
     for line in [*trained_table(method), *found.lines(settings)]:
         say(line)

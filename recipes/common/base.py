@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recipes.common.settings import SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
+from training.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -133,6 +134,7 @@ def sampling_pipeline(base: BaseSettings, sampling: SamplingSettings, *, control
         )
         if controlnet:
             place = controlnet_folder(controlnet)
+            offline_if_unreachable(place)
             found = diffusers.ControlNetModel.load_config(place).get("_class_name")
             require(found == "ControlNetModel", f"controlnet {controlnet} is a {found}, not a ControlNetModel")
             network = diffusers.ControlNetModel.from_pretrained(place, use_safetensors=True, **half)
@@ -261,6 +263,7 @@ def _opened(base: BaseSettings, dtype: Any, given: Mapping[str, Any] | None = No
     folder = base_folder(base)
     options: dict[str, Any] = {"revision": base.revision, "variant": base.variant, "use_safetensors": True}
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    offline_if_unreachable(folder)
     index = diffusers.DiffusionPipeline.load_config(folder, revision=base.revision)
     absent = {name: None for name in ("safety_checker", "watermarker") if name in index}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **half, **absent, **(given or {}))

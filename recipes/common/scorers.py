@@ -29,6 +29,7 @@ from adapters.measuring.metrics.questions import QuestionAccuracy, Reader, VqaSc
 from adapters.measuring.sample import Shot
 from adapters.scope import without_identifier
 from training.config import require
+from training.hub import offline_if_unreachable
 
 from .cli import named
 from .settings import MeasureSettings
@@ -67,6 +68,7 @@ def model(key: str, path: str, device: str | None, batch_size: int) -> Any:
         batch_size: pictures it looks at together, where it takes several.
     """
     more = {"batch_size": batch_size} if key in BATCHED else {}
+    offline_if_unreachable(path)
     with named(f"measure.models.{key}"):
         return MODELS[key](name=path, device=device_of(device), **more)
 

@@ -17,6 +17,7 @@ from adapters.measuring.sample import Shot
 from training.config import require
 from training.data import images
 from training.errors import TrainingError
+from training.hub import offline_if_unreachable
 from training.pocket import judge, scenes
 from training.pocket.control import Scenes
 
@@ -71,9 +72,9 @@ def space(name: str, path: str | None = None, device: str | None = None, batch_s
     if name in FREE:
         return FREE[name]()
     require(name in NETWORKS, f"feature space {name!r} is unknown; there are {', '.join(SPACES)}")
-    require(
-        path is not None, f"feature space {name} needs its network: set measure.spaces.{name} to a folder or hub id"
-    )
+    if path is None:
+        raise TrainingError(f"feature space {name} needs its network: set measure.spaces.{name} to a folder or hub id")
+    offline_if_unreachable(path)
     with named(f"measure.spaces.{name}"):
         return NETWORKS[name](name=path, device=device_of(device), batch_size=batch_size)
 

@@ -47,8 +47,11 @@ def _reachable(network: str) -> bool:
     """Whether a network's config is in a folder, in the cache, or on the hub."""
     from huggingface_hub import hf_hub_download
 
+    from training.hub import offline_if_unreachable
+
     if Path(network).is_dir():
         return (Path(network) / "config.json").is_file()
+    offline_if_unreachable(network)
     try:
         hf_hub_download(network, "config.json")
     except Exception:  # the hub has many kinds: offline, unknown, gated, no such name

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters.edges import Canny
-from training import config, controlnet, dreambooth, loop, lora, models
+from training import config, controlnet, dreambooth, loop, lora, models, prepare
 from training.data import crops, images
 from training.errors import TrainingError
+from training.estimate import Estimate
 from training.method import Method
 
 
@@ -394,6 +395,34 @@ def test_a_damaged_base_is_named(name: str, base: Path, tmp_path: Path) -> None:
     damage(tmp_path / "base")
     with pytest.raises(TrainingError, match=said):
         models.load_parts(tmp_path / "base")
+
+
+def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
+    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.TrainSettings(steps=100, batch_size=2, dry_run=True, trackers=[])
+
+    def tried(resolution: int) -> tuple[Estimate, str]:
+        parts = models.load_parts(base)
+        data = crops.Views(
+            images.folder(pictures, minimum=8),
+            resolution=resolution,
+            multiple=parts.multiple,
+            further=[resolution // 2],
+        )
+        found: list[Estimate] = []
+        said: list[str] = []
+        method = lora.prepare(parts, config.LoraSettings(rank=2))
+        loop.train(method, data, settings, out=tmp_path / "run", say=said.append, estimated=found.append)
+        return found[0], "\n".join(said)
+
+    whole, said = tried(256)
+    assert "this trial takes" not in said
+    monkeypatch.setattr(prepare, "HEAVY", 0)
+    reckoned, said = tried(256)
+    assert "a step of 256 pixels is slow without a GPU: this trial takes one of 64" in said
+    assert reckoned.weights == whole.weights
+    assert reckoned.activations == pytest.approx(whole.activations, rel=0.15)
 
 
 def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from PIL import Image
 from adapters.edges import Canny
 
 from ..errors import TrainingError
+from ..hub import offline_if_unreachable
 from .pictures import rgb
 
 __all__ = ["ANNOTATORS", "annotator"]
@@ -125,6 +126,7 @@ def _inputs(processor: dict[str, Any], picture: Image.Image) -> dict[str, torch.
 def _transformers(kind: str, model: str) -> tuple[Any, dict[str, Any]]:
     import transformers
 
+    offline_if_unreachable(model)
     try:
         network = getattr(transformers, kind).from_pretrained(model, use_safetensors=True).eval()
         # The plain file, not the processor class: that one changes with whether torchvision is installed.

@@ -99,7 +99,7 @@ class Views:
                 )
         if not len(source):
             raise TrainingError("the data source has no samples")
-        self.source, self.flip, self.crops = source, flip, crops
+        self.source, self.flip, self.crops, self.multiple = source, flip, crops, multiple
         self.tags = tags or TagSettings()
         self._rename: Callable[[str], str] | None = None
         self._rounds = [bucket_sizes(one, buckets, multiple) for one in resolutions]
@@ -123,6 +123,21 @@ class Views:
         """
         other = copy.copy(self)
         other._rounds, other.sizes = [[size] for size in sizes], list(sizes)
+        return other
+
+    def smaller(self, times: int) -> Views:
+        """The same views with sides that many times shorter, as near as the base can have them.
+
+        Args:
+            times: to divide by.
+        """
+
+        def side(pixels: int) -> int:
+            return max(1, round(pixels / times / self.multiple)) * self.multiple
+
+        other = copy.copy(self)
+        other._rounds = [[(side(height), side(width)) for height, width in sizes] for sizes in self._rounds]
+        other.sizes = [size for choices in other._rounds for size in choices]
         return other
 
     def __len__(self) -> int:

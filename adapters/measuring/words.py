@@ -26,24 +26,24 @@ __all__ = [
 
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
-    "gain": "The adapter draws its subject, and the pictures keep to their prompts as the base's do.",
-    "unclear": "The adapter draws its subject. Whether the pictures keep to their prompts as before is not clear.",
-    "trade-off": "The adapter draws its subject, at a price: the pictures keep less to their prompts than the base's.",
-    "lost": "The adapter does not draw its subject; the pictures keep more to their prompts than the base's.",
+    "gain": "The adapter draws its subject, and its pictures follow their prompts as well as the base's do.",
+    "unclear": "The adapter draws its subject. It is unclear whether its pictures follow their prompts as well as the base's do.",
+    "trade-off": "The adapter draws its subject, but its pictures follow their prompts less well than the base's.",
+    "lost": "The adapter does not draw its subject; its pictures follow their prompts better than the base's.",
     "harm": "The adapter does harm: its pictures are worse than the base's.",
-    "no detectable change": "The adapter is not shown to draw its subject.",
+    "no detectable change": "It is not shown that the adapter draws its subject.",
 }
 _ALONE = {
-    "gain": "With the adapter the pictures are better than the base's.",
-    "unclear": "With the adapter the pictures may be better than the base's; a second measure disagrees.",
+    "gain": "With the adapter, the pictures are better than the base's.",
+    "unclear": "With the adapter, the pictures may be better than the base's, but a second measure disagrees.",
     "harm": "The adapter does harm: its pictures are worse than the base's.",
-    "no detectable change": "With the adapter the pictures are not shown to be better or worse than the base's.",
+    "no detectable change": "No difference between the adapter's pictures and the base's is shown.",
 }
 _GUIDANCE = {
-    "gain": "{arm} makes the pictures better than plain guidance does.",
-    "trade-off": "{arm} makes the pictures better in one way and worse in another than plain guidance does.",
-    "harm": "{arm} makes the pictures worse than plain guidance does.",
-    "no detectable gain": "{arm} is not shown to make the pictures better than plain guidance does.",
+    "gain": "{arm} makes better pictures than plain guidance.",
+    "trade-off": "Compared with plain guidance, {arm} makes the pictures better in one way and worse in another.",
+    "harm": "{arm} makes worse pictures than plain guidance.",
+    "no detectable gain": "It is not shown that {arm} makes better pictures than plain guidance.",
 }
 TERMS = {
     r"prompts?": ("prompt", "the text that a picture is drawn from"),

@@ -254,7 +254,7 @@ def test_a_reader_in_a_hurry_is_told_in_words_and_a_harmful_adapter_says_so_in_i
         "The adapter does harm: its pictures are worse than the base's. "
         "Identity 0 % without it, 0 % with it; prompt accuracy 80 % without it, 50 % with it."
     )
-    assert words.guidance(found).startswith("S-CFG is not shown to make the pictures better than plain guidance does.")
+    assert words.guidance(found).startswith("It is not shown that S-CFG makes better pictures than plain guidance.")
     made = card.Card(title="x", base_model="y", weight=0.6)
     page = card.render_card(made, kinds=["lora"], gains=found, has=["pytorch_lora_weights.safetensors"], notes=[])
     assert "**It does harm by its own measure.**" in page

@@ -304,13 +304,13 @@ def test_the_plane_is_told_in_words(sixteen):
 
 def test_a_price_is_told_apart_from_a_loss_of_the_subject(sixteen):
     found, _ = sixteen
-    assert words.adapter(found).startswith("The adapter draws its subject, at a price")
+    assert words.adapter(found).startswith("The adapter draws its subject, but its pictures follow")
     means = {"base": (0.8, 0.5), "CFG": (0.1, 0.9)}
     arms = [
         {"name": name, "metrics": {"identity": {"mean": x}, "prompt accuracy": {"mean": y}}}
         for name, (x, y) in means.items()
     ]
     assert words.adapter(replace(found, arms=arms)) == (
-        "The adapter does not draw its subject; the pictures keep more to their prompts than the base's. Identity 80 % "
+        "The adapter does not draw its subject; its pictures follow their prompts better than the base's. Identity 80 % "
         "without it, 10 % with it; prompt accuracy 50 % without it, 90 % with it."
     )

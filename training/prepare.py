@@ -78,6 +78,21 @@ def _heavy(method: Method, views: Views) -> bool:
     return bool(numbers * (views.resolution // method.parts.vae_scale_factor) ** 2 > HEAVY)
 
 
+def _tried(
+    method: Method, concepts: Sequence[Concept], device: torch.device, say: Callable[[str], None]
+) -> tuple[Sequence[Concept], float]:
+    """What a dry run tries a step of, and the area of the run's pictures in pictures of the trial."""
+    data = concepts[0].views
+    if device.type != "cpu" or not _heavy(method, data):
+        return concepts, 1.0
+    smaller = [_smaller(concept) for concept in concepts]
+    say(
+        f"a step of {data.resolution} pixels is slow without a GPU: this trial takes one of "
+        f"{smaller[0].views.resolution}, and reckons time and memory from it"
+    )
+    return smaller, data.resolution**2 / smaller[0].views.resolution ** 2
+
+
 def _smaller(concept: Concept) -> Concept:
     """With smaller pictures for a trial."""
     prior, kinds = concept.prior, ("views", "own", "placed")
@@ -177,17 +192,10 @@ def prepare_run(
         assert method.switch is not None  # see _refuse
         method.base = method.switch()
     seconds, area = 0.0, 1.0
-    if settings.dry_run and device.type == "cpu" and _heavy(method, data):
-        concepts = [_smaller(concept) for concept in concepts]
-        area = data.resolution**2 / concepts[0].views.resolution ** 2
-        say(
-            f"a step of {data.resolution} pixels is slow without a GPU: this trial takes one of "
-            f"{concepts[0].views.resolution}, and reckons time and memory from it"
-        )
     if settings.dry_run:
+        concepts, area = _tried(method, concepts, device, say)
         store = Store(cache_folder if cache == "disk" else None)
-        quick = cache == "off" or parts.inpainting
-        tried = concepts[0].views
+        quick, tried = cache == "off" or parts.inpainting, concepts[0].views
         cache, seconds = "off", 0.0 if quick else area * caching_seconds(tried, parts, store, device=device)
     elif cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")

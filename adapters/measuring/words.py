@@ -27,7 +27,8 @@ __all__ = [
 _SHARES = re.compile(r"identity( \(.*\))?|.*accuracy|.* share|.*\bIoU|.*\bF1.*|VQAScore|question .*|detected objects")
 _ADAPTER = {
     "gain": "The adapter draws its subject, and its pictures follow their prompts as well as the base's do.",
-    "unclear": "The adapter draws its subject. It is unclear whether its pictures follow their prompts as well as the base's do.",
+    "unclear": "The adapter draws its subject. It is unclear whether its pictures follow their prompts as well as the "
+    "base's do.",
     "trade-off": "The adapter draws its subject, but its pictures follow their prompts less well than the base's.",
     "lost": "The adapter does not draw its subject; its pictures follow their prompts better than the base's.",
     "harm": "The adapter does harm: its pictures are worse than the base's.",

@@ -311,6 +311,6 @@ def test_a_price_is_told_apart_from_a_loss_of_the_subject(sixteen):
         for name, (x, y) in means.items()
     ]
     assert words.adapter(replace(found, arms=arms)) == (
-        "The adapter does not draw its subject; its pictures follow their prompts better than the base's. Identity 80 % "
-        "without it, 10 % with it; prompt accuracy 50 % without it, 90 % with it."
+        "The adapter does not draw its subject; its pictures follow their prompts better than the base's. Identity "
+        "80 % without it, 10 % with it; prompt accuracy 50 % without it, 90 % with it."
     )

@@ -24,6 +24,10 @@ from training.config import require
 from training.errors import TrainingError, exit_on_error
 from training.pocket.captions import article
 
+MYPY = False  # not TYPE_CHECKING: the reader of settings would run that import
+if MYPY:
+    from recipes.common.memory_plan import Plan
+
 __all__ = ["prepare_subject"]
 
 ON_POCKET = (
@@ -112,16 +116,16 @@ def prepare_subject(
     facts = _subject(file, noun, identifier, pocket=base == POCKET)
     if base == POCKET:
         check_pocket(noun, identifier, facts["prompts"], str(file))
-    fitting = _fitting(base, memory, preset) if memory is not None else {}
+    fitting = _fitting(base, memory, preset) if memory is not None else None
     for line in [*photos.lines(), f"held-out prompts: {len(facts['prompts'])}, in {file}; edit them as you like"]:
         print(line)
+    measured = fitting is None or fitting.measured
     values = {
         **_values(photos, noun, base, out, preset, identifier),
-        **_measured(photos, base, networks or NETWORKS),
-        "ship": {},
+        **(_measured(photos, base, networks or NETWORKS) | {"ship": {}} if measured else {}),
         "out": str(out),
     }
-    for table, chosen in fitting.items():
+    for table, chosen in ({} if fitting is None else fitting.settings()).items():
         values[table] = values.get(table, {}) | chosen
     if "measure" in values:
         values["tune"] = {"prompts": tuning(noun, pocket=base == POCKET), "seeds": [101, 102]}
@@ -222,14 +226,14 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     return values
 
 
-def _fitting(base: str, memory: int, preset: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tables of the config that make the run fit into the GPU."""
+def _fitting(base: str, memory: int, preset: dict[str, Any]) -> Plan:
+    """What makes the run fit into the GPU."""
     from recipes.common.memory_plan import plan_for
 
     plan = plan_for(base, memory, preset["resolution"], preset["lora"]["targets"])
     for line in plan.lines():
         print(line)
-    return plan.settings()
+    return plan
 
 
 def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, Any]:

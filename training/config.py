@@ -472,6 +472,9 @@ class TrainSettings:
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Compute precision. Trained weights stay in float32. auto: bf16 if a short trial shows that it is faster on this
     machine, otherwise fp32; a resumed run keeps the choice."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Keeps the frozen linear layers in 8 (int8) or 4 (nf4) bits, beside which a LoRA trains. Saves memory, costs time
+    and some exactness; convolutions stay in the compute precision. nf4 needs bitsandbytes. null: not rounded."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """Attention kernel. auto: plain on a CPU up to 1024 latents, where it is faster; otherwise sdpa."""
     gradient_checkpointing: bool = False

@@ -13,6 +13,7 @@ from .config import TrainSettings
 from .kernels.prepack import prepacked_bytes
 from .method import Method
 from .optim import state_bytes
+from .quantize import scale_bytes
 from .sharding import local
 
 __all__ = ["Estimate", "activation_bytes", "estimate", "trained_table"]
@@ -143,7 +144,7 @@ def estimate(
     with torch.no_grad():
         weights = sum(local(item).numel() * item.element_size() for item in held)
     return Estimate(
-        weights=weights + prepacked_bytes(method.networks()),
+        weights=weights + scale_bytes(method.networks()) + prepacked_bytes(method.networks()),
         gradients=4 * numbers,
         optimizer=state_bytes(settings) * numbers,
         average=4 * numbers if settings.ema else 0,

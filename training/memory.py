@@ -26,6 +26,7 @@ from .architectures import FAMILIES, Architecture
 from .config import LoraSettings
 from .errors import TrainingError
 from .hub import offline_if_unreachable
+from .quantize import linear_bytes
 
 __all__ = ["Needs", "architecture_of", "needs"]
 
@@ -74,6 +75,10 @@ class Needs:
 
     unet: int
     """The U-net's frozen weights, in bfloat16."""
+    int8: int
+    """The same with linear layers in 8 bits, see `train.quantize`."""
+    nf4: int
+    """The same with linear layers in 4 bits."""
     encoders: int
     """The text encoders' weights, in float32."""
     vae: int
@@ -90,6 +95,10 @@ class Needs:
     """Peak of the U-net on a guided step of sampling."""
     decoding: int
     """Peak of the VAE's decoder, in bfloat16."""
+
+    def frozen(self, quantize: str | None) -> int:
+        """The U-net's frozen weights as they are kept while training."""
+        return self.unet if quantize is None else self.int8 if quantize == "int8" else self.nf4
 
 
 def architecture_of(base: str) -> Architecture:
@@ -156,6 +165,7 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
     decoding = _peak(vae.decoder, HALF, lambda net: net(torch.empty(1, channels, drawn, drawn, dtype=HALF)))
     predicting = _peak(unet, HALF, lambda net: _predict(net, batch=2, side=drawn))
     frozen = _count(unet)
+    int8, nf4 = (2 * frozen + _saved(unet, kind) for kind in ("int8", "nf4"))
     inject(unet, LoraSettings(rank=RANK, targets=targets))  # type: ignore[arg-type]
     trained = _count(unet) - frozen
     peaks = []
@@ -166,6 +176,8 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
         peaks.append(_peak(unet, HALF, lambda net: _predict(net, batch=1, side=taught), backward=True))
     return Needs(
         unet=2 * frozen,
+        int8=int8,
+        nf4=nf4,
         encoders=4 * sum(map(_count, encoders)),
         vae=4 * _count(vae),
         trained=trained // RANK,
@@ -190,6 +202,12 @@ def _networks(base: Architecture) -> tuple[Any, Any, list[Any]]:
 
 def _count(network: nn.Module) -> int:
     return sum(int(parameter.numel()) for parameter in network.parameters())
+
+
+def _saved(network: nn.Module, kind: str) -> int:
+    """What fewer bits add to bfloat16 weights, a negative number."""
+    shapes = [layer.weight.shape for layer in network.modules() if type(layer) is nn.Linear]
+    return sum(linear_bytes(kind, rows, columns) - 2 * rows * columns for rows, columns in shapes)
 
 
 def _predict(unet: Any, *, batch: int, side: int) -> Tensor:

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 
-from . import sharding, validate
+from . import quantize, sharding, validate
 from .batch import Batch, CaptionTensors, DrawnBatch, ids_of, tensors
 from .config import TagSettings, TrainSettings
 from .data.batches import Draws, Feed, Stream
@@ -168,7 +168,7 @@ def prepare_run(
     cache_folder: Path,
     say: Callable[[str], None],
 ) -> Prepared:
-    """Caches what can be cached, frees what is no longer needed, and casts frozen weights to the compute precision.
+    """Caches what can be cached, frees what is no longer needed, and rounds frozen weights to what they compute in.
 
     Args:
         method: what trains; its frozen weights are cast in place.
@@ -200,9 +200,8 @@ def prepare_run(
     elif cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
-    cast(method, device, DTYPES[settings.precision])
-    tokens = data.resolution**2 // parts.vae_scale_factor**2
-    configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
+    if region is not None:  # which asks the U-net
+        _lay_ready(method, settings, accelerator, data.resolution)
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
     for module in (parts.vae, *parts.text_encoders) if kept is None else (parts.vae,) if parts.inpainting else ():
         module.to(device)  # they are asked in every step
@@ -221,6 +220,8 @@ def prepare_run(
     ]
     if texts is not None:
         parts.release(vae=not settings.validation.prompts and not parts.inpainting)
+    if region is None:  # not before: beside the encoders a GPU might not have the room
+        _lay_ready(method, settings, accelerator, data.resolution)
     return Prepared(
         feed=feed,
         views=sum(len(own.entries) for own, *_ in samples),
@@ -233,6 +234,16 @@ def prepare_run(
         area=area,
         ready=_ready(method, device),
     )
+
+
+def _lay_ready(method: Method, settings: TrainSettings, accelerator: Accelerator, resolution: int) -> None:
+    """The networks of every step get to the device, in the precision and form in which they compute."""
+    device, dtype = accelerator.device, DTYPES[settings.precision]
+    if settings.quantize:
+        quantize.quantize_networks(method.networks(), settings.quantize, dtype, device)
+    cast(method, device, dtype)
+    tokens = resolution**2 // method.parts.vae_scale_factor**2
+    configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
 
 
 def _refuse(method: Method, data: Views, *, prior: Prior | None, region: Region | None, cache: str) -> None:
@@ -436,10 +447,10 @@ def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
         dtype: compute precision.
     """
     for module in method.networks():
-        module.to(device)
         for parameter in module.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():  # what is quantized is no such number
                 parameter.data = parameter.data.to(dtype)
+        module.to(device)  # not before: the device might not have the room for float32
         module.train()
 
 

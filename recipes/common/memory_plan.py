@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from recipes.common.base import POCKET
@@ -16,7 +16,7 @@ from training.errors import TrainingError
 if TYPE_CHECKING:
     from training.memory import Needs
 
-__all__ = ["MEMORIES", "Choice", "Plan", "choose", "gpu_table", "plan_for"]
+__all__ = ["MEMORIES", "Choice", "Plan", "choose", "gpu_table", "plan_for", "training_bytes"]
 
 GIB = 2**30
 MEMORIES = (8, 12, 16, 24)
@@ -29,6 +29,7 @@ METRICS = 4 * 173_000_000  # CLIP ViT-B/32 and DINO ViT-S/16 in float32, which m
 STATE = {"adamw": 8, "adamw8bit": 2}  # bytes of optimizer state for each number that trains
 SAMPLES = 2  # a step: on average one of the subject and one of its class, as in DreamBooth's prior preservation
 RANK = 16
+MEASURING = "measuring"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,22 @@ class Choice:
     batch: int = SAMPLES
     checkpointing: bool = False
     optimizer: str = "adamw"
+    quantize: str | None = None
     rank: int = RANK
 
 
-# In the order in which things are given up: first what costs only time, then what costs quality.
-LADDER = (
+# What costs only time, in the order in which it is given up; then bits of the base's weights, then the rank.
+TIME = (
     Choice(),
     Choice(batch=1),
     Choice(checkpointing=True),
     Choice(batch=1, checkpointing=True),
     Choice(batch=1, checkpointing=True, optimizer="adamw8bit"),
-    Choice(batch=1, checkpointing=True, optimizer="adamw8bit", rank=8),
-    Choice(batch=1, checkpointing=True, optimizer="adamw8bit", rank=4),
+)
+LADDER = (
+    *(replace(chosen, quantize=kind) for kind in (None, "int8", "nf4") for chosen in TIME),
+    replace(TIME[-1], quantize="nf4", rank=8),
+    replace(TIME[-1], quantize="nf4", rank=4),
 )
 BATCHES = (4, 2, 1)  # of sampling
 
@@ -62,12 +67,18 @@ class Plan:
     drawn: int
     """Pictures that are sampled at once."""
     stages: Mapping[str, float]
+    """Without measuring where that does not fit, while training does."""
     needs: Needs
 
     @property
     def peak(self) -> float:
         """Bytes of the largest stage."""
         return max(self.stages.values())
+
+    @property
+    def measured(self) -> bool:
+        """Whether the GPU has room to measure what it trained."""
+        return MEASURING in self.stages
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """As tables of a training config."""
@@ -78,6 +89,7 @@ class Plan:
             "batch_size": chosen.batch,
             "accumulation": SAMPLES // chosen.batch,
             "optimizer": chosen.optimizer,
+            **({} if chosen.quantize is None else {"quantize": chosen.quantize}),
         }
         return {
             "lora": {"rank": chosen.rank},
@@ -107,9 +119,22 @@ class Plan:
             lines.append("  optimizer adamw8bit: rounds its state to 8 bits; needs pip install bitsandbytes")
         else:
             lines.append("  optimizer adamw: nothing is given up")
+        if chosen.quantize is not None:
+            saved, bits = found.unet - found.frozen(chosen.quantize), {"int8": 8, "nf4": 4}[chosen.quantize]
+            lines.append(
+                f"  quantize {chosen.quantize}: saves {_gib(saved)} of frozen weights; linear layers are rounded to "
+                f"{bits} bits, and a step is slower; needs pip install bitsandbytes"
+            )
         less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
         lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")
-        lines.append(f"  sampling: {self.drawn} picture(s) at once")
+        if self.measured:
+            lines.append(f"  sampling: {self.drawn} picture(s) at once")
+        else:
+            size = _peaks(found, chosen, self.drawn)[MEASURING]
+            lines.append(
+                f"  measuring, tuning and shipping are left out: they load the base whole and need {_gib(size)}; run "
+                "them on a larger GPU or on a CPU"
+            )
         return lines
 
 
@@ -117,29 +142,42 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
+def training_bytes(found: Needs, chosen: Choice) -> int:
+    """What the tensors of a training step take at most, without what a GPU takes besides."""
+    numbers = found.trained * chosen.rank
+    activations = found.recomputed if chosen.checkpointing else found.kept
+    state = 4 + 4 + STATE[chosen.optimizer]  # the adapter, its gradients, the optimizer's
+    return found.frozen(chosen.quantize) + state * numbers + chosen.batch * activations
+
+
 def _peaks(found: Needs, chosen: Choice, drawn: int) -> dict[str, float]:
-    """Peak of each stage, as this toolkit runs them: the encoders are freed before training, the rest after it."""
+    """Peak of each stage, as this toolkit runs them: encoders are freed before the U-net comes, all after training."""
     numbers = found.trained * chosen.rank
     adapter = 4 * numbers
-    activations = found.recomputed if chosen.checkpointing else found.kept
-    caching = found.unet + adapter + found.vae + max(found.encoding, found.encoders)
-    training = found.unet + (4 + 4 + STATE[chosen.optimizer]) * numbers + chosen.batch * activations
+    caching = found.vae + max(found.encoding, found.encoders)
+    training = training_bytes(found, chosen)
     parts = found.unet + adapter + (found.encoders + found.vae) / 2
     drawing = parts + METRICS + drawn * max(found.predicting, found.decoding)
     return {
         name: WASTE * size + CONTEXT
-        for name, size in (("caching", caching), ("training", training), ("measuring", drawing))
+        for name, size in (("caching", caching), ("training", training), (MEASURING, drawing))
     }
 
 
 def choose(found: Needs, memory: float) -> Plan | None:
-    """The first choice of the ladder that fits into a GPU of `memory` bytes; None: none does."""
-    plans = (
-        Plan(choice=chosen, drawn=drawn, stages=_peaks(found, chosen, drawn), needs=found)
-        for chosen in LADDER
-        for drawn in BATCHES
-    )
-    return next((plan for plan in plans if plan.peak <= ROOM * memory), None)
+    """The first choice of the ladder that fits into a GPU of `memory` bytes; None: none does.
+
+    Where no choice leaves room to measure, the first that trains.
+    """
+    for measured in (True, False):
+        for chosen in LADDER:
+            for drawn in BATCHES if measured else BATCHES[-1:]:
+                stages = _peaks(found, chosen, drawn)
+                kept = {name: size for name, size in stages.items() if measured or name != MEASURING}
+                plan = Plan(choice=chosen, drawn=drawn, stages=kept, needs=found)
+                if plan.peak <= ROOM * memory:
+                    return plan
+    return None
 
 
 def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
@@ -162,7 +200,7 @@ def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
     plan = choose(found, memory * GIB)
     if plan is not None:
         return plan
-    least = _peaks(found, LADDER[-1], BATCHES[-1])
+    least = {name: size for name, size in _peaks(found, LADDER[-1], BATCHES[-1]).items() if name != MEASURING}
     stage, size = max(least.items(), key=lambda item: item[1])
     larger = next((size for size in MEMORIES if size > memory and choose(found, size * GIB)), None)
     other = _smaller(base, memory)
@@ -207,7 +245,9 @@ def _cell(plan: Plan | None) -> str:
     words = [f"batch {chosen.batch}" + (f" x {SAMPLES // chosen.batch}" if chosen.batch < SAMPLES else "")]
     words += ["checkpointing"] if chosen.checkpointing else []
     words += ["adamw8bit"] if chosen.optimizer != "adamw" else []
+    words += [chosen.quantize] if chosen.quantize is not None else []
     words += [f"rank {chosen.rank}"] if chosen.rank < RANK else []
+    words += [] if plan.measured else ["training alone"]
     return f"{', '.join(words)}: {_gib(plan.peak)}"
 
 

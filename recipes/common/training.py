@@ -120,9 +120,12 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
     """
     import adapters
     from recipes.common import scorers, spaces
-    from training import optim
+    from training import optim, quantize
 
     optim.check_optimizer(settings.train)
+    lora = getattr(settings, "lora", None)
+    kind = {} if lora is None else {"adapter": lora.kind, "dora": lora.dora}
+    quantize.check_quantization(settings.train.quantize, whole=whole, **kind)
     if settings.ship is not None and settings.ship.sign:
         adapters.signing.check_key(settings.ship.sign)
     if settings.measure is None:

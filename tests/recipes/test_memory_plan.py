@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # As `needs` counts SDXL at 1024 pixels; the slow test of the table counts it again.
 XL = Needs(
     unet=int(4.78 * GIB),
+    int8=int(2.71 * GIB),
+    nf4=int(1.70 * GIB),
     encoders=int(3.04 * GIB),
     vae=int(0.31 * GIB),
     trained=2_616_320,

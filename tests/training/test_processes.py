@@ -35,9 +35,13 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "controlnet"])
-def test_two_processes_train_like_one(method: str, base: Path, pictures: Path, tmp_path: Path) -> None:
-    train = {"steps": STEPS, "learning_rate": RATE, "save_every": 10, "clip": None}
+@pytest.mark.parametrize(("method", "bits"), [("lora", None), ("controlnet", None), ("lora", "int8"), ("lora", "nf4")])
+def test_two_processes_train_like_one(
+    method: str, bits: str | None, base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    if bits == "nf4":
+        pytest.importorskip("bitsandbytes")
+    train = {"quantize": bits, "steps": STEPS, "learning_rate": RATE, "save_every": 10, "clip": None}
     asked = {"base": str(base), "pictures": str(pictures), "method": method}
     one, two = tmp_path / "one", tmp_path / "two"
     training_driver.train({**asked, "out": one, "train": {**train, "batch_size": 4}}, say=lambda line: None)

@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "accumulation": ("lora", {"accumulation": 2}, False),
     "schedule-free": ("lora", {"optimizer": "schedulefree", "warmup": 2}, False),
     "rates": ("lora", {"rates": {"lora_A": 0, "attn2": 3}, "optimizer": "adafactor"}, False),
+    "8 bits": ("lora", {"quantize": "int8", "gradient_checkpointing": True}, True),
+    "4 bits": ("dora", {"quantize": "nf4"}, False),
     "prior": ("lora", {}, True),
     "full with prior": ("full", {}, True),
 }
@@ -78,8 +80,8 @@ def same_end(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_interrupted_and_resumed_is_uninterrupted(name: str, base: Path, pictures: Path, tmp_path: Path) -> None:
-    if name == "schedule-free":
-        pytest.importorskip("schedulefree")
+    if package := {"schedule-free": "schedulefree", "4 bits": "bitsandbytes"}.get(name):
+        pytest.importorskip(package)
     asked = asked_for(name, base, pictures, tmp_path)
     training_driver.train({**asked, "out": tmp_path / "whole"}, say=lambda line: None)
 

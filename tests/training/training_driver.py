@@ -15,6 +15,7 @@ from training.ranks import state
 
 METHODS = {
     "lora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2)),
+    "lokr": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, kind="lokr")),
     "pissa": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, start="pissa")),
     "drops": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, rank_dropout=0.3, module_dropout=0.3)),
     "dropout": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dropout=0.3)),

@@ -1,0 +1,182 @@
+"""Memory of a LoRA's training step: what the allocator counts against what is computed from the configs alone.
+
+    python benchmarks/memory.py --base sd15 --resolution 256     # minutes on one CPU core, 5 GiB
+    python benchmarks/memory.py --base sdxl --resolution 256     # 15 GiB
+    python benchmarks/memory.py --smoke                          # seconds; checks that everything here runs
+
+The networks have random weights and run in bfloat16, on a GPU where there is one. Weights, gradients and the
+optimizer's state are counted tensor by tensor. The peak is that of torch's allocator over a whole step: on a CPU the
+sum of what its profiler saw handed out and taken back, on a GPU `max_memory_allocated`. What is neither weight nor
+gradient nor state at the peak is called activations. Arms with bits need bitsandbytes. Prints Markdown.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Run as a script its folder may not be where modules are looked for: it holds a `training` of its own.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import torch
+from torch import Tensor, nn
+
+from recipes.common.memory_plan import Choice, training_bytes
+from training import lora, memory, prepare, quantize
+from training.architectures import FAMILIES, Architecture
+from training.config import LoraSettings, TrainSettings
+from training.models import Parts
+
+TARGETS = "attention+ff"
+RANK = 16
+HALF = torch.bfloat16
+MIB = 2**20
+ARMS = {
+    "bf16": Choice(batch=1, rank=RANK),
+    "bf16, checkpointing": Choice(batch=1, rank=RANK, checkpointing=True),
+    "int8": Choice(batch=1, rank=RANK, quantize="int8"),
+    "int8, checkpointing": Choice(batch=1, rank=RANK, quantize="int8", checkpointing=True),
+    "nf4": Choice(batch=1, rank=RANK, quantize="nf4"),
+    "nf4, checkpointing": Choice(batch=1, rank=RANK, quantize="nf4", checkpointing=True),
+}
+TINY = Architecture(
+    title="tiny",
+    base="tiny",
+    resolution=64,
+    unet={
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+    },
+    text_encoders=(),
+    vae=FAMILIES["sd15"].vae,
+)
+
+
+def unet_of(base: Architecture) -> Any:
+    """The base's U-net with random weights, in bfloat16 from the start: in float32 SDXL's would take 10 GB."""
+    with torch.device("meta"):
+        unet, _, _ = memory._networks(base)
+    unet = unet.to(HALF).to_empty(device="cpu")
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(float("norm" in name and name.endswith("weight")))
+        else:
+            parameter.data.uniform_(-0.02, 0.02, generator=random)
+    return unet.requires_grad_(False)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum({one.data_ptr(): one.numel() * one.element_size() for one in tensors}.values())
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that the allocator holds at most during a run, more than before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None
+    results: Any = seen.profiler.kineto_results
+    live = most = 0
+    for event in sorted((one for one in results.events() if one.name() == "[memory]"), key=lambda one: one.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+def measured(base: Architecture, chosen: Choice, resolution: int, device: torch.device) -> dict[str, int]:
+    """Bytes by kind in the second training step, as `training.loop` takes it."""
+    unet = unet_of(base)
+    nothing: Any = None
+    parts = Parts(
+        folder=Path(), family="", unet=unet, vae=nothing, text_encoders=[], tokenizers=[], scheduler={}, index={},
+        vae_scale_factor=2 ** (len(base.vae["block_out_channels"]) - 1), identity="random weights",
+    )  # fmt: skip
+    lora.inject(unet, LoraSettings(rank=RANK, targets=TARGETS))
+    settings = TrainSettings(precision="bf16", attention="sdpa", gradient_checkpointing=chosen.checkpointing)
+    if chosen.quantize is not None:
+        quantize.quantize_networks([unet], chosen.quantize, HALF, device)
+    only: Any = _Networks(unet)
+    prepare.cast(only, device, HALF)
+    side = resolution // parts.vae_scale_factor
+    prepare.configure_networks(only, settings, device, tokens=side**2)
+    trained = [one for one in unet.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.device(device):
+            memory._predict(unet, batch=chosen.batch, side=side).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # makes the optimizer's state
+    weights = bytes_of(unet.parameters()) + quantize.scale_bytes([unet])
+    state = bytes_of(one for kept in optimizer.state.values() for one in kept.values() if one.ndim)
+    gradients = bytes_of(trained)
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": state,
+        "activations": peak_of(step, device) - gradients,
+    }
+
+
+class _Networks:
+    """What `prepare` asks of a method."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+
+    def networks(self) -> list[nn.Module]:
+        return [self.unet]
+
+
+def table(base: Architecture, resolution: int, device: torch.device) -> str:
+    """Markdown: a row for every arm."""
+    found = memory.needs(replace(base, resolution=resolution), resolution, TARGETS)
+    rows = [
+        f"| {base.title}, {resolution} pixels | weights | gradients | optimizer | activations | sum | computed | off |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, chosen in ARMS.items():
+        if chosen.quantize is not None and importlib.util.find_spec(quantize.PACKAGE) is None:
+            continue
+        kinds = measured(base, chosen, resolution, device)
+        total, wanted = sum(kinds.values()), training_bytes(found, chosen)
+        cells = [f"{size / MIB:,.0f}" for size in (*kinds.values(), total, wanted)]
+        rows.append(f"| {name} | {' | '.join(cells)} | {wanted / total - 1:+.1%} |")
+        print(rows[-1], file=sys.stderr, flush=True)
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=tuple(FAMILIES), default="sd15")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base, resolution = (TINY, 64) if args.smoke else (FAMILIES[args.base], args.resolution)
+    print(f"Sizes in MiB; torch {torch.__version__}, {device.type}, LoRA of {TARGETS}, rank {RANK}, batch 1.\n")
+    print(table(base, resolution, device))
+
+
+if __name__ == "__main__":
+    main()

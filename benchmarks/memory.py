@@ -1,19 +1,20 @@
 """Memory of a LoRA's training step: what the allocator counts against what is computed from the configs alone.
 
     python benchmarks/memory.py --base sd15 --resolution 256     # minutes on one CPU core, 5 GiB
-    python benchmarks/memory.py --base sdxl --resolution 256     # 15 GiB
+    python benchmarks/memory.py --base sdxl --resolution 256     # 9 GiB
     python benchmarks/memory.py --smoke                          # seconds; checks that everything here runs
 
 The networks have random weights and run in bfloat16, on a GPU where there is one. Weights, gradients and the
 optimizer's state are counted tensor by tensor. The peak is that of torch's allocator over a whole step: on a CPU the
 sum of what its profiler saw handed out and taken back, on a GPU `max_memory_allocated`. What is neither weight nor
-gradient nor state at the peak is called activations. Arms with bits need bitsandbytes. Prints Markdown.
+gradient nor state at the peak is called activations. The arms of nf4 need bitsandbytes. Prints Markdown.
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
@@ -148,17 +149,19 @@ class _Networks:
         return [self.unet]
 
 
-def table(base: Architecture, resolution: int, device: torch.device) -> str:
-    """Markdown: a row for every arm."""
+def table(base: Architecture, resolution: int, device: torch.device, arms: list[str]) -> str:
+    """Markdown: a row for every arm that is asked for."""
     found = memory.needs(replace(base, resolution=resolution), resolution, TARGETS)
     rows = [
         f"| {base.title}, {resolution} pixels | weights | gradients | optimizer | activations | sum | computed | off |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, chosen in ARMS.items():
-        if chosen.quantize is not None and importlib.util.find_spec(quantize.PACKAGE) is None:
+    for name in arms:
+        chosen = ARMS[name]
+        if chosen.quantize == "nf4" and importlib.util.find_spec(quantize.PACKAGE) is None:
             continue
         kinds = measured(base, chosen, resolution, device)
+        gc.collect()  # two of SDXL's networks are too many for most machines
         total, wanted = sum(kinds.values()), training_bytes(found, chosen)
         cells = [f"{size / MIB:,.0f}" for size in (*kinds.values(), total, wanted)]
         rows.append(f"| {name} | {' | '.join(cells)} | {wanted / total - 1:+.1%} |")
@@ -170,12 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=tuple(FAMILIES), default="sd15")
     parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, resolution = (TINY, 64) if args.smoke else (FAMILIES[args.base], args.resolution)
     print(f"Sizes in MiB; torch {torch.__version__}, {device.type}, LoRA of {TARGETS}, rank {RANK}, batch 1.\n")
-    print(table(base, resolution, device))
+    print(table(base, resolution, device, args.arms))
 
 
 if __name__ == "__main__":

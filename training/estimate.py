@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch
+from .batch import Batch, tensors
 from .config import TrainSettings
 from .kernels.prepack import prepacked_bytes
+from .memory import Peak
 from .method import Method
 from .optim import state_bytes
 from .quantize import scale_bytes
 from .sharding import local
 
-__all__ = ["Estimate", "activation_bytes", "estimate", "trained_table"]
+__all__ = ["Estimate", "estimate", "kept_bytes", "peak_bytes", "trained_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,21 @@ def trained_table(method: Method) -> list[str]:
     return [*lines, *method.chosen]
 
 
-def activation_bytes(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+def peak_bytes(method: Method, model: nn.Module, batch: Batch) -> int:
+    """Runs forward and backward pass; returns the most bytes that live at once, without weights and gradients."""
+    parts = method.parts
+    modules = [model, *method.networks(), *parts.text_encoders, *([] if parts.vae is None else [parts.vae])]
+    with torch.no_grad():
+        there = [local(one) for module in modules for one in (*module.parameters(), *module.buffers())]
+    seen = Peak([*there, *tensors(batch).values()])
+    with seen:
+        model(batch).mean().backward()
+    with torch.no_grad():
+        gradients = [local(one.grad) for one in method.trainable().values() if one.grad is not None]
+    return seen.most - sum(one.numel() * one.element_size() for one in gradients)
+
+
+def kept_bytes(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Runs the forward pass; returns its losses and the bytes it keeps for the backward pass, weights left out."""
     with torch.no_grad():
         known = {local(item).untyped_storage().data_ptr() for item in model.parameters()}
@@ -126,8 +141,13 @@ def estimate(
     """
     batch = batch.copy()
     batch.pop("preserved", None)
-    losses, activations = activation_bytes(model, batch)
-    losses.mean().backward()
+    with torch.no_grad():
+        numbers = sum(local(item).numel() for item in method.trainable().values())
+    if settings.compile:  # nothing can look into what is compiled
+        losses, activations = kept_bytes(model, batch)
+        losses.mean().backward()
+    else:
+        activations = peak_bytes(method, model, batch)
     began = time.perf_counter()
     model(batch).mean().backward()
     seconds = _since(began) + asked * _base_seconds(method, batch, dtype)
@@ -135,11 +155,8 @@ def estimate(
     with torch.no_grad():
         model(batch)
     sample_seconds = _since(began) / len(batch["latents"])
-    trained = method.trainable().values()
-    for parameter in trained:
+    for parameter in method.trainable().values():
         parameter.grad = None
-    with torch.no_grad():
-        numbers = sum(local(item).numel() for item in trained)
     held = {id(item): item for module in method.networks() for item in module.parameters()}.values()
     with torch.no_grad():
         weights = sum(local(item).numel() * item.element_size() for item in held)

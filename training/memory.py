@@ -27,6 +27,7 @@ from .config import LoraSettings
 from .errors import TrainingError
 from .hub import offline_if_unreachable
 from .quantize import linear_bytes
+from .sharding import local
 
 __all__ = ["Needs", "architecture_of", "needs"]
 
@@ -51,8 +52,8 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         for tensor in tree_iter(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:  # not packed for a CPU's kernels
+                self._count(local(tensor).untyped_storage())
         return made
 
     def _count(self, storage: Any) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MEMORIES", "Choice", "Plan", "choose", "gpu_table", "plan_for", "training_bytes"]
 
 GIB = 2**30
-MEMORIES = (8, 12, 16, 24)
+MEMORIES = (6, 8, 12, 16, 24)
 """Memory of common GPUs, GiB."""
 # None of them is counted by `training.memory`; all are assumptions, on the safe side, until someone measures them.
 CONTEXT = 0.8 * GIB  # CUDA's context and the libraries' workspaces
@@ -121,9 +121,10 @@ class Plan:
             lines.append("  optimizer adamw: nothing is given up")
         if chosen.quantize is not None:
             saved, bits = found.unet - found.frozen(chosen.quantize), {"int8": 8, "nf4": 4}[chosen.quantize]
+            package = "; needs pip install bitsandbytes" if chosen.quantize == "nf4" else ""
             lines.append(
                 f"  quantize {chosen.quantize}: saves {_gib(saved)} of frozen weights; linear layers are rounded to "
-                f"{bits} bits, and a step is slower; needs pip install bitsandbytes"
+                f"{bits} bits, and a step is slower{package}"
             )
         less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
         lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")

@@ -65,7 +65,7 @@ def test_the_peak_of_fake_tensors_is_that_of_what_lives() -> None:
 
 
 def test_more_memory_never_gives_a_lower_rung_and_no_memory_gives_none() -> None:
-    rungs = [LADDER.index(plan.choice) for size in (10, *MEMORIES, 48) if (plan := choose(XL, size * GIB))]
+    rungs = [LADDER.index(plan.choice) for size in sorted((10, *MEMORIES, 48)) if (plan := choose(XL, size * GIB))]
     assert rungs == sorted(rungs, reverse=True)
     assert rungs[-1] == 0
     assert choose(XL, 4 * GIB) is None
@@ -82,14 +82,28 @@ def test_a_plan_fits_says_what_each_choice_costs_and_is_a_config() -> None:
     assert train["batch_size"] * train["accumulation"] == SAMPLES
 
 
+def test_a_small_gpu_trains_beside_fewer_bits_and_measures_nothing() -> None:
+    plan = choose(XL, 6 * GIB)
+    assert plan is not None
+    assert plan.choice.quantize == plan.settings()["train"]["quantize"] == "int8"
+    assert not plan.measured
+    said = "\n".join(plan.lines())
+    assert "quantize int8: saves 2.1 GiB of frozen weights" in said
+    assert "measuring, tuning and shipping are left out: they load the base whole and need 10.4 GiB" in said
+    least = choose(XL, 5 * GIB)
+    assert least is not None
+    assert least.choice.quantize == "nf4"
+    assert "pip install bitsandbytes" in "\n".join(least.lines())
+
+
 def test_what_cannot_fit_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Needs(**{**vars(XL), "unet": GIB, "encoders": GIB // 2, "kept": GIB})
+    small = Needs(**{**vars(XL), "unet": GIB, "encoders": GIB // 2, "encoding": GIB, "kept": GIB})
     monkeypatch.setattr(memory, "needs", lambda base, *_: XL if base.title == "SDXL" else small)
     with pytest.raises(TrainingError) as refused:
-        plan_for("stabilityai/stable-diffusion-xl-base-1.0", 8, 1024, "attention+ff")
+        plan_for("stabilityai/stable-diffusion-xl-base-1.0", 4, 1024, "attention+ff")
     said = str(refused.value)
-    assert said.startswith("--memory 8: stabilityai/stable-diffusion-xl-base-1.0 at 1024 pixels needs ")
-    assert said.endswith("the nearest that fits: --memory 12 or --base stabilityai/stable-diffusion-2-1")
+    assert said.startswith("--memory 4: stabilityai/stable-diffusion-xl-base-1.0 at 1024 pixels needs ")
+    assert said.endswith("the nearest that fits: --memory 6 or --base stabilityai/stable-diffusion-2-1")
 
 
 def test_bases_that_no_plan_is_for_are_refused(tmp_path: Path) -> None:
@@ -155,18 +169,22 @@ def test_what_training_loaded_is_gone_before_the_later_stages(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl_8gb", "sdxl_12gb"])
 def test_a_config_says_the_gpu_that_the_code_computes_for_it(name: str) -> None:
     import yaml
 
     from training.architectures import FAMILIES
 
-    text = (ROOT / "recipes" / "configs" / "dreambooth_lora" / f"{name}_subject.yaml").read_text("utf-8")
-    given, known = yaml.safe_load(text), FAMILIES[name]
-    assert given["train"]["precision"] == given["sampling"]["precision"] == "bf16"
-    chosen = Choice(batch=1, checkpointing=given["train"]["gradient_checkpointing"], rank=given["lora"]["rank"])
+    family, _, gpu = name.partition("_")
+    file = f"{family}_subject{'_' * bool(gpu)}{gpu}.yaml"
+    text = (ROOT / "recipes" / "configs" / "dreambooth_lora" / file).read_text("utf-8")
+    given, known = yaml.safe_load(text), FAMILIES[family]
+    train, sampling = given["train"], given["sampling"]
+    assert train["precision"] == sampling["precision"] == "bf16"
+    chosen = Choice(batch=1, checkpointing=train["gradient_checkpointing"], rank=given["lora"]["rank"])
     found = needs(known, known.resolution, "attention")
-    peak = max(memory_plan._peaks(found, chosen, SamplingSettings().batch_size).values())
+    peaks = memory_plan._peaks(found, chosen, sampling.get("batch_size", SamplingSettings().batch_size))
+    peak = max(size for stage, size in peaks.items() if "measure" in given or stage != memory_plan.MEASURING)
     fits = next(size for size in MEMORIES if peak <= memory_plan.ROOM * size * GIB)
     assert f"# For a GPU with {fits} GB, " in text
 

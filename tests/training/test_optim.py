@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_preserve import batch_of
 from torch import nn
 
-from training import checkpoint, estimate, optim
+from training import checkpoint, config, estimate, lora, models, optim, prepare
 from training.config import TrainSettings
 from training.errors import TrainingError
+from training.method import Stepper
 
 
 def build(**changes: object) -> torch.optim.Optimizer:
@@ -172,6 +176,26 @@ def test_the_average_follows_by_hand_and_swapping_twice_is_nothing() -> None:
 def test_activations_are_what_autograd_keeps() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     inputs = torch.ones(32, 8)
-    losses, kept = estimate.activation_bytes(model, inputs)  # type: ignore[arg-type]
+    losses, kept = estimate.kept_bytes(model, inputs)  # type: ignore[arg-type]
     losses.sum().backward()
     assert kept == 4 * 32 * (8 + 16)  # the input of each layer; tanh keeps its output, which is the next one's input
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_estimate_of_activations_is_the_allocator_s_peak(checkpointing: bool, base: Path) -> None:
+    cpu = torch.device("cpu")
+    parts = models.load_parts(base)
+    method = lora.prepare(parts, config.LoraSettings(rank=2))
+    settings = TrainSettings(gradient_checkpointing=checkpointing, prepack=False)
+    prepare.cast(method, cpu, torch.float32)
+    prepare.configure_networks(method, settings, cpu, tokens=64)
+    model = Stepper(method, torch.float32, cpu)
+    drawn = batch_of(parts, ["a d"] * 2, ["d"] * 2)
+    batch: Any = {key: one for key, one in drawn.items() if not key.startswith(("base", "preserved"))}
+    found = estimate.estimate(method, model, batch, settings)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        model(batch).mean().backward()
+    results: Any = seen.profiler.kineto_results  # type: ignore[union-attr]
+    made = sorted((one for one in results.events() if one.name() == "[memory]"), key=lambda one: one.start_ns())
+    peak = max(itertools.accumulate(one.nbytes() for one in made))
+    assert found.activations + found.gradients == pytest.approx(peak, rel=0.25)  # what kernels take within is not seen

@@ -48,7 +48,7 @@ def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_linear_layers_take_their_bits_and_the_rest_stays(kind: str, dtype: torch.dtype, base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     before, plain = predict(parts.unet), linear(parts.unet)
     shapes = {name: layer.weight.shape for name, layer in plain.items()}
     method = lora.prepare(parts, config.LoraSettings(rank=2, targets="conv"))
@@ -76,7 +76,7 @@ def test_a_lora_learns_and_loads_into_a_plain_pipeline(
     folder = {"sd": base, "sdxl": sdxl_base}[family]
     files = {}
     for bits in (None, kind):
-        method = lora.prepare(models.load(folder), config.LoraSettings(rank=2))
+        method = lora.prepare(models.load_parts(folder), config.LoraSettings(rank=2))
         result = train(method, pictures, tmp_path / str(bits), steps=12, quantize=bits, gradient_checkpointing=True)
         files[bits] = load_file(result.folder / lora.WEIGHTS_NAME)
         assert sum(result.losses[-3:]) < sum(result.losses[:3])
@@ -112,7 +112,7 @@ def test_all_that_trains_beside_a_base_does_so_beside_a_quantized_one(
 def test_without_its_adapter_the_base_is_the_quantized_one(way: str, kind: str, base: Path) -> None:
     if (way, kind) in REFUSED:
         pytest.skip("refused, see below")
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = KINDS[way](parts)
     quantize.quantize_networks(method.networks(), kind, torch.float32, CPU)
     prepare.cast(method, CPU, torch.float32)
@@ -131,7 +131,7 @@ def test_drawing_in_between_changes_nothing(kind: str, base: Path, pictures: Pat
     ends = []
     for name, every in (("blind", 100), ("seen", 2)):
         chosen = config.ValidationSettings(every=every, loss_samples=2, prompts=["a d"] if name == "seen" else [])
-        method = lora.prepare(models.load(base), config.LoraSettings(rank=2))
+        method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2))
         result = train(method, pictures, tmp_path / name, steps=5, quantize=kind, validation=chosen)
         ends.append(load_file(result.folder / lora.WEIGHTS_NAME))
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
@@ -139,7 +139,7 @@ def test_drawing_in_between_changes_nothing(kind: str, base: Path, pictures: Pat
 
 @pytest.mark.parametrize("kind", BITS)
 def test_the_estimate_counts_bits(kind: str, base: Path) -> None:
-    parts = models.load(base)
+    parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     trained = sum(4 * one.numel() for one in method.trainable().values())
     wanted = trained + sum(quantize.linear_bytes(kind, *layer.weight.shape) for layer in linear(parts.unet).values())
@@ -164,7 +164,7 @@ def test_the_estimate_counts_bits(kind: str, base: Path) -> None:
 def test_adapters_that_peft_cannot_put_on_such_layers_are_refused(
     kind: str, changes: dict, message: str, base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    method = lora.prepare(models.load(base), config.LoraSettings(rank=2, **changes))
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2, **changes))
     with pytest.raises(TrainingError, match=message):
         train(method, pictures, tmp_path, quantize=kind)
 
@@ -173,7 +173,7 @@ def test_a_whole_network_is_refused(base: Path, pictures: Path, tmp_path: Path) 
     with pytest.raises(
         TrainingError, match=r"^train.quantize nf4: the U-net itself trains here, and rounded weights cannot"
     ):
-        train(dreambooth.prepare(models.load(base)), pictures, tmp_path, quantize="nf4")
+        train(dreambooth.prepare(models.load_parts(base)), pictures, tmp_path, quantize="nf4")
 
 
 def test_a_divided_base_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +186,6 @@ def test_without_the_package_a_run_ends_in_one_line(
     base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, quantize.PACKAGE, None)  # what an absent one looks like
-    method = lora.prepare(models.load(base), config.LoraSettings(rank=2))
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2))
     with pytest.raises(TrainingError, match=r"^train.quantize nf4 needs the package bitsandbytes: pip install bits"):
         train(method, pictures, tmp_path, quantize="nf4")

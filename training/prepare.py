@@ -18,7 +18,7 @@ from diffusers.models.upsampling import Upsample2D
 
 from . import quantize, sharding, validate
 from .batch import Batch, CaptionTensors, DrawnBatch, ids_of, tensors
-from .config import TagSettings, TrainSettings
+from .config import TagSettings, TrainSettings, ValidationSettings
 from .data.batches import Draws, Feed, Stream
 from .data.cache import Encoded, Live, Region, Store, caching_seconds, encode_captions, encode_views
 from .data.crops import Views
@@ -172,8 +172,7 @@ def prepare_run(
 
     Args:
         method: what trains; its frozen weights are cast in place.
-        concepts: what is taught, each with its prior; where one is trained towards the base's prediction,
-            `method.base` is set.
+        concepts: what is taught, each with its prior; `method.base` is set if one asks for the base's prediction.
         settings: of the training.
         accelerator: of `make_accelerator`.
         region: mask of the subject per entry, see `cache.encode_views`.
@@ -212,12 +211,6 @@ def prepare_run(
     feed.text = _text_of(method, texts)
     if kept is not None and (damaged := gather_object(kept.damaged)):
         say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
-    count, seed = settings.validation.loss_samples, settings.validation.seed
-    fixed = [
-        batch
-        for own, *_ in samples
-        for batch in validate.fixed_loss_batches(own, feed.draws, count, seed=seed, text=feed.text)
-    ]
     if texts is not None:
         parts.release(vae=not settings.validation.prompts and not parts.inpainting)
     if region is None:  # not before: beside the encoders a GPU might not have the room
@@ -227,7 +220,7 @@ def prepare_run(
         views=sum(len(own.entries) for own, *_ in samples),
         names=_contents(samples),
         texts=texts,
-        fixed=fixed,
+        fixed=_fixed(samples, feed, settings.validation),
         size=data.sizes[0],
         dtype=DTYPES[settings.precision],
         caching_seconds=seconds,
@@ -385,6 +378,16 @@ def _feed(
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
     )
+
+
+def _fixed(samples: list[list[Stream]], feed: Feed, settings: ValidationSettings) -> list[DrawnBatch]:
+    """Batches of the fixed-noise validation loss: of each concept's own pictures."""
+    count, seed = settings.loss_samples, settings.seed
+    return [
+        batch
+        for own, *_ in samples
+        for batch in validate.fixed_loss_batches(own, feed.draws, count, seed=seed, text=feed.text)
+    ]
 
 
 def _contents(samples: list[list[Stream]]) -> dict[str, list[str]]:

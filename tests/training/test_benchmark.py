@@ -34,3 +34,19 @@ def test_the_small_sampling_benchmark_times_scopes() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(done.stdout.count(f"\n| {place} |") == 2 for place in ("no scope, merged", "off in the first fifth"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "rows"),
+    [
+        ("memory.py", ["bf16", "bf16, checkpointing", "int8", "int8, checkpointing"]),
+        ("quantize.py", ["float32", "bfloat16", "bfloat16, int8"]),
+    ],
+)
+def test_the_small_benchmarks_of_bits_print_every_arm(script: str, rows: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), "--smoke"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"\n| {row} | " in done.stdout for row in rows)

@@ -138,6 +138,33 @@ def test_new_writes_what_fits_into_the_config(models: Path, photos: Path, tmp_pa
     assert values["sampling"]["batch_size"] == 4
 
 
+def test_new_measures_nothing_where_only_training_fits(
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    import yaml
+    from PIL import Image
+
+    from recipes.dreambooth_lora import Settings
+    from recipes.new import prepare_subject
+    from training.command_line import parse
+
+    folder = Path(shutil.copytree(photos / "dreambooth" / "rex", tmp_path / "rex"))
+    for file in folder.glob("*.png"):
+        with Image.open(file) as image:
+            image.resize((300, 260)).save(file)
+    for file in (*folder.glob("*.json"), *folder.glob("*.txt")):
+        file.unlink()
+    monkeypatch.setattr(memory, "needs", lambda *_: XL)
+    config = prepare_subject(folder, "dog", "sks", str(models / "sdxl"), tmp_path / "run", {}, 6)
+    values = yaml.safe_load(config.read_text())
+    assert values["train"]["quantize"] == "int8"
+    assert not {"measure", "tune", "ship"} & set(values)
+    settings = parse(Settings, [f"--config={config}"])
+    assert settings.measure is settings.tune is settings.ship is None
+
+
 def test_what_training_loaded_is_gone_before_the_later_stages(
     photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

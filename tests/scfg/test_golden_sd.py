@@ -55,10 +55,9 @@ def test_final_latents_and_masks_match_the_published_code(run, tiny_sd, sd_refer
         final = sample(tiny_sd, sd_reference, run, prompts, negative, scale)
     assert relative_error(final, sd_reference[f"{run}.final"]) < tolerance
     for step in (0, 5):
-        regions = one_hot(attached.trace[step].regions, 77)
-        assert torch.equal(regions, sd_reference[f"{run}.step{step}.region_mask"])
-        foreground = attached.trace[step].foreground[:, None].float()
-        assert torch.equal(foreground, sd_reference[f"{run}.step{step}.foreground_mask"])
+        average = recorded_average(sd_reference, run, step)
+        assert_won(attached.trace[step].regions, average.shares())
+        assert_won(attached.trace[step].foreground.long(), pair_shares(average))
 
 
 def test_plain_cfg_matches_the_recorded_run_and_is_bit_identical_to_the_bare_pipeline(tiny_sd, sd_reference):
@@ -70,8 +69,8 @@ def test_plain_cfg_matches_the_recorded_run_and_is_bit_identical_to_the_bare_pip
     assert relative_error(bare, sd_reference["cfg_ddim.final"]) < 1e-4
 
 
-def assert_recorded_attention_gives_the_recorded_masks(recorded, run, step):
-    """The pure tensors alone, from the published code's own attention maps (unconditional half first)."""
+def recorded_average(recorded, run, step):
+    """From the published code's own attention maps (unconditional half first)."""
     average = RegionAverage((8, 8), sigma=0.5)
     for ratio, grid, layers in ((4, (8, 8), 3), (8, (4, 4), 1)):
         for layer in range(layers):
@@ -80,7 +79,26 @@ def assert_recorded_attention_gives_the_recorded_masks(recorded, run, step):
             uncond, cond = complete(own.matmul, cross, completion="published", steps=4).chunk(2)
             average.add_tokens(cond, grid)
             average.add_pair(torch.stack([uncond[:, :, 0], uncond[:, :, 1:].sum(-1)], dim=-1), grid)
-    regions = average.regions()
+    return average
+
+
+def pair_shares(average):
+    pair = average._pair_sum
+    return pair / pair.sum(dim=1, keepdim=True)
+
+
+def assert_won(index, shares):
+    """What won each position has the largest share in the published run, or misses it by less than 1 in 1,000.
+
+    Near a tie, rounding decides, and with it the kernels of a CPU: one position of 128, under two of the six sets tried.
+    """
+    won = shares.gather(1, index[:, None])[:, 0]
+    assert (won >= 0.999 * shares.amax(dim=1)).all()
+
+
+def assert_recorded_attention_gives_the_recorded_masks(recorded, run, step):
+    """The pure tensors alone."""
+    regions = recorded_average(recorded, run, step).regions()
     assert torch.equal(one_hot(regions.index, 77), recorded[f"{run}.step{step}.region_mask"].float())
     assert torch.equal(regions.foreground[:, None].float(), recorded[f"{run}.step{step}.foreground_mask"].float())
 

@@ -90,7 +90,7 @@ def pair_shares(average):
 def assert_won(index, shares):
     """What won each position has the largest share in the published run, or misses it by less than 1 in 1,000.
 
-    Near a tie, rounding decides, and with it the kernels of a CPU: one position of 128, under two of the six sets tried.
+    Near a tie, rounding decides, and with it the kernels of a CPU: one position of 128 under two of the six sets tried.
     """
     won = shares.gather(1, index[:, None])[:, 0]
     assert (won >= 0.999 * shares.amax(dim=1)).all()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.common.memory_plan import Choice, training_bytes
-from training import lora, memory, prepare, quantize
+from training import lora, memory, networks, quantize
 from training.architectures import FAMILIES, Architecture
 from training.config import LoraSettings, TrainSettings
 from training.models import Parts
@@ -115,9 +115,9 @@ def measured(base: Architecture, chosen: Choice, resolution: int, device: torch.
     if chosen.quantize is not None:
         quantize.quantize_networks([unet], chosen.quantize, HALF, device)
     only: Any = _Networks(unet)
-    prepare.cast(only, device, HALF)
+    networks.cast(only, device, HALF)
     side = resolution // parts.vae_scale_factor
-    prepare.configure_networks(only, settings, device, tokens=side**2)
+    networks.configure_networks(only, settings, device, tokens=side**2)
     trained = [one for one in unet.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 

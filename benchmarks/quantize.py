@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import lora, models, prepare, quantize
+from training import lora, models, networks, quantize
 from training.batch import Batch
 from training.config import LoraSettings
 from training.pocket import base_path
@@ -74,7 +74,7 @@ def losses(dtype: torch.dtype, kind: str | None, given: list[Batch]) -> tuple[Te
     method = lora.prepare(parts, LoraSettings(rank=1))
     if kind is not None:
         quantize.quantize_networks(method.networks(), kind, dtype, CPU)
-    prepare.cast(method, CPU, dtype)
+    networks.cast(method, CPU, dtype)
     seen: list[Tensor] = []
     parts.unet.register_forward_hook(lambda module, inputs, made: seen.append(made[0].float()))
     parts.unet.eval()

@@ -38,7 +38,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 
-from training import loop, lora, models, prepare, validate
+from training import loop, lora, models, networks, validate
 from training.config import LoraSettings, TrainSettings
 from training.data import crops, images
 from training.kernels import fused, prepack
@@ -134,10 +134,10 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     """Forward, backward and optimizer step of the U-net with LoRA on tensors that are ready."""
     method = lora.prepare(parts, LORA)
     device = args.device
-    dtype = prepare.DTYPES[args.precision]
+    dtype = networks.DTYPES[args.precision]
     settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
-    prepare.cast(method, device, dtype)
-    prepare.configure_networks(method, settings, device, tokens=(args.resolution // parts.vae_scale_factor) ** 2)
+    networks.cast(method, device, dtype)
+    networks.configure_networks(method, settings, device, tokens=(args.resolution // parts.vae_scale_factor) ** 2)
     trainable = list(method.trainable().values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, fused=True)
     size = args.resolution // parts.vae_scale_factor
@@ -159,7 +159,7 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
 def plain(parts: Parts, args: argparse.Namespace, batch: int, paths: list[Path]) -> Callable[[], None]:
     """A loop of the kind that example scripts have."""
     method = lora.prepare(parts, LORA)
-    device, dtype = args.device, prepare.DTYPES[args.precision]
+    device, dtype = args.device, networks.DTYPES[args.precision]
     parts.unet.set_attn_processor(AttnProcessor2_0())
     for module in (parts.unet, parts.vae, parts.text_encoders[0]):
         module.to(device)
@@ -294,7 +294,7 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
             mean, std = models.encode_images(encoders.vae, moved.pop("pixels"))
             moved["latents"] = mean.float() + std.float() * moved["posterior"]
             moved |= models.encode_text(encoders, [moved.pop("ids_0")])
-            dtype = prepare.DTYPES[args.precision]
+            dtype = networks.DTYPES[args.precision]
             return method.denoise_step({"unet": unet}, moved, dtype, parts=encoders, objective=bound)
 
         found[name] = validate.fixed_loss(step, batches, [unet])
@@ -465,7 +465,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds; one more warms up")
     parser.add_argument("--steps", type=int, help="steps per round; default: 20 for pocket, 1 for sd15")
     parser.add_argument("--minutes", type=float, default=10, help="per batch size; later rounds are not counted")
-    parser.add_argument("--precision", choices=tuple(prepare.DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=tuple(networks.DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile the floor's and the trainer's U-net")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(

@@ -33,7 +33,8 @@ from .errors import Stopped, TrainingError
 from .estimate import Estimate
 from .log import Log
 from .method import Method, Stepper
-from .prepare import DTYPES, Prepared, announce, kernels, make_accelerator, prepare_run
+from .networks import DTYPES, kernels
+from .prepare import Prepared, announce, make_accelerator, prepare_run
 from .ranks import state
 from .sheet import write_sheet
 from .signals import Signals

@@ -31,7 +31,7 @@ from .batch import Batch, ids_of
 from .config import TrainSettings
 from .method import Method, Stepper
 from .models import encode_text, tokenize_captions
-from .prepare import cast, configure_networks, kernels
+from .networks import cast, configure_networks, kernels
 from .ranks import state
 
 __all__ = ["AUTO", "by_units", "decide_precision", "lowered", "network", "of_training", "remembered_in"]

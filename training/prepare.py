@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.models.upsampling import Upsample2D
 
-from . import quantize, sharding, validate
+from . import validate
 from .batch import Batch, CaptionTensors, DrawnBatch, ids_of, tensors
 from .config import TagSettings, TrainSettings, ValidationSettings
 from .data.batches import Draws, Feed, Stream
@@ -26,27 +23,20 @@ from .dreambooth import Concept, Prior
 from .errors import TrainingError
 from .estimate import Estimate, estimate, trained_table
 from .holes import beside
-from .kernels import fused, prepack
 from .method import Method
 from .models import encode_images, encode_text, tokenize_captions, too_long
+from .networks import DTYPES, lay_ready
 from .progress import Progress
 
 __all__ = [
-    "DTYPES",
     "Prepared",
     "announce",
-    "cast",
-    "configure_networks",
-    "kernels",
     "make_accelerator",
     "prepare_run",
 ]
 
-# Up to here the plain kernel is faster on a CPU; beyond, its (tokens x tokens) matrix outgrows the caches.
-PLAIN_TOKENS = 1024
 HEAVY = 1e12  # parameters times latents of a picture: a second or more of each sample's step
 SMALLER = 4  # by how much a trial's pictures are then shorter
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(kw_only=True)
@@ -200,7 +190,7 @@ def prepare_run(
         say(f"data.cache: several processes share the cache through {cache_folder}")
         cache = "disk"
     if region is not None:  # which asks the U-net
-        _lay_ready(method, settings, accelerator, data.resolution)
+        lay_ready(method, settings, accelerator, data.resolution)
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
     for module in (parts.vae, *parts.text_encoders) if kept is None else (parts.vae,) if parts.inpainting else ():
         module.to(device)  # they are asked in every step
@@ -214,7 +204,7 @@ def prepare_run(
     if texts is not None:
         parts.release(vae=not settings.validation.prompts and not parts.inpainting)
     if region is None:  # not before: beside the encoders a GPU might not have the room
-        _lay_ready(method, settings, accelerator, data.resolution)
+        lay_ready(method, settings, accelerator, data.resolution)
     return Prepared(
         feed=feed,
         views=sum(len(own.entries) for own, *_ in samples),
@@ -227,16 +217,6 @@ def prepare_run(
         area=area,
         ready=_ready(method, device),
     )
-
-
-def _lay_ready(method: Method, settings: TrainSettings, accelerator: Accelerator, resolution: int) -> None:
-    """The networks of every step get to the device, in the precision and form in which they compute."""
-    device, dtype = accelerator.device, DTYPES[settings.precision]
-    if settings.quantize:
-        quantize.quantize_networks(method.networks(), settings.quantize, dtype, device)
-    cast(method, device, dtype)
-    tokens = resolution**2 // method.parts.vae_scale_factor**2
-    configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
 
 
 def _refuse(method: Method, data: Views, *, prior: Prior | None, region: Region | None, cache: str) -> None:
@@ -439,85 +419,6 @@ def _streams(concept: Concept, entries: Callable[[Views], Encoded | Live], *, al
         if views is not None
     ]
     return [*own, *kept]
-
-
-def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
-    """Frozen networks that run in every step get the compute precision; whatever trains stays float32.
-
-    Args:
-        method: whose networks are moved and cast in place.
-        device: where they run.
-        dtype: compute precision.
-    """
-    for module in method.networks():
-        for parameter in module.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():  # what is quantized is no such number
-                parameter.data = parameter.data.to(dtype)
-        module.to(device)  # not before: the device might not have the room for float32
-        module.train()
-
-
-def configure_networks(
-    method: Method, settings: TrainSettings, device: torch.device, *, tokens: int, divided: bool = False
-) -> None:
-    """Attention kernel, memory layout, gradient checkpointing and compilation of the networks of every step.
-
-    Args:
-        method: whose networks are changed in place.
-        settings: attention, gradient checkpointing and compilation.
-        device: where they run.
-        tokens: latents of an image, the longest sequence that attention sees.
-        divided: weights will be divided over the processes (FSDP), which takes contiguous ones only.
-    """
-    small = device.type == "cpu" and tokens <= PLAIN_TOKENS
-    plain = settings.attention == "plain" or (settings.attention == "auto" and small)
-    for network in method.networks():
-        if hasattr(network, "set_attn_processor"):
-            network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
-        if device.type == "cpu" and not divided:
-            _lay_out(network)
-        if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
-            network.enable_gradient_checkpointing()
-        if settings.compile:
-            compile_network(network)
-
-
-def _lay_out(network: Any) -> None:
-    """Convolutions then run on their inputs as they lie; but peft takes the down matrices of a DoRA by `view`."""
-    network.to(memory_format=torch.channels_last)
-    parameters = dict(network.named_parameters())
-    if any(".lora_magnitude_vector." in name for name in parameters):
-        for name, parameter in parameters.items():
-            if ".lora_A." in name:
-                parameter.data = parameter.data.contiguous()
-
-
-@contextlib.contextmanager
-def kernels(method: Method, settings: TrainSettings, accelerator: Accelerator) -> Iterator[None]:
-    """`fused` LoRA layers and `prepacked` convolutions in the networks of every step, where asked for and possible.
-
-    Args:
-        method: whose networks are changed while the context lasts.
-        settings: `fuse`, `prepack` and `compile`.
-        accelerator: its device and processes.
-    """
-    ours = method.networks() if not settings.compile and not sharding.asked(accelerator) else []
-    packs = settings.prepack and accelerator.device.type == "cpu" and prepack.possible()
-    with fused.fused(ours if settings.fuse else []), prepack.prepacked(ours if packs else []):
-        yield
-
-
-def compile_network(network: torch.nn.Module) -> None:
-    """torch.compile, with the upsampling between the levels left out of the graphs.
-
-    The CPU compiler of torch 2.13 loses the gradient through nearest upsampling of channels-last latents: whatever lies
-    below it does not learn, the loss looks as it should and nothing is said.
-    """
-    for module in network.modules():
-        if isinstance(module, Upsample2D):
-            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
-    # Sizes are few; with symbolic ones torch 2.13's CPU compiler fails on graphs cut at the upsampling.
-    network.compile(dynamic=False)
 
 
 def _text_of(method: Method, texts: dict[str, CaptionTensors] | None) -> Callable[[list[str]], CaptionTensors]:

@@ -12,7 +12,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from training import config, controlnet, dreambooth, loop, lora, models, prepare
+from training import config, controlnet, dreambooth, loop, lora, models, networks
 from training.data import crops, images
 from training.errors import TrainingError
 from training.kernels import prepack
@@ -179,7 +179,7 @@ def test_bf16_computes_low_and_trains_in_float32(make, base: Path, pictures: Pat
 
 def test_frozen_weights_get_the_compute_precision(base: Path) -> None:
     method = small_lora(models.load_parts(base))
-    prepare.cast(method, torch.device("cpu"), torch.bfloat16)
+    networks.cast(method, torch.device("cpu"), torch.bfloat16)
     frozen = {parameter.dtype for parameter in method.parts.unet.parameters() if not parameter.requires_grad}
     assert frozen == {torch.bfloat16}
     assert {parameter.dtype for parameter in method.trainable().values()} == {torch.float32}

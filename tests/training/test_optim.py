@@ -14,7 +14,7 @@ import torch
 from test_preserve import batch_of
 from torch import nn
 
-from training import checkpoint, config, estimate, lora, models, optim, prepare
+from training import checkpoint, config, estimate, lora, models, networks, optim
 from training.config import TrainSettings
 from training.errors import TrainingError
 from training.method import Stepper
@@ -187,8 +187,8 @@ def test_the_estimate_of_activations_is_the_allocator_s_peak(checkpointing: bool
     parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     settings = TrainSettings(gradient_checkpointing=checkpointing, prepack=False)
-    prepare.cast(method, cpu, torch.float32)
-    prepare.configure_networks(method, settings, cpu, tokens=64)
+    networks.cast(method, cpu, torch.float32)
+    networks.configure_networks(method, settings, cpu, tokens=64)
     model = Stepper(method, torch.float32, cpu)
     drawn = batch_of(parts, ["a d"] * 2, ["d"] * 2)
     batch: Any = {key: one for key, one in drawn.items() if not key.startswith(("base", "preserved"))}

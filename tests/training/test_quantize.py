@@ -16,7 +16,7 @@ from test_methods import predict, train
 from test_preserve import KINDS, batch_of, moved
 from torch import nn
 
-from training import config, dreambooth, lora, models, prepare, quantize
+from training import config, dreambooth, lora, models, networks, quantize
 from training.errors import TrainingError
 from training.estimate import estimate
 from training.method import Stepper, base_prediction
@@ -53,7 +53,7 @@ def test_linear_layers_take_their_bits_and_the_rest_stays(kind: str, dtype: torc
     shapes = {name: layer.weight.shape for name, layer in plain.items()}
     method = lora.prepare(parts, config.LoraSettings(rank=2, targets="conv"))
     assert quantize.quantize_networks(method.networks(), kind, dtype, CPU) == len(shapes)
-    prepare.cast(method, CPU, dtype)
+    networks.cast(method, CPU, dtype)
     held = linear(parts.unet)
     assert {name.replace(".base_layer", "") for name in held} == set(shapes)
     weights = [layer.weight for layer in held.values()]
@@ -115,7 +115,7 @@ def test_without_its_adapter_the_base_is_the_quantized_one(way: str, kind: str, 
     parts = models.load_parts(base)
     method = KINDS[way](parts)
     quantize.quantize_networks(method.networks(), kind, torch.float32, CPU)
-    prepare.cast(method, CPU, torch.float32)
+    networks.cast(method, CPU, torch.float32)
     assert method.switch is not None
     method.base = method.switch()
     batch = batch_of(parts, ["a d", "d"], ["a d", "d"])
@@ -146,7 +146,7 @@ def test_the_estimate_counts_bits(kind: str, base: Path) -> None:
     wanted += sum(4 * one.numel() for one in parts.unet.parameters() if not one.requires_grad)
     wanted -= sum(4 * layer.weight.numel() for layer in linear(parts.unet).values())
     quantize.quantize_networks(method.networks(), kind, torch.float32, CPU)
-    prepare.cast(method, CPU, torch.float32)
+    networks.cast(method, CPU, torch.float32)
     model = Stepper(method, torch.float32, CPU)
     batch = {key: value for key, value in batch_of(parts, ["a d"], ["a d"]).items() if key[:4] != "base"}
     found = estimate(method, model, batch, config.TrainSettings(prepack=False))

@@ -28,7 +28,7 @@ def offline_if_unreachable(name: str | Path) -> None:
 @cache
 def _reachable(endpoint: str) -> bool:
     place = urlsplit(endpoint)
-    if place.scheme in getproxies():
+    if {place.scheme, "all"} & getproxies().keys():
         return True  # the proxy resolves names; whether it lets us through is for the client to find out
     try:
         socket.create_connection((place.hostname, place.port or {"http": 80}.get(place.scheme, 443)), PATIENCE).close()

@@ -49,8 +49,9 @@ def test_a_folder_needs_no_hub(online: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_behind_a_proxy_the_client_decides(online: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["https_proxy", "all_proxy"])
+def test_behind_a_proxy_the_client_decides(name: str, online: pytest.MonkeyPatch) -> None:
     online.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    online.setenv("https_proxy", "http://127.0.0.1:9")
+    online.setenv(name, "http://127.0.0.1:9")
     hub.offline_if_unreachable("somebody/something")
     assert not constants.HF_HUB_OFFLINE

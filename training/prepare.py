@@ -58,6 +58,8 @@ class Prepared:
     """Of a dry run, which does not cache."""
     area: float
     """Of a picture of the run, in pictures of the trial."""
+    trial: Batch | None
+    """What a dry run tries a step of where the run itself would cache."""
     ready: Callable[[DrawnBatch], Batch]
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
 
@@ -180,11 +182,11 @@ def prepare_run(
     if any(concept.prior is not None and concept.prior.to_base for concept in concepts):
         assert method.switch is not None  # see _refuse
         method.base = method.switch()
-    seconds, area = 0.0, 1.0
+    off, seconds, area = cache == "off", 0.0, 1.0
     if settings.dry_run:
         concepts, area = _tried(method, concepts, device, say)
         store = Store(cache_folder if cache == "disk" else None)
-        quick, tried = cache == "off" or parts.inpainting, concepts[0].views
+        quick, tried = off or parts.inpainting, concepts[0].views
         cache, seconds = "off", 0.0 if quick else area * caching_seconds(tried, parts, store, device=device)
     elif cache == "memory" and accelerator.num_processes > 1:
         say(f"data.cache: several processes share the cache through {cache_folder}")
@@ -192,7 +194,7 @@ def prepare_run(
     if region is not None:  # which asks the U-net
         lay_ready(method, settings, accelerator, data.resolution)
     kept = None if cache == "off" else Store(cache_folder if cache == "disk" else None)
-    for module in (parts.vae, *parts.text_encoders) if kept is None else (parts.vae,) if parts.inpainting else ():
+    for module in (parts.vae, *parts.text_encoders) if off else (parts.vae,) if parts.inpainting else ():
         module.to(device)  # they are asked in every step
     samples = _samples(method, concepts, region, kept, device, say)
     feed = _feed(method, [stream for some in samples for stream in some], settings, accelerator, region=region)
@@ -201,6 +203,7 @@ def prepare_run(
     feed.text = _text_of(method, texts)
     if kept is not None and (damaged := gather_object(kept.damaged)):
         say(f"{len(damaged)} damaged files of the cache were made again, such as {damaged[0]}")
+    trial = _trial(method, feed, device) if settings.dry_run and not off else None
     if texts is not None:
         parts.release(vae=not settings.validation.prompts and not parts.inpainting)
     if region is None:  # not before: beside the encoders a GPU might not have the room
@@ -215,6 +218,7 @@ def prepare_run(
         dtype=DTYPES[settings.precision],
         caching_seconds=seconds,
         area=area,
+        trial=trial,
         ready=_ready(method, device),
     )
 
@@ -433,7 +437,19 @@ def _text_of(method: Method, texts: dict[str, CaptionTensors] | None) -> Callabl
     return embeddings
 
 
-def _ready(method: Method, device: torch.device) -> Callable[[DrawnBatch], Batch]:
+def _trial(method: Method, feed: Feed, device: torch.device) -> Batch:
+    """A batch of the largest pictures, made as caching makes it: the encoders are gone when the U-net comes."""
+    parts = method.parts
+    parts.vae.to(device)
+    batch = _ready(method, device, together=parts.inpainting)(feed.batch(feed.largest(), 0))
+    if not parts.inpainting:
+        parts.vae.to("cpu")
+    return batch
+
+
+def _ready(method: Method, device: torch.device, *, together: bool = True) -> Callable[[DrawnBatch], Batch]:
+    """See `Prepared.ready`; pictures are encoded `together` or, in the memory of one, one by one."""
+
     def ready(drawn: DrawnBatch) -> Batch:
         parts = method.parts
         batch = {key: value.to(device, non_blocking=True) for key, value in tensors(drawn).items()}
@@ -441,11 +457,13 @@ def _ready(method: Method, device: torch.device) -> Callable[[DrawnBatch], Batch
             if "hole" in batch:
                 batch["beside"] = beside(parts, batch["pixels"], batch.pop("hole"))
             if "pixels" in batch:
-                batch["mean"], batch["std"] = encode_images(parts.vae, batch.pop("pixels"))
+                pixels = batch.pop("pixels")
+                found = [encode_images(parts.vae, some) for some in pixels.split(len(pixels) if together else 1)]
+                batch["mean"], batch["std"] = (torch.cat(some) for some in zip(*found, strict=True))
             batch["latents"] = torch.addcmul(batch.pop("mean"), batch.pop("std"), batch.pop("posterior"))
             if "ids_0" in batch and not method.trains_text:
-                ids = [batch.pop(f"ids_{number}") for number in range(len(parts.text_encoders))]
-                batch |= tensors(encode_text(parts, ids))
+                ids = [batch.pop(f"ids_{number}").to(one.device) for number, one in enumerate(parts.text_encoders)]
+                batch |= {key: value.to(device) for key, value in tensors(encode_text(parts, ids)).items()}
         return typing.cast(Batch, batch)
 
     return ready
@@ -468,7 +486,7 @@ def announce(
     found = estimate(
         method,
         model,
-        prepared.ready(feed.batch(feed.largest(), 0)),
+        prepared.trial or prepared.ready(feed.batch(feed.largest(), 0)),
         settings,
         dtype=prepared.dtype,
         asked=feed.asked,

@@ -425,6 +425,24 @@ def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
     assert reckoned.activations == pytest.approx(whole.activations, rel=0.15)
 
 
+@pytest.mark.parametrize(("cache", "wanted"), [("memory", "pictures, pictures, pictures, texts, U-net"), ("off", None)])
+def test_a_dry_run_encodes_before_the_unet_comes_where_the_run_caches(
+    cache: str, wanted: str | None, base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a GPU that has room for the training would have none for its trial. The first picture is timed."""
+    parts, order = models.load_parts(base), []
+    parts.vae.encoder.register_forward_hook(lambda *_: order.append("pictures"))
+    parts.text_encoders[0].register_forward_hook(lambda *_: order.append("texts"))
+    ready = prepare.lay_ready
+    monkeypatch.setattr(prepare, "lay_ready", lambda *given: (order.append("U-net"), ready(*given)))
+    data = crops.Views(images.folder(pictures, minimum=8), resolution=32, multiple=parts.multiple)
+    settings = config.TrainSettings(steps=2, batch_size=2, dry_run=True, trackers=[])
+    method = lora.prepare(parts, config.LoraSettings(rank=2))
+    loop.train(method, data, settings, out=tmp_path / "run", cache=cache, say=lambda line: None)
+    # What is asked in every step of the run is asked beside the U-net.
+    assert ", ".join(order) == (wanted or "U-net, pictures, texts")
+
+
 def test_a_dry_run_tells_and_trains_nothing(base: Path, pictures: Path, tmp_path: Path) -> None:
     parts = models.load_parts(base)
     for name in ("0.txt", "1.txt"):

@@ -33,6 +33,8 @@ class Estimate:
     caching_seconds: float = 0.0
     sample_seconds: float = 0.0
     """Of one sample through the network, without gradients: half a guided sampling step."""
+    untried: int = 0
+    """Of the activations, those that the trial did not have, as its pictures were smaller than the run's."""
 
     @property
     def memory(self) -> int:
@@ -169,4 +171,5 @@ def estimate(
         step_seconds=area * seconds * settings.accumulation,
         caching_seconds=caching_seconds,
         sample_seconds=area * sample_seconds,
+        untried=round((area - 1) * activations),
     )

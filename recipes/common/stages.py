@@ -44,7 +44,7 @@ def stages(settings: Training, found: Estimate, *, free: int | None = None) -> l
         free: peak memory of the process until now, bytes; null: asked for.
     """
     now = _peak() if free is None else free
-    training = now + found.optimizer + found.average  # the trial had the rest
+    training = now + found.optimizer + found.average + found.untried  # the trial had the rest
     drawing = training  # what training loaded is freed before the base is loaded as a pipeline
     steps = settings.sampling.steps
     rows = [

@@ -195,6 +195,20 @@ def test_what_training_loaded_is_gone_before_the_later_stages(
     assert alive == [None]
 
 
+def test_the_table_of_stages_counts_what_a_smaller_trial_did_not_have(photos: Path, tmp_path: Path) -> None:
+    from recipes import text_to_image_lora
+    from recipes.common.stages import stages
+    from training.command_line import parse
+    from training.estimate import Estimate
+
+    words = ["--base.path=pocket", f"--data.source={photos / 'coco'}", f"--out={tmp_path}"]
+    found = Estimate(
+        weights=1, gradients=2, optimizer=10, average=20, activations=16 * 100, step_seconds=1, untried=15 * 100
+    )
+    rows = stages(parse(text_to_image_lora.Settings, words), found, free=1000)
+    assert [(row.name, row.memory) for row in rows] == [("training", 1000 + 10 + 20 + 15 * 100)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "sdxl_8gb", "sdxl_12gb"])
 def test_a_config_says_the_gpu_that_the_code_computes_for_it(name: str) -> None:

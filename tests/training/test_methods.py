@@ -423,6 +423,8 @@ def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
     assert "a step of 256 pixels is slow without a GPU: this trial takes one of 64" in said
     assert reckoned.weights == whole.weights
     assert reckoned.activations == pytest.approx(whole.activations, rel=0.15)
+    # The process had only those of the smaller pictures, a sixteenth.
+    assert (whole.untried, reckoned.untried) == (0, pytest.approx(15 / 16 * reckoned.activations, rel=1e-6))
 
 
 @pytest.mark.parametrize(("cache", "wanted"), [("memory", "pictures, pictures, pictures, texts, U-net"), ("off", None)])

@@ -14,7 +14,7 @@ from .kernels.prepack import prepacked_bytes
 from .memory import Peak
 from .method import Method
 from .optim import state_bytes
-from .quantize import scale_bytes
+from .quantize import scale_bytes, unrounded_numel
 from .sharding import local
 
 __all__ = ["Estimate", "estimate", "kept_bytes", "peak_bytes", "trained_table"]
@@ -64,7 +64,7 @@ def trained_table(method: Method) -> list[str]:
     lines = []
     for name, module in method.models.items():
         trained = sum(item.numel() for item in module.parameters() if item.requires_grad)
-        total = sum(item.numel() for item in module.parameters())
+        total = sum(unrounded_numel(item) for item in module.parameters())
         lines.append(f"  {name:16} {trained:>13,} of {total:>13,} parameters train")
     return [*lines, *method.chosen]
 

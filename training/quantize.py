@@ -27,7 +27,7 @@ from . import sharding
 from .errors import TrainingError
 from .ranks import state
 
-__all__ = ["check_quantization", "linear_bytes", "quantize_networks", "scale_bytes"]
+__all__ = ["check_quantization", "linear_bytes", "quantize_networks", "scale_bytes", "unrounded_numel"]
 
 PACKAGE = "bitsandbytes"
 BLOCK, BLOCKS = 64, 256  # weights with one scale in nf4, and such scales with one scale of their own
@@ -162,6 +162,12 @@ def scale_bytes(networks: Iterable[nn.Module]) -> int:
     """What quantized layers hold beside their parameters."""
     found = [scale for network in networks for layer in network.modules() for scale in _scales(layer)]
     return sum({one.data_ptr(): one.numel() * one.element_size() for one in found}.values())
+
+
+def unrounded_numel(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for: in nf4 two lie in a byte."""
+    packed: Any = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def _scales(layer: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from training import config, dreambooth, lora, models, networks, quantize
 from training.errors import TrainingError
-from training.estimate import estimate
+from training.estimate import estimate, trained_table
 from training.method import Stepper, base_prediction
 
 INSTALLED = importlib.util.find_spec(quantize.PACKAGE) is not None
@@ -142,11 +142,13 @@ def test_the_estimate_counts_bits(kind: str, base: Path) -> None:
     parts = models.load_parts(base)
     method = lora.prepare(parts, config.LoraSettings(rank=2))
     trained = sum(4 * one.numel() for one in method.trainable().values())
+    table = trained_table(method)
     wanted = trained + sum(quantize.linear_bytes(kind, *layer.weight.shape) for layer in linear(parts.unet).values())
     wanted += sum(4 * one.numel() for one in parts.unet.parameters() if not one.requires_grad)
     wanted -= sum(4 * layer.weight.numel() for layer in linear(parts.unet).values())
     quantize.quantize_networks(method.networks(), kind, torch.float32, CPU)
     networks.cast(method, CPU, torch.float32)
+    assert trained_table(method) == table
     model = Stepper(method, torch.float32, CPU)
     batch = {key: value for key, value in batch_of(parts, ["a d"], ["a d"]).items() if key[:4] != "base"}
     found = estimate(method, model, batch, config.TrainSettings(prepack=False))

@@ -109,14 +109,15 @@ def prepare_subject(
 
     from adapters.files import write_text
 
-    calls, preset = f"{identifier} {noun}", PRESETS[_family(base)]
+    shape = base if base == POCKET else _configs(more) or base  # what the base's sizes are read from
+    calls, preset = f"{identifier} {noun}", PRESETS[_family(shape)]
     prompt = f"a photo of {article(calls)}"
     photos = read_photos(folder, calls=calls, prompt=prompt, minimum=min(256, preset["resolution"]))
     file, config = folder / "subject.json", out / "config.yaml"
     facts = _subject(file, noun, identifier, pocket=base == POCKET)
     if base == POCKET:
         check_pocket(noun, identifier, facts["prompts"], str(file))
-    fitting = _fitting(base, memory, preset) if memory is not None else None
+    fitting = _fitting(shape, memory, preset) if memory is not None else None
     for line in [*photos.lines(), f"held-out prompts: {len(facts['prompts'])}, in {file}; edit them as you like"]:
         print(line)
     measured = fitting is None or fitting.measured
@@ -147,6 +148,14 @@ def try_run(config: Path) -> None:
     settings = parse(dreambooth_lora.Settings, [f"--config={config}", "--train.dry_run=true"])
     print("trying one step ...", flush=True)
     dreambooth_lora.run(settings)
+
+
+def _configs(more: Sequence[str]) -> str | None:
+    """The folder that further settings give as `base.config`."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--base.config", dest="folder", nargs="?")
+    folder: str | None = reader.parse_known_args(list(more))[0].folder
+    return folder
 
 
 def _family(base: str) -> str:

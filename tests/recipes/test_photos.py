@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from recipes.common.subject_prompts import check_pocket, held_out, tuning
+from recipes.new import prepare_subject
+from training import single_file
 from training.pocket import captions
 from training.pocket.world import CLASSES
 
@@ -137,3 +141,22 @@ def test_captions_must_name_the_subject(mine: Path, tmp_path: Path, call) -> Non
         (mine / f"{number}.txt").write_text("a sks dog" if number else "a dog on the grass")
     said = refused(call, mine, "--class", "dog", "--out", tmp_path / "run", "--no-trial")
     assert "captions must name the subject as 'sks dog'; those of 0.png do not" in said
+
+
+@pytest.mark.parametrize(("width", "configs", "resolution"), [(2048, None, 1024), (768, None, 512), (24, "sdxl", 1024)])
+def test_the_family_of_a_file_is_that_of_its_keys_or_configs(
+    width: int, configs: str | None, resolution: int, mine: Path, models: Path, tmp_path: Path
+) -> None:
+    unet, file = single_file.UNET, tmp_path / "my.safetensors"
+    keys = ["conditioner.embedders.0.x", "first_stage_model.x"]
+    text = f"{unet}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    shapes = {f"{unet}input_blocks.0.0.weight": (8, 4, 3, 3), text: (8, width), **dict.fromkeys(keys, (1,))}
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, file)
+    for photo in mine.glob("*.png"):
+        with Image.open(photo) as image:
+            image.resize((300, 260)).save(photo)
+    more = [] if configs is None else ["--base.config", str(models / configs)]
+    config = prepare_subject(mine, "dog", "sks", str(file), tmp_path / "run", {}, more=more)
+    values = yaml.safe_load(config.read_text())
+    assert values["data"]["resolution"] == resolution
+    assert values["base"] == {"path": str(file), **({} if configs is None else {"config": str(models / configs)})}

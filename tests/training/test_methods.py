@@ -416,11 +416,11 @@ def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
         loop.train(method, data, settings, out=tmp_path / "run", say=said.append, estimated=found.append)
         return found[0], "\n".join(said)
 
-    whole, said = tried(128)
+    whole, said = tried(192)
     assert "this trial takes" not in said
     monkeypatch.setattr(prepare, "HEAVY", 0)
-    reckoned, said = tried(128)
-    assert "a step of 128 pixels is slow without a GPU: this trial takes one of 32" in said
+    reckoned, said = tried(192)
+    assert "a step of 192 pixels is slow without a GPU: this trial takes one of 48" in said
     assert reckoned.weights == whole.weights
     assert reckoned.activations == pytest.approx(whole.activations, rel=0.15)
     # The process had only those of the smaller pictures, a sixteenth.

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 HEAVY = 1e12  # parameters times latents of a picture: a second or more of each sample's step
-SMALLER = 4  # by how much a trial's pictures are then shorter
+SHORTER = (2, 4, 8)  # by how much a trial's pictures are then shorter: the least that is not heavy, or the last
 
 
 @dataclass(kw_only=True)
@@ -64,20 +64,17 @@ class Prepared:
     """Moves a batch to the device and gives it `latents`, and text embeddings of uncached frozen encoders."""
 
 
-def _heavy(method: Method, views: Views) -> bool:
-    """Whether a step would keep a CPU busy for many seconds."""
-    numbers = sum(item.numel() for module in method.networks() for item in module.parameters())
-    return bool(numbers * (views.resolution // method.parts.vae_scale_factor) ** 2 > HEAVY)
-
-
 def _tried(
     method: Method, concepts: Sequence[Concept], device: torch.device, say: Callable[[str], None]
 ) -> tuple[Sequence[Concept], float]:
     """What a dry run tries a step of, and the area of the run's pictures in pictures of the trial."""
     data = concepts[0].views
-    if device.type != "cpu" or not _heavy(method, data):
+    numbers = sum(item.numel() for module in method.networks() for item in module.parameters())
+    heavy = numbers * (data.resolution // method.parts.vae_scale_factor) ** 2 / HEAVY
+    if device.type != "cpu" or heavy <= 1:
         return concepts, 1.0
-    smaller = [_smaller(concept) for concept in concepts]
+    times = next((times for times in SHORTER if heavy <= times**2), SHORTER[-1])
+    smaller = [_smaller(concept, times) for concept in concepts]
     say(
         f"a step of {data.resolution} pixels is slow without a GPU: this trial takes one of "
         f"{smaller[0].views.resolution}, and reckons time and memory from it"
@@ -85,13 +82,13 @@ def _tried(
     return smaller, data.resolution**2 / smaller[0].views.resolution ** 2
 
 
-def _smaller(concept: Concept) -> Concept:
+def _smaller(concept: Concept, times: int) -> Concept:
     """With smaller pictures for a trial."""
     prior, kinds = concept.prior, ("views", "own", "placed")
     if prior is not None:
-        there = {kind: views.smaller(SMALLER) for kind in kinds if (views := getattr(prior, kind)) is not None}
+        there = {kind: views.smaller(times) for kind in kinds if (views := getattr(prior, kind)) is not None}
         prior = replace(prior, **there)
-    return replace(concept, views=concept.views.smaller(SMALLER), prior=prior)
+    return replace(concept, views=concept.views.smaller(times), prior=prior)
 
 
 def make_accelerator(

@@ -418,7 +418,8 @@ def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
 
     whole, said = tried(192)
     assert "this trial takes" not in said
-    monkeypatch.setattr(prepare, "HEAVY", 0)
+    monkeypatch.setattr(prepare, "HEAVY", 1e-9)
+    monkeypatch.setattr(prepare, "SHORTER", (2, 4))
     reckoned, said = tried(192)
     assert "a step of 192 pixels is slow without a GPU: this trial takes one of 48" in said
     assert reckoned.weights == whole.weights

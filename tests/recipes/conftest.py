@@ -151,3 +151,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         facts = {"class": noun, "identifier": "sks", "prompts": [f"a sks {noun} in a box", f"a red sks {noun}"]}
         (folder / "subject.json").write_text(json.dumps(facts))
     return data
+
+
+@pytest.fixture
+def refused(call: Callable, tmp_path: Path) -> Callable[..., str]:
+    """The error of a recipe that must not run; nothing may have been made."""
+
+    def run(name: str, *arguments: object, out: Path | None = None) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        said = call(name, *arguments, f"--out={out or tmp_path / 'out'}")
+        assert said.code == 2, said.out + said.err
+        assert "Traceback" not in said.err
+        lines = [line for line in said.err.splitlines() if line.strip()]
+        assert len(lines) == 1, said.err
+        assert lines[0].startswith("error: ")
+        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        return lines[0]
+
+    return run

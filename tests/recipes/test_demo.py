@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import figures
@@ -190,3 +192,48 @@ def test_a_wrong_installation_is_named_with_the_remedy(tmp_path: Path, recipe, p
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_files_of_a_release_that_were_changed_are_named(refused, demo, tmp_path: Path) -> None:
+    out, _ = demo
+    changed = tmp_path / "release"
+    shutil.copytree(out / "release", changed)
+    table = changed / "per_image.csv"
+    table.write_text(table.read_text().replace("S-CFG", "S+CFG"))
+    said = refused("sample", "--base.path=pocket", "--prompts=[a dog]", f"--adapter={changed}")
+    assert "per_image.csv" in said
+
+
+def another_number(measured: Path) -> None:
+    lines = (measured / "per_image.csv").read_text("utf-8").splitlines()
+    cells = lines[1].split(",")
+    (measured / "per_image.csv").write_text("\n".join([lines[0], ",".join([*cells[:-1], "0.123"]), *lines[2:], ""]))
+
+
+def without(measured: Path, *names: str) -> None:
+    whole = json.loads((measured / "gains.json").read_text("utf-8"))
+    place = whole
+    for name in names[:-1]:
+        place = place[name]
+    del place[names[-1]]
+    (measured / "gains.json").write_text(json.dumps(whole), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda measured: (measured / "gains.json").write_text('{"format": 1}'), "gains.json: no complete design"),
+        (lambda measured: (measured / "gains.json").write_text("[]"), "gains.json: expected a JSON object"),
+        (lambda measured: without(measured, "facts"), "gains.json lacks facts or the guidance of"),
+        (lambda measured: without(measured, "design", "notes", "guidance"), "gains.json"),
+        (another_number, "gains.json does not follow from per_image.csv"),
+        (lambda measured: (measured / "report.html").write_bytes(b"\xff"), "report.html is damaged"),
+    ],
+)
+def test_damaged_figures_are_not_shipped(refused, demo, damage: Callable[[Path], object], said: str, tmp_path) -> None:
+    out, _ = demo
+    shutil.copytree(out / "measured", tmp_path / "measured")
+    damage(tmp_path / "measured")
+    assert said in refused(
+        "ship", "--base.path=pocket", f"--adapter={out / 'lora'}", f"--measured={tmp_path / 'measured'}"
+    )

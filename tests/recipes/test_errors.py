@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,24 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 POCKET = ["--base.path=pocket"]
 PROMPTS = ["--measure.prompts=[a red car, a dog]"]
 FEW = ["--sampling.steps=1", "--measure.seeds=[1]", "--measure.overlays=0"]
-
-
-@pytest.fixture
-def refused(call: Callable, tmp_path: Path) -> Callable[..., str]:
-    """The error of a recipe that must not run; nothing may have been made."""
-
-    def run(name: str, *arguments: object, out: Path | None = None) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        said = call(name, *arguments, f"--out={out or tmp_path / 'out'}")
-        assert said.code == 2, said.out + said.err
-        assert "Traceback" not in said.err
-        lines = [line for line in said.err.splitlines() if line.strip()]
-        assert len(lines) == 1, said.err
-        assert lines[0].startswith("error: ")
-        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
-        return lines[0]
-
-    return run
 
 
 def test_a_wrong_key_is_named(refused, tmp_path: Path) -> None:
@@ -181,49 +161,6 @@ def test_a_folder_in_which_another_run_works_is_left_to_it(refused, tmp_path: Pa
         said = refused("sample", *POCKET, "--prompts=[a dog]", "--sampling.steps=1")
         assert f"in use by another run (process {holder.pid} on" in said
         holder.communicate("\n")
-
-
-def test_files_of_a_release_that_were_changed_are_named(refused, demo, tmp_path: Path) -> None:
-    out, _ = demo
-    changed = tmp_path / "release"
-    shutil.copytree(out / "release", changed)
-    table = changed / "per_image.csv"
-    table.write_text(table.read_text().replace("S-CFG", "S+CFG"))
-    said = refused("sample", *POCKET, "--prompts=[a dog]", f"--adapter={changed}")
-    assert "per_image.csv" in said
-
-
-def another_number(measured: Path) -> None:
-    lines = (measured / "per_image.csv").read_text("utf-8").splitlines()
-    cells = lines[1].split(",")
-    (measured / "per_image.csv").write_text("\n".join([lines[0], ",".join([*cells[:-1], "0.123"]), *lines[2:], ""]))
-
-
-def without(measured: Path, *names: str) -> None:
-    whole = json.loads((measured / "gains.json").read_text("utf-8"))
-    place = whole
-    for name in names[:-1]:
-        place = place[name]
-    del place[names[-1]]
-    (measured / "gains.json").write_text(json.dumps(whole), "utf-8")
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda measured: (measured / "gains.json").write_text('{"format": 1}'), "gains.json: no complete design"),
-        (lambda measured: (measured / "gains.json").write_text("[]"), "gains.json: expected a JSON object"),
-        (lambda measured: without(measured, "facts"), "gains.json lacks facts or the guidance of"),
-        (lambda measured: without(measured, "design", "notes", "guidance"), "gains.json"),
-        (another_number, "gains.json does not follow from per_image.csv"),
-        (lambda measured: (measured / "report.html").write_bytes(b"\xff"), "report.html is damaged"),
-    ],
-)
-def test_damaged_figures_are_not_shipped(refused, demo, damage: Callable[[Path], object], said: str, tmp_path) -> None:
-    out, _ = demo
-    shutil.copytree(out / "measured", tmp_path / "measured")
-    damage(tmp_path / "measured")
-    assert said in refused("ship", *POCKET, f"--adapter={out / 'lora'}", f"--measured={tmp_path / 'measured'}")
 
 
 # A file system of its own, as large as it is told to be; what is left on it is listed, as it goes with the process.

@@ -77,7 +77,7 @@ def _tried(
     smaller = [_smaller(concept, times) for concept in concepts]
     say(
         f"a step of {data.resolution} pixels is slow without a GPU: this trial takes one of "
-        f"{smaller[0].views.resolution}, and reckons time and memory from it"
+        f"{smaller[0].views.resolution}, and computes time and memory from it"
     )
     return smaller, data.resolution**2 / smaller[0].views.resolution ** 2
 

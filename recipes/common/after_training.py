@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from recipes import measure, ship, tune
 from recipes.common.stages import took
@@ -21,37 +22,21 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
         controlnet: `trained` is a ControlNet, which is wired in rather than put on the U-net.
     """
     _free()
-    folder, adapter, tuned = trained, str(trained), None
+
+    def drawn_with(adapter: str) -> dict[str, Any]:
+        place = "controlnet" if controlnet else "adapter"
+        return {"base": settings.base, place: adapter, "sampling": settings.sampling, "out": settings.out}
+
+    folder, adapter, tuned, measured = trained, str(trained), None, None
     if settings.tune is not None and settings.measure is not None:
         with took("tuning"):
-            found = tune.run(
-                tune.Settings(
-                    base=settings.base,
-                    adapter=None if controlnet else adapter,
-                    controlnet=adapter if controlnet else None,
-                    measure=settings.measure,
-                    tune=settings.tune,
-                    sampling=settings.sampling,
-                    out=settings.out,
-                )
-            )
+            found = tune.run(tune.Settings(measure=settings.measure, tune=settings.tune, **drawn_with(adapter)))
         assert found is not None
         tuned, adapter = str(found), TunedArms.read(found).adapter or adapter
         folder = found
-    measured = None
     if settings.measure is not None:
         with took("measuring"):
-            made = measure.run(
-                measure.Settings(
-                    base=settings.base,
-                    adapter=None if controlnet else adapter,
-                    controlnet=adapter if controlnet else None,
-                    tuned=tuned,
-                    measure=settings.measure,
-                    sampling=settings.sampling,
-                    out=settings.out,
-                )
-            )
+            made = measure.run(measure.Settings(measure=settings.measure, tuned=tuned, **drawn_with(adapter)))
         assert made is not None
         folder = measured = made / "measured"
     if settings.ship is not None:

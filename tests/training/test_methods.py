@@ -397,7 +397,7 @@ def test_a_damaged_base_is_named(name: str, base: Path, tmp_path: Path) -> None:
         models.load_parts(tmp_path / "base")
 
 
-def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
+def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_scales(
     base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config.TrainSettings(steps=100, batch_size=2, dry_run=True, trackers=[])
@@ -420,12 +420,12 @@ def test_a_dry_run_of_a_heavy_base_tries_smaller_pictures_and_reckons(
     assert "this trial takes" not in said
     monkeypatch.setattr(prepare, "HEAVY", 1e-9)
     monkeypatch.setattr(prepare, "SHORTER", (2, 4))
-    reckoned, said = tried(192)
+    scaled, said = tried(192)
     assert "a step of 192 pixels is slow without a GPU: this trial takes one of 48" in said
-    assert reckoned.weights == whole.weights
-    assert reckoned.activations == pytest.approx(whole.activations, rel=0.15)
+    assert scaled.weights == whole.weights
+    assert scaled.activations == pytest.approx(whole.activations, rel=0.15)
     # The process had only those of the smaller pictures, a sixteenth.
-    assert (whole.untried, reckoned.untried) == (0, pytest.approx(15 / 16 * reckoned.activations, rel=1e-6))
+    assert (whole.untried, scaled.untried) == (0, pytest.approx(15 / 16 * scaled.activations, rel=1e-6))
 
 
 @pytest.mark.parametrize(("cache", "wanted"), [("memory", "pictures, pictures, pictures, texts, U-net"), ("off", None)])

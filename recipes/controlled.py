@@ -16,9 +16,10 @@ from PIL import Image, ImageOps
 
 from recipes.common.base import adapted, edges_of, sampling_pipeline, size_of
 from recipes.common.cli import launch, named, say
-from recipes.common.draw import OWN, draw_shots, keep, sheet_of_arms, trial
+from recipes.common.draw import OWN, draw_shots, keep, pace, sheet_of_arms, trial
 from recipes.common.guidance import method_title
 from recipes.common.settings import GuidanceSettings, SamplingSettings
+from recipes.common.stages import Drawing, say_drawing, took
 from training.config import BaseSettings
 from training.errors import TrainingError
 
@@ -70,6 +71,11 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Sample with plain CFG and with the guidance; returns the sheet, or None after a dry run."""
+    with took("drawing", dry=settings.dry_run) as so_far:
+        return _controlled(settings, so_far)
+
+
+def _controlled(settings: Settings, so_far: Callable[[], float]) -> Path | None:
     edges = edges_of(settings.controlnet) if settings.annotator == "canny" else None
     make = _annotator(settings, edges)
     source = _pictures(settings)
@@ -84,6 +90,7 @@ def run(settings: Settings) -> Path | None:
             _try(pipe, arm, given[0], settings)
         if settings.dry_run:
             say(f"would draw {len(arms) * len(given) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            _would(pipe, len(arms), given, settings, so_far())
             return None
         shots = {name: _draw(pipe, name, arm, given, settings) for name, arm in arms.items()}
     for name, made in shots.items():
@@ -159,6 +166,17 @@ def _try(pipe: DiffusionPipeline, arm: GuidanceSettings, one: Given, settings: S
     with named("guidance"):
         shown = {"image": one.condition}
         trial(pipe, one.prompt, arm, settings.sampling, inputs=lambda *_: shown, common=_common(settings))
+
+
+def _would(pipe: DiffusionPipeline, arms: int, given: Sequence[Given], settings: Settings, loading: float) -> None:
+    """A dry run: time and memory are said, by a batch that is tried; `loading` took so many seconds."""
+    some, seeds, sampling = _rounds(given)[0], settings.seeds, settings.sampling
+    inputs = partial(_condition, some)
+    seconds = pace(pipe, list(some), seeds, settings.guidance, sampling, inputs=inputs, common=_common(settings))
+    pictures = arms * len(given) * len(seeds)
+    what = f"{arms} arms x {len(given)} pictures of yours x {len(seeds)} seeds: {pictures} pictures"
+    drawn = Drawing(name="drawing", what=what, pictures=pictures)
+    say_drawing(drawn, sampling.steps, seconds=seconds, loading=loading)
 
 
 def _common(settings: Settings) -> dict[str, float]:

@@ -7,21 +7,20 @@ scfg-toolkit measure my.safetensors --photos photos/rex --class dog --trigger "s
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from recipes.common.base import check_text, painted, sampling_pipeline, size_of, without_control
+from recipes.common.base import check_text, sampling_pipeline, size_of, without_control
 from recipes.common.cli import explained, launch, say
 from recipes.common.comparison import BASE, Arm, Comparison, digest_of, resolve, worn
-from recipes.common.draw import OWN, TUNED, draw_shots, first_calls
+from recipes.common.draw import OWN, TUNED, draw_shots, pace
 from recipes.common.results import write_results
 from recipes.common.settings import MeasureSettings, SamplingSettings
-from recipes.common.stages import span
+from recipes.common.stages import drawn_by_measure, say_drawing, took
 from recipes.common.trial import class_folder, folder_of, try_arms
 from recipes.common.units import Case
 from training.config import BaseSettings, resolved
@@ -64,6 +63,11 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Measure; returns the folder, or None after a dry run."""
+    with took("measuring", dry=settings.dry_run) as so_far:
+        return _measure(settings, so_far)
+
+
+def _measure(settings: Settings, so_far: Callable[[], float]) -> Path | None:
     import adapters
     from recipes.common import bleed, standard
     from training.ranks import state
@@ -83,7 +87,7 @@ def run(settings: Settings) -> Path | None:
     check_text(pipe, *(case.adapter for case in comparison.units))
     try_arms(pipe, comparison, settings.sampling, settings.out, _renewed(settings))
     if settings.dry_run:
-        _would(pipe, comparison, settings.sampling)
+        _would(pipe, comparison, settings.sampling, so_far())
         return None
     rows: list[Any] = []
     shots: dict[str, list[Any]] = {}
@@ -106,28 +110,16 @@ def run(settings: Settings) -> Path | None:
     return out
 
 
-def _would(pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSettings) -> None:
-    """A dry run: arms, pictures and time are said."""
+def _would(pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSettings, loading: float) -> None:
+    """A dry run: arms, pictures, time and memory are said, by a batch that is tried; `loading` took so many seconds."""
     for case in comparison.units:
         count = len(case.prompts) * len(comparison.plan.seeds)
         say(f"would draw {count} pictures an arm of {case.name or 'the task'}")
-    arms, seeds = comparison.arms, len(comparison.plan.seeds)
-    pictures = seeds * sum(len(case.prompts) for case in comparison.units) * len(arms)
-    more = seeds * sum(len(case.of_class.prompts) for case in comparison.units) if comparison.asks_for_class else 0
-    said = f" and {more} of the class" if more else ""
-    seconds = (pictures + more) * _picture_seconds(pipe, sampling)
-    say(f"{len(arms)} arms: {', '.join(arms)}")
-    say(f"{pictures} pictures{said}, {sampling.steps} steps each: {span(seconds)}, scoring not counted")
-
-
-def _picture_seconds(pipe: DiffusionPipeline, sampling: SamplingSettings) -> float:
-    """Of one picture of a batch, from the third step of a batch of one, as the first ones warm up."""
-    plain = without_control(pipe)
-    size = {"height": sampling.height, "width": sampling.width}
-    with first_calls(plain, 3) as moments:
-        plain("", num_inference_steps=sampling.steps, output_type="np", **size, **painted(plain, sampling))
-    *_, before, last = [*moments, time.perf_counter()][:4]
-    return (last - before) * sampling.steps
+    say(f"{len(comparison.arms)} arms: {', '.join(comparison.arms)}")
+    case, arm = comparison.units[0], comparison.arm
+    with worn(pipe, case, arm):
+        seconds = pace(pipe, case.prompts, comparison.plan.seeds, arm.guidance, sampling, inputs=case.given)
+    say_drawing(drawn_by_measure(comparison), sampling.steps, seconds=seconds, loading=loading)
 
 
 def _sample(pipe: DiffusionPipeline, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:

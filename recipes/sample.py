@@ -5,16 +5,18 @@ accelerate launch recipes/sample.py --config recipes/configs/sample/pocket.yaml
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipes.common.base import adapted, pipeline_arguments, sampling_pipeline
 from recipes.common.cli import launch, named, say
-from recipes.common.draw import draw_shots, keep, sheet_of_arms, trial
+from recipes.common.draw import draw_shots, keep, pace, sheet_of_arms, trial
 from recipes.common.guidance import check_guided
 from recipes.common.prompts import texts
 from recipes.common.settings import GuidanceSettings, SamplingSettings
+from recipes.common.stages import Drawing, say_drawing, took
 from training.config import BaseSettings, require
 
 __all__ = ["Settings", "run"]
@@ -52,6 +54,11 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Sample; returns the sheet of all pictures, or None after a dry run."""
+    with took("drawing", dry=settings.dry_run) as so_far:
+        return _sample(settings, so_far)
+
+
+def _sample(settings: Settings, so_far: Callable[[], float]) -> Path | None:
     prompts = texts(settings.prompts, settings.prompt_file)
     require(bool(prompts), "no prompts; set prompts or prompt_file")
     if settings.upscaler is not None:
@@ -63,6 +70,7 @@ def run(settings: Settings) -> Path | None:
             trial(pipe, prompts[0], settings.guidance, settings.sampling)
         if settings.dry_run:
             say(f"would draw {len(prompts) * len(settings.seeds)} pictures with {type(pipe).__name__}")
+            _would(pipe, prompts, settings, so_far())
             if settings.upscaler is not None:
                 _second(settings)
             return None
@@ -79,6 +87,16 @@ def run(settings: Settings) -> Path | None:
     keep(sheet_of_arms({settings.guidance.method: shots}), page)
     say(f"{len(shots)} pictures in {folder}; side by side: {page}")
     return page
+
+
+def _would(pipe: Any, prompts: Sequence[str], settings: Settings, loading: float) -> None:
+    """A dry run: time and memory of the first stage, by a batch that is tried; `loading` took so many seconds."""
+    seeds, sampling = settings.seeds, settings.sampling
+    seconds = pace(pipe, prompts, seeds, settings.guidance, sampling)
+    pictures = len(prompts) * len(seeds)
+    what = f"{len(prompts)} prompts x {len(seeds)} seeds: {pictures} pictures"
+    drawn = Drawing(name="drawing", what=what, pictures=pictures)
+    say_drawing(drawn, sampling.steps, seconds=seconds, loading=loading)
 
 
 def _second(settings: Settings) -> tuple[Any, GuidanceSettings]:

@@ -14,6 +14,7 @@ from recipes.common.base import POCKET, check_text, paints_holes, sampling_pipel
 from recipes.common.cli import launch, say
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, ShipSettings
+from recipes.common.stages import took
 from recipes.common.units import Case, cases
 from training.config import BaseSettings, require
 from training.errors import TrainingError
@@ -48,6 +49,11 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Ship; returns the release folder on the main process."""
+    with took("shipping"):
+        return _ship(settings)
+
+
+def _ship(settings: Settings) -> Path | None:
     import adapters
     from training.ranks import state
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from recipes.common import standard
 from recipes.common.base import check_text, sampling_pipeline, size_of, without_control
 from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
-from recipes.common.draw import draw_shots
+from recipes.common.draw import draw_shots, pace
 from recipes.common.guidance import guider_of
 from recipes.common.search import Search, resolve_search, step_in_manifest
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
+from recipes.common.stages import drawn_by_search, say_drawing, took
 from recipes.common.trial import try_candidates
 from recipes.common.tuned import TunedArms
 from recipes.common.units import Case
@@ -63,6 +64,11 @@ class Settings:
 
 def run(settings: Settings) -> Path | None:
     """Tune; returns the folder of what was found, or None after a dry run."""
+    with took("tuning", dry=settings.dry_run) as so_far:
+        return _tune(settings, so_far)
+
+
+def _tune(settings: Settings, so_far: Callable[[], float]) -> Path | None:
     from training.ranks import state
 
     pipe = sampling_pipeline(settings.base, settings.sampling, controlnet=settings.controlnet)
@@ -85,6 +91,7 @@ def run(settings: Settings) -> Path | None:
     if settings.dry_run:
         for name, candidates in search.candidates.items():
             say(f"{name}: would try {len(candidates)} candidates on {len(search.prompts)} prompts")
+        _would(pipe, search, comparison, settings, so_far())
         return None
     classes = [_classes(pipe, case, comparison, settings) for case in search.units]
     gone = standard.untold(comparison, search.units, classes)
@@ -119,6 +126,16 @@ def run(settings: Settings) -> Path | None:
             say(said)
     state().wait_for_everyone()
     return out
+
+
+def _would(pipe: Any, search: Search, comparison: Comparison, settings: Settings, loading: float) -> None:
+    """A dry run: time and memory are said, by a batch that is tried; `loading` took so many seconds."""
+    case, seeds, sampling = search.units[0], settings.tune.seeds, settings.sampling
+    guidance = _guidance(search.candidates[comparison.arm.name][0])
+    weight = settings.weight if guidance.weight is None else guidance.weight
+    with worn(pipe, case, Arm(name="", guidance=guidance, weight=weight)):
+        seconds = pace(pipe, case.prompts, seeds, guidance, sampling, inputs=case.given)
+    say_drawing(drawn_by_search(search, comparison, seeds), sampling.steps, seconds=seconds, loading=loading)
 
 
 def _write(out: Path, tuned: TunedArms, arm: str, case: Case) -> None:

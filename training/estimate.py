@@ -17,7 +17,7 @@ from .optim import state_bytes
 from .quantize import scale_bytes, unrounded_numel
 from .sharding import local
 
-__all__ = ["Estimate", "estimate", "kept_bytes", "peak_bytes", "trained_table"]
+__all__ = ["Estimate", "clock", "estimate", "kept_bytes", "peak_bytes", "trained_table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +100,17 @@ def kept_bytes(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return losses, sum(kept.values())
 
 
-def _since(began: float) -> float:
+def clock() -> float:
+    """Seconds of a clock, read once the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
         torch.mps.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter()
+
+
+def _since(began: float) -> float:
+    return clock() - began
 
 
 def _base_seconds(method: Method, batch: Batch, dtype: torch.dtype) -> float:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from recipes import measure, ship, tune
-from recipes.common.stages import took
 from recipes.common.training import Training
 from recipes.common.tuned import TunedArms
 
@@ -29,27 +28,24 @@ def finish(settings: Training, trained: Path, *, controlnet: bool = False) -> Pa
 
     folder, adapter, tuned, measured = trained, str(trained), None, None
     if settings.tune is not None and settings.measure is not None:
-        with took("tuning"):
-            found = tune.run(tune.Settings(measure=settings.measure, tune=settings.tune, **drawn_with(adapter)))
+        found = tune.run(tune.Settings(measure=settings.measure, tune=settings.tune, **drawn_with(adapter)))
         assert found is not None
         tuned, adapter = str(found), TunedArms.read(found).adapter or adapter
         folder = found
     if settings.measure is not None:
-        with took("measuring"):
-            made = measure.run(measure.Settings(measure=settings.measure, tuned=tuned, **drawn_with(adapter)))
+        made = measure.run(measure.Settings(measure=settings.measure, tuned=tuned, **drawn_with(adapter)))
         assert made is not None
         folder = measured = made / "measured"
     if settings.ship is not None:
-        with took("shipping"):
-            shipped = ship.run(
-                ship.Settings(
-                    base=settings.base,
-                    adapter=adapter,
-                    measured=str(measured) if measured else None,
-                    ship=settings.ship,
-                    out=settings.out,
-                )
+        shipped = ship.run(
+            ship.Settings(
+                base=settings.base,
+                adapter=adapter,
+                measured=str(measured) if measured else None,
+                ship=settings.ship,
+                out=settings.out,
             )
+        )
         folder = shipped or folder
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -23,12 +22,13 @@ from training.progress import Progress
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["OWN", "TUNED", "check_drawn", "draw_shots", "first_calls", "keep", "sheet_of_arms", "trial"]
+__all__ = ["OWN", "TUNED", "check_drawn", "draw_shots", "keep", "pace", "sheet_of_arms", "trial"]
 
 OWN = ("weights", "controlnet")
 """What a run trains itself: pictures of what it trained before are out of date, and are drawn again."""
 TUNED = ("guidance", "guidance_scale", "rescale")
 """The same of what a search finds."""
+FEW = 4  # steps: some schedulers take no less
 
 
 def draw_shots(
@@ -165,7 +165,7 @@ def trial(
     check_guided(pipe, guidance, sampling, record=record)
     how = _how(pipe, guidance, sampling, of_sampling(pipe, sampling, say), common)
     try:
-        with first_calls(pipe, 1):
+        with _calls(pipe, 1):
             adapters.measuring.sample.images(pipe, [prompt], [0], steps=sampling.steps, inputs=inputs, **how)
     except ValueError as error:
         if isinstance(error, (TrainingError, *explained())):
@@ -174,24 +174,57 @@ def trial(
         raise TrainingError(f"{type(pipe).__name__} cannot draw with these settings of sampling: {said}") from error
 
 
-@contextmanager
-def first_calls(pipe: DiffusionPipeline, count: int) -> Iterator[list[float]]:
-    """A picture that is drawn inside is left when its U-net is called for the next time after `count` times.
-
-    Fewer steps of sampling would not do: some schedulers take no less than four.
+def pace(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance: GuidanceSettings,
+    sampling: SamplingSettings,
+    *,
+    inputs: Callable[[str, int], Mapping[str, Any]] | None = None,
+    common: Mapping[str, Any] | None = None,
+) -> float:
+    """Seconds of one picture, from a batch of a few steps that is not kept; it takes as much memory as a whole one.
 
     Args:
-        pipe: which draws.
-        count: of the U-net's calls.
-
-    Yields:
-        The moments of the calls, that at which the picture was left among them.
+        pipe: with the adapter that the pictures will have.
+        prompts: see `draw_shots`.
+        seeds: see `draw_shots`.
+        guidance: see `draw_shots`.
+        sampling: see `draw_shots`.
+        inputs: see `draw_shots`.
+        common: see `draw_shots`.
     """
+    import adapters
+    from training.estimate import clock
+
+    few, size = min(FEW, sampling.steps), sampling.batch_size
+    prompts = prompts[:size]
+    seeds = seeds[: max(1, size // len(prompts))]
+    how = _how(pipe, guidance, sampling, of_sampling(pipe, sampling, say), common)
+    began = clock()
+    with _calls(pipe) as moments:
+        shots = adapters.measuring.sample.images(pipe, prompts, seeds, steps=few, batch_size=size, inputs=inputs, **how)
+    whole = clock() - began
+    each = whole / few
+    if len(moments) > 2:  # the first call warms up
+        each = (moments[-1] - moments[1]) / (len(moments) - 2) * len(moments) / few
+    return (whole + (sampling.steps - few) * each) / len(shots)
+
+
+@contextmanager
+def _calls(pipe: DiffusionPipeline, most: int | None = None) -> Iterator[list[float]]:
+    """The moments at which the U-net is called by what is drawn inside, which is left when there are more than `most`.
+
+    Fewer steps of sampling would not do: some schedulers take no less than four.
+    """
+    from training.estimate import clock
+
     moments: list[float] = []
 
     def called(*_: Any) -> None:
-        moments.append(time.perf_counter())
-        if len(moments) > count:
+        moments.append(clock())
+        if most is not None and len(moments) > most:
             raise _EnoughError
 
     handle = pipe.unet.register_forward_pre_hook(called)

@@ -1,10 +1,10 @@
-"""What a run will take, stage by stage: counts from the settings, seconds from a trial step; and what it took."""
+"""What a run will take, stage by stage: counts from the settings, seconds from a trial; and what it took."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,27 @@ from recipes.common.cli import say
 from training.progress import duration
 
 if TYPE_CHECKING:
+    from recipes.common.comparison import Comparison
+    from recipes.common.search import Search
     from recipes.common.training import Training
     from training.estimate import Estimate
 
-__all__ = ["Stage", "span", "stages", "stages_table", "took"]
+__all__ = [
+    "Drawing",
+    "Stage",
+    "drawn_by_measure",
+    "drawn_by_search",
+    "say_drawing",
+    "span",
+    "stages",
+    "stages_table",
+    "took",
+]
 
 LOW, HIGH = 0.7, 1.6  # of an estimate, which a busy machine and other batch sizes move
 SHIPPING = 5.0  # seconds: files are written and hashed
+SCORING = 0.03  # seconds of a picture's metrics and its file, as seen on the pocket base
+OVERLAY = 1.5  # seconds of the regions and gamma of a pair in the report, beside the picture that is drawn for them
 BESIDE = {"tuning": 0.1, "measuring": 0.2}  # GiB of metrics and pictures beside what draws, as seen on the pocket base
 NOTHING = "nothing to do"
 
@@ -34,6 +48,65 @@ class Stage:
     seconds: float
     memory: int
     """Peak of the process, bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """The pictures of a stage, counted from its settings."""
+
+    name: str
+    what: str
+    pictures: int
+    overlays: int = 0
+    """Pairs of the report for which a picture is drawn once more."""
+
+    def stage(self, steps: int, *, seconds: float, memory: int, loading: float = 0.0) -> Stage:
+        """Its row.
+
+        Args:
+            steps: of a picture.
+            seconds: of a picture.
+            memory: peak of the process, bytes.
+            loading: seconds until the first picture, where they are not of another row.
+        """
+        whole = loading + self.pictures * (seconds + SCORING) + self.overlays * (seconds + OVERLAY)
+        return Stage(name=self.name, what=f"{self.what}, {steps} steps each", seconds=whole, memory=memory)
+
+
+def drawn_by_measure(comparison: Comparison) -> Drawing:
+    """What a comparison draws.
+
+    Args:
+        comparison: its arms, units and metrics.
+    """
+    plan, arms = comparison.plan, len(comparison.arms)
+    prompts, seeds = len(comparison.prompts), len(plan.seeds)
+    classes = seeds * sum(len(case.of_class.prompts) for case in comparison.units) if comparison.asks_for_class else 0
+    pictures = arms * prompts * seeds
+    more = f" and {classes} of the class" if classes else ""
+    shown = min(plan.overlays, prompts * seeds) if comparison.arm.guidance.method == "semantic" else 0
+    what = f"{arms} arms x {prompts} prompts x {seeds} seeds: {pictures} pictures{more}"
+    return Drawing(name="measuring", what=what, pictures=pictures + classes, overlays=shown)
+
+
+def drawn_by_search(search: Search, comparison: Comparison, seeds: Sequence[int]) -> Drawing:
+    """What a search draws, checkpoints of a training to come left out.
+
+    Args:
+        search: its candidates and units.
+        comparison: that follows.
+        seeds: of the search.
+    """
+    from adapters.measuring.tune import budget
+
+    several = {"checkpoint": search.checkpoints, **search.candidates}
+    counts = [len(tried) for name, tried in several.items() if name != "checkpoint" or len(tried) > 1]
+    prompts = len(search.prompts)
+    pictures = sum(budget(count, prompts, len(seeds)) for count in counts)
+    classes = len(seeds) * sum(len(case.of_class.prompts) for case in search.units) if comparison.asks_for_class else 0
+    more = f" and {classes} of the class" if classes else ""
+    what = f"{' + '.join(map(str, counts))} candidates on {prompts} prompts: {pictures} pictures{more}"
+    return Drawing(name="tuning", what=what, pictures=pictures + classes)
 
 
 def stages(settings: Training, found: Estimate, *, free: int | None = None) -> list[Stage]:
@@ -51,10 +124,9 @@ def stages(settings: Training, found: Estimate, *, free: int | None = None) -> l
     rows = [
         Stage(name=name, what=what, seconds=s, memory=training) for name, what, s in _until_trained(settings, found)
     ]
-    for name, what, pictures in _drawn(settings):
-        seconds = pictures * steps * 2 * found.sample_seconds
-        memory = drawing + round(BESIDE[name] * 2**30)
-        rows.append(Stage(name=name, what=f"{what}, {steps} steps each", seconds=seconds, memory=memory))
+    for drawn in _drawn(settings):
+        memory = drawing + round(BESIDE[drawn.name] * 2**30)
+        rows.append(drawn.stage(steps, seconds=steps * 2 * found.sample_seconds, memory=memory))
     if settings.ship is not None:
         rows.append(Stage(name="shipping", what="the release folder", seconds=SHIPPING, memory=drawing))
     return rows
@@ -76,26 +148,20 @@ def _until_trained(settings: Training, found: Estimate) -> list[tuple[str, str, 
     return [*rows, ("training", what, train.steps * found.step_seconds)]
 
 
-def _drawn(settings: Training) -> list[tuple[str, str, int]]:
-    """Name, what and pictures of tuning and measuring."""
-    from adapters.measuring.tune import budget
+def _drawn(settings: Training) -> list[Drawing]:
+    """Tuning and measuring."""
     from recipes.common.comparison import TO_COME, resolve
     from recipes.common.search import resolve_search
 
     plan = settings.measure
     if plan is None or plan.targets is not None:  # conditions are made at the size that the pipeline draws
         return []
-    comparison, rows = resolve(plan, base=settings.base, adapter=TO_COME), []
+    comparison = resolve(plan, base=settings.base, adapter=TO_COME)
+    rows = [drawn_by_measure(comparison)]
     if settings.tune is not None:
         search = resolve_search(settings.tune, comparison, adapter=TO_COME)
-        counts, prompts = [len(tried) for tried in search.candidates.values()], len(search.prompts)
-        pictures = sum(budget(count, prompts, len(settings.tune.seeds)) for count in counts)
-        what = f"{' + '.join(map(str, counts))} candidates on {prompts} prompts: {pictures} pictures"
-        rows.append(("tuning", what, pictures))
-    arms, prompts = len(comparison.arms), sum(len(case.prompts) for case in comparison.units)
-    pictures = arms * prompts * len(plan.seeds)
-    what = f"{arms} arms x {prompts} prompts x {len(plan.seeds)} seeds: {pictures} pictures"
-    return [*rows, ("measuring", what, pictures)]
+        rows.insert(0, drawn_by_search(search, comparison, settings.tune.seeds))
+    return rows
 
 
 def _peak() -> int:
@@ -118,16 +184,34 @@ def stages_table(rows: Sequence[Stage]) -> list[str]:
     return lines
 
 
+def say_drawing(drawn: Drawing, steps: int, *, seconds: float, loading: float) -> None:
+    """The table of a dry run that draws no more than a trial batch; the memory is what that batch took.
+
+    Args:
+        drawn: what the run would draw.
+        steps: of a picture.
+        seconds: of a picture, see `draw.pace`.
+        loading: seconds until the first picture.
+    """
+    for line in stages_table([drawn.stage(steps, seconds=seconds, memory=_peak(), loading=loading)]):
+        say(line)
+
+
 @contextmanager
-def took(stage: str) -> Iterator[None]:
+def took(stage: str, *, dry: bool = False) -> Iterator[Callable[[], float]]:
     """Say what a stage took once it has ended, to hold against its row of the table.
 
     Args:
         stage: its name.
+        dry: it is a dry run, of which nothing is said.
+
+    Yields:
+        Gives the seconds since its beginning.
     """
     started = time.monotonic()
-    yield
-    say(f"{stage} took {time.monotonic() - started:.0f} s; peak memory so far {_peak() / 2**30:.1f} GiB")
+    yield lambda: time.monotonic() - started
+    if not dry:
+        say(f"{stage} took {time.monotonic() - started:.0f} s; peak memory so far {_peak() / 2**30:.1f} GiB")
 
 
 def span(seconds: float) -> str:

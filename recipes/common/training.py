@@ -208,7 +208,7 @@ def run_training(settings: Training, method: Method, pictures: Views, **more: An
     from recipes.common.stages import took
     from training import loop
 
-    with nullcontext() if settings.train.dry_run else took("training"):
+    with took("training", dry=settings.train.dry_run):
         return loop.train(
             method,
             pictures,

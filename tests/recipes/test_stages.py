@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 from adapters.edges import Canny
-from recipes.common.base import edges_of
-from recipes.common.settings import MeasureSettings
+from recipes.common.base import edges_of, sampling_pipeline
+from recipes.common.draw import pace
+from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings
 from recipes.common.units import cases
 from training.config import BaseSettings
 from training.pocket import controlnet_path
@@ -445,12 +448,48 @@ def test_control_generation_writes_a_sheet_with_the_conditions(tmp_path: Path, d
         )
         shutil.copy(ROOT / "recipes" / "subjects" / "teapot" / f"{number}.txt", large)
     config = ROOT / "recipes" / "configs" / "controlled" / "pocket_canny.yaml"
-    said = done("controlled", f"--config={config}", f"--pictures={large}", *SAMPLE, f"--out={tmp_path / 'out'}")
+    words = [f"--config={config}", f"--pictures={large}", *SAMPLE, f"--out={tmp_path / 'out'}"]
+    said = done("controlled", *words, "--dry_run=true")
+    assert "2 arms x 2 pictures of yours x 1 seeds: 4 pictures, 4 steps each" in said
+    assert "took" not in said
+    assert not (tmp_path / "out").exists()
+    said = done("controlled", *words)
+    assert "drawing took" in said
     for arm in ("CFG", "S-CFG"):
         assert f"{arm}: canny F1" in said
         for number in (0, 1):
             assert (tmp_path / "out" / f"{number} {arm} 1.png").is_file()
     assert Image.open(tmp_path / "out" / "sheet.png").size == (4 * 128 + 420, 2 * 128 + 20)
+
+
+def test_a_dry_run_counts_the_pictures_that_the_run_draws(tmp_path: Path, done) -> None:
+    plan = [*SUBJECT, *MEASURE, "--measure.seeds=[1, 2]", *SAMPLE]
+    words = ["--base.path=pocket", f"--adapter={ROOT / 'recipes' / 'zoo' / 'teapot'}", *plan, f"--out={tmp_path}"]
+    said = done("measure", *words, "--dry_run=true")
+    found = re.search(r"^measuring +3 arms x 2 prompts x 2 seeds: (\d+) pictures and (\d+) of the class", said, re.M)
+    assert found is not None
+    assert "took" not in said
+    assert "measuring took" in done("measure", *words)
+    drawn = [len(list((tmp_path / name).rglob("*.png"))) for name in ("pictures", "class_pictures")]
+    assert list(map(int, found.groups())) == drawn
+    said = done("tune", *words, *TUNE, "--dry_run=true")
+    found = re.search(r"^tuning +1 \+ 1 candidates on 2 prompts: (\d+) pictures and (\d+) of the class", said, re.M)
+    assert found is not None
+    assert "tuning took" in done("tune", *words, *TUNE)
+    assert sum(map(int, found.groups())) == len(list((tmp_path / "tuning").rglob("*.png")))
+
+
+def test_the_pace_is_that_of_a_whole_batch_and_of_few_steps() -> None:
+    sampling = SamplingSettings(steps=6, batch_size=2)
+    pipe = sampling_pipeline(BaseSettings(path="pocket"), sampling)
+    rows: list[int] = []
+    began = time.perf_counter()
+    with_rows = pipe.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    seconds = pace(pipe, ["a dog", "a cat", "a car"], [1], GuidanceSettings(guidance_scale=2), sampling)
+    tried = time.perf_counter() - began
+    with_rows.remove()
+    assert rows == [4] * 4  # two pictures, with and without the prompt
+    assert tried / 2 < 2 * seconds < 3 * tried
 
 
 def test_one_prompt_is_drawn_for_several_pictures_and_a_new_picture_is_drawn_for(tmp_path: Path, done) -> None:

@@ -244,9 +244,10 @@ class LoraSettings:
     """Alphas that differ from `alpha`, by pattern, as in `ranks`."""
     plus_ratio: float = 1.0
     """LoRA+ (Hayou et al. 2024): factor on the learning rate of the up projections. The paper uses 16. 1: off."""
-    start: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
-    """How the matrices are initialised, as in peft. default, gaussian, orthogonal: without effect at the start. pissa,
-    olora: with a part of the layer's weight; the result is saved as a plain LoRA of twice the rank."""
+    start: Literal["default", "gaussian", "orthogonal", "eva", "pissa", "olora"] = "default"
+    """How the matrices are initialised, as in peft. default, gaussian, orthogonal: without effect at the start. eva:
+    without effect too, but the down matrices are the principal components of the layers' inputs in the first batches.
+    pissa, olora: with a part of the layer's weight; the result is saved as a plain LoRA of twice the rank."""
     dropout: float = 0.0
     """Dropout probability before the down projection (lora.kind: lora)."""
     rank_dropout: float = 0.0

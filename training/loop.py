@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from adapters import files
 from adapters.errors import FileError
 
 from . import checkpoint, config, launcher, lock, optim, precision, quantize, sharding, validate
-from .batch import DrawnBatch
+from .batch import Batch, DrawnBatch, tensors
 from .config import TrainSettings
 from .data.batches import seed_of
 from .data.cache import Region
@@ -141,6 +141,8 @@ def train(
             cache_folder=Path(cache_folder) if cache_folder else out / "cache",
             say=tell,
         )
+        if method.begin is not None and not settings.dry_run and _kept(settings, out) is None:
+            tell(_begun(method, prepared, settings))
         facts = _facts(method, prepared, _with_precision(record, settings))
         with kernels(method, settings, accelerator):
             run = _start(method, settings, accelerator, prepared, out, facts, tell)
@@ -158,6 +160,27 @@ def _silent(line: str) -> None:
     pass
 
 
+def _kept(settings: TrainSettings, out: Path) -> tuple[Path, checkpoint.State] | None:
+    """The checkpoint that `train.resume` names, if any; what is wrong with others is said when it is restored."""
+    stop = settings.if_damaged == "stop"
+    if not settings.resume:
+        return None
+    return checkpoint.find(settings.resume, out / "checkpoints", _silent, stop_if_damaged=stop)
+
+
+def _begun(method: Method, prepared: Prepared, settings: TrainSettings) -> str:
+    """Sets the weights that begin with what the first batches send through the networks, before they are divided."""
+    assert method.begin is not None
+    wanted = ("preserved", "inside")  # what the base would be asked beside; here nothing is trained yet
+
+    def plain(drawn: DrawnBatch) -> Batch:
+        batch = tensors(prepared.ready(drawn))
+        return cast(Batch, {key: value for key, value in batch.items() if key not in wanted})
+
+    batches = (plain(drawn) for drawn in prepared.feed.whole(settings.steps))
+    return method.begin(batches, lambda batch: method.step(method.models, batch, prepared.dtype))
+
+
 def _precision(
     method: Method,
     settings: TrainSettings,
@@ -167,12 +190,7 @@ def _precision(
     say: Callable[[str], None],
 ) -> Any:
     """What `train.precision: auto` is in this run: a checkpoint's, where there is one to go on from."""
-    stop = settings.if_damaged == "stop"
-    found = (
-        checkpoint.find(settings.resume, out / "checkpoints", _silent, stop_if_damaged=stop)
-        if settings.resume
-        else None
-    )
+    found = _kept(settings, out)
     kept = found[1].facts["settings"].get("train", {}).get("precision") if found else None
     if found and kept in DTYPES:
         say(f"train.precision auto: {kept}, as in {found[0]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from adapters.keys import Adapter, from_any
 from adapters.writing import LORA_FILE, write_adapter
 
-from . import norms, patterns, starts
+from . import eva, norms, patterns, starts
+from .batch import Batch
 from .config import LoraSettings, ObjectiveSettings
 from .data.batches import seed_of
 from .dropout import drop
@@ -102,7 +103,12 @@ def prepare(
         after_step=norms.bounded(models, ADAPTER, settings.max_norm) if settings.max_norm else None,
         factors={PLUS: settings.plus_ratio} if settings.plus_ratio != 1 else {},
         chosen=tuple(chosen),
+        begin=partial(_begin, models) if settings.start == "eva" else None,
     )
+
+
+def _begin(models: Mapping[str, Any], batches: Iterable[Batch], step: Callable[[Batch], Any]) -> str:
+    return eva.begin_with_inputs(models, ADAPTER, batches, step)
 
 
 def plan(parts: Parts, settings: LoraSettings) -> tuple[dict[str, Size], list[str]]:
@@ -132,7 +138,17 @@ def plan(parts: Parts, settings: LoraSettings) -> tuple[dict[str, Size], list[st
     if settings.start not in ("default", "gaussian"):
         for name, network in {"unet": parts.unet, **encoders}.items():
             starts.check_start(settings.start, network, {layer: size.rank for layer, size in _of(sizes, name).items()})
+    convolutions = [name for name in sizes if isinstance(_module(parts, name), nn.Conv2d)]
+    if settings.start == "eva" and convolutions:
+        chosen.append(f"lora.start: eva is for linear layers; {len(convolutions)} convolutions have the default start")
     return sizes, chosen
+
+
+def _module(parts: Parts, name: str) -> nn.Module:
+    """A layer by `component.layer`."""
+    component, _, layer = name.partition(".")
+    network: nn.Module = {"unet": parts.unet, **_encoders(parts)}[component]
+    return network.get_submodule(layer)
 
 
 def _silent(networks: Mapping[str, nn.Module], layers: Mapping[str, list[str]]) -> list[str]:
@@ -250,7 +266,7 @@ def _config(settings: LoraSettings, sizes: Mapping[str, Size]) -> Any:
         return LoraConfig(
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float is fine where it is used
             lora_dropout=settings.dropout,
-            init_lora_weights=True if settings.start == "default" else settings.start,
+            init_lora_weights=True if settings.start in ("default", "eva") else settings.start,
             use_rslora=settings.rslora,
             use_dora=settings.dora,
             **shared,

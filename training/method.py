@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,9 @@ class Method:
 
     after_step: Callable[[], None] | None = None
     """Called after every optimizer step, as for a bound on the weights."""
+    begin: Callable[[Iterable[Batch], Callable[[Batch], Tensor]], str] | None = None
+    """(batches, a step without gradients) sets weights from the training's own batches before its first step, and says
+    so in a line; None: nothing to do. Not called where a run resumes."""
     factors: Mapping[str, float] = field(default_factory=dict)
     """Of the learning rate, by pattern of parameter names."""
     chosen: tuple[str, ...] = ()

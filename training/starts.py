@@ -36,10 +36,18 @@ def check_start(start: str, network: nn.Module, ranks: Mapping[str, int]) -> Non
         ranks: path of a layer -> its rank.
 
     Raises:
-        TrainingError: a convolution, or a rank that the layer's weight does not have.
+        TrainingError: a convolution, or a rank that the layer's weight does not have. With eva, which leaves
+            convolutions as they are, only a rank above the layer's number of inputs.
     """
     for name, rank in ranks.items():
         layer = network.get_submodule(name)
+        if start == "eva":
+            if isinstance(layer, nn.Linear) and rank > layer.in_features:
+                raise TrainingError(
+                    f"lora.start: eva takes directions of a layer's inputs: {name} has {layer.in_features}, fewer than "
+                    f"its rank {rank}; lower lora.rank, or set lora.ranks for it"
+                )
+            continue
         if not isinstance(layer, nn.Linear):
             raise TrainingError(f"lora.start: {start} is for linear layers, {name} is a convolution; see lora.targets")
         if start in TAKEN and rank > min(layer.in_features, layer.out_features):

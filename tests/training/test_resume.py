@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lora with dropout": ("dropout", {}, False),
     "dropout of ranks": ("drops", {"gradient_checkpointing": True}, False),
     "pissa": ("pissa", {"ema": 0.9}, False),
+    "eva": ("eva", {"ema": 0.9}, True),
     "text encoder": ("text", {}, False),
     "full": ("full", {}, False),
     "controlnet": ("controlnet", {}, False),

@@ -17,7 +17,7 @@ from training.errors import TrainingError
 from training.kernels import fused
 
 
-@pytest.mark.parametrize("start", ["default", "gaussian", "orthogonal", "pissa", "olora"])
+@pytest.mark.parametrize("start", ["default", "gaussian", "orthogonal", "eva", "pissa", "olora"])
 def test_every_start_begins_as_the_base(start: str, base: Path) -> None:
     parts = models.load_parts(base)
     before = predict(parts.unet)

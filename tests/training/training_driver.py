@@ -17,6 +17,7 @@ METHODS = {
     "lora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2)),
     "lokr": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, kind="lokr")),
     "pissa": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, start="pissa")),
+    "eva": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, start="eva")),
     "drops": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, rank_dropout=0.3, module_dropout=0.3)),
     "dropout": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dropout=0.3)),
     "dora": lambda parts: lora.prepare(parts, config.LoraSettings(rank=2, dora=True)),

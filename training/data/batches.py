@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,6 +143,16 @@ class Feed:
         offset = (micro * self.processes + self.rank) * self.batch_size
         positions = [step * self.per_step + offset + number for number in range(self.batch_size)]
         return self.finish([self.item(step, position) for position in positions])
+
+    def whole(self, steps: int) -> Iterator[DrawnBatch]:
+        """The batches of all processes in the first steps, in the order of their positions: the same in each of them.
+
+        Args:
+            steps: how many; a run has no captions beyond its own.
+        """
+        for position in range(0, steps * self.per_step, self.batch_size):
+            step, numbers = position // self.per_step, range(position, position + self.batch_size)
+            yield self.finish([self.item(step, number) for number in numbers])
 
     def finish(self, items: list[DrawnSample]) -> DrawnBatch:
         """Stacks samples; `text` turns their captions into tensors, cached embeddings or token ids."""

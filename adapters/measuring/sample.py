@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -114,8 +115,8 @@ def images(
         The shots of this rank, in order.
 
     Raises:
-        AdapterError: a batch size or rank out of range, a PNG of other settings, or another number of notes than
-            images.
+        AdapterError: a batch size or rank out of range, a PNG of other settings, another number of notes than images,
+            or NaN instead of images.
     """
     if batch_size < 1 or not 0 <= rank < world:
         raise AdapterError(
@@ -218,14 +219,29 @@ def _batch(
         generator=generators,
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
-        output_type="pil",
+        output_type="np",
         **arguments,
     ).images
+    _check_finite(result, pipe.unet.dtype)
     seconds = (time.perf_counter() - start) / len(batch)
     return [
         Shot(prompt=prompt, seed=seed, latents=digest, image=image.convert("RGB"), arm=arm, seconds=seconds)
-        for (prompt, seed), digest, image in zip(batch, hashes, result, strict=True)
+        for (prompt, seed), digest, image in zip(batch, hashes, pipe.numpy_to_pil(result), strict=True)
     ]
+
+
+def _check_finite(pixels: np.ndarray, dtype: torch.dtype) -> None:
+    """Refuses pictures (B, H, W, 3) with NaN, which would be black."""
+    if np.isfinite(pixels).all():
+        return
+    if dtype == torch.float16:
+        raise AdapterError(
+            "the pictures are NaN: the base overflows in float16; set sampling.precision fp16 to fp32 (float32) or bf16"
+        )
+    raise AdapterError(
+        f"the pictures are NaN, drawn in {str(dtype).removeprefix('torch.')}: the adapter or the base is damaged, or "
+        "the adapter's weight or the guidance scale is too large"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- PNG

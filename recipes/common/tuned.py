@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.common.settings import GuidanceSettings
+from training.config import require
 from training.errors import TrainingError
 
 __all__ = ["TunedArms"]
@@ -76,6 +77,11 @@ class TunedArms:
         from adapters.files import read_json
 
         file = Path(folder) / FILE
+        require(
+            file.is_file(),
+            f"tuned {folder}: there is no {file}; `scfg-toolkit tune` with the same config writes it, into the folder "
+            "`tuned` in its out",
+        )
         try:
             found = read_json(file)
             return cls(

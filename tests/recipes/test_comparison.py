@@ -131,6 +131,9 @@ def test_what_was_tuned_comes_back_and_fills_its_arms(tmp_path: Path) -> None:
         place = tuned(tmp_path / f"not {said[:9]} {len(list(tmp_path.iterdir()))}", **change)
         with pytest.raises(TrainingError, match=said.replace("['a dog']", r"\['a dog'\]")):
             resolve(MeasureSettings(prompts=PROMPTS), base=POCKET, tuned=str(place))
+    for place in (tmp_path / "gone", file):
+        with pytest.raises(TrainingError, match=r"tuned .+: there is no .+tuned.json; `scfg-toolkit tune`"):
+            TunedArms.read(place)
 
 
 def test_checkpoints_are_points_of_a_curve_and_the_chosen_one_says_so(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_bases
 import torch
+from safetensors.torch import load_file, save_file
 
 import adapters
 from adapters.measuring.sample import read
@@ -16,6 +18,9 @@ from recipes.common import draw, precision
 from recipes.common.base import sampling_pipeline
 from recipes.common.settings import GuidanceSettings, SamplingSettings
 from training.config import BaseSettings
+from training.pocket import base_path
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +56,40 @@ def test_auto_draws_as_what_it_chose(
     assert name == chosen
     # Loading in bfloat16 and rounding what was loaded are the same weights.
     assert all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pocket base with latents that overflow in float16 before they are decoded, and in float32 do not."""
+    folder = tmp_path_factory.mktemp("overflowing") / "base"
+    shutil.copytree(base_path(), folder)
+    [file] = (folder / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    weights |= {name: torch.full_like(weights[name], 6e4) for name in weights if name.startswith("post_quant_conv.")}
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sample", "measure", "tune", "controlled"])
+def test_pictures_with_nan_are_an_error(name: str, overflowing: Path, tmp_path: Path, call) -> None:
+    given = {
+        "sample": ["--prompts=[a dog]"],
+        "measure": ["--measure.prompts=[a dog, a cat]", "--measure.metrics=[contrast]", "--measure.seeds=[1]"],
+        "tune": ["--measure.prompts=[a dog, a cat]", "--measure.metrics=[contrast]", "--tune.prompts=[a car]"],
+        "controlled": ["--controlnet=pocket-canny", f"--pictures={ROOT / 'recipes' / 'subjects' / 'teapot'}"],
+    }
+    words = [f"--base.path={overflowing}", "--sampling.steps=2", "--sampling.batch_size=1", f"--out={tmp_path / 'out'}"]
+    said = call(name, *given[name], *words, "--sampling.precision=fp16")
+    assert said.code == 2
+    assert said.err.splitlines()[-1].startswith("error: the pictures are NaN")
+    assert "set sampling.precision fp16 to fp32 (float32) or bf16" in said.err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_in_float32_nan_is_blamed_on_other_things(base: BaseSettings) -> None:
+    sampling = SamplingSettings(steps=1)
+    pipe = sampling_pipeline(base, sampling)
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(adapters.AdapterError, match="drawn in float32: the adapter or the base is damaged"):
+        draw.draw_shots(pipe, ["a dog"], [1], GuidanceSettings(method="cfg"), sampling, None, None)

@@ -65,6 +65,7 @@ LATE: dict[str, dict[str, int]] = {
         "adapters.measuring.metrics.identity": 2,  # caught: a similarity takes its place
         "adapters.measuring.metrics.metric": 2,
         "adapters.measuring.paired.finite": 1,
+        "adapters.measuring.sample._check_finite": 2,
         "adapters.measuring.stats": 1,
         "adapters.measuring.tune._mean": 1,
         "training.checkpoint.save": 1,

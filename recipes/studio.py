@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -32,6 +33,7 @@ from recipes.common.precision import drawing_in, of_sampling
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
 from training.config import BaseSettings, require
 from training.errors import TrainingError
+from training.sheet import newest_sheet
 from training.text import read_text
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     from diffusers import DiffusionPipeline
 
-__all__ = ["Pair", "Settings", "build_page", "draw_pair", "run", "save_guider"]
+__all__ = ["Pair", "Settings", "build_page", "draw_pair", "run", "save_guider", "watched"]
 
 CHOICES = ("completion", "foreground", "tokens", "reference")
 LIMITS = ("gamma_min", "gamma_max", "scale_cap")
@@ -53,6 +55,7 @@ WHERE: dict[str, Literal["subject", "uniform", "elsewhere"] | None] = {
     "another place (a control)": "elsewhere",
 }
 STALE = "These pictures were drawn before something was changed; press Draw."
+EVERY = 5.0  # seconds between two looks at a training's sheet, which grows at validations only
 COLUMNS = 4  # of the strip: its words stay readable at the width of a page
 # Small pictures fill their place; the strip keeps a readable size, and is moved sideways on a phone.
 STYLE = """
@@ -77,6 +80,8 @@ class Settings:
     """Guidance of the right-hand picture. Its scale is used for both pictures."""
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How pictures are sampled."""
+    watch: str | None = None
+    """Folder of a training (its `out`), or of several, whose newest sheet of samples the page shows."""
     port: int = 7860
     """Port of the page, which is served to this machine only."""
 
@@ -320,6 +325,34 @@ def _into_release(folder: Path, text: str) -> None:
         shutil.copytree(folder, stage, symlinks=True, dirs_exist_ok=True, ignore=there)
 
 
+def watched(folder: str, seen: str = "") -> tuple[Image.Image | None, str, str]:
+    """The newest sheet of samples of a training, a line about it as markdown, and a mark that changes with the sheet.
+
+    Args:
+        folder: of a run, or of several runs; empty: none is watched.
+        seen: the mark of the sheet that is shown; the picture is None where this is still the newest.
+    """
+    if not folder.strip():
+        return None, "Name the folder of a training (its `out`) to watch its samples.", ""
+    try:
+        place = Path(folder.strip()).expanduser()
+        sheet = newest_sheet(place)
+        if sheet is None:
+            there = "No sheet of samples in" if place.is_dir() else "There is no folder"
+            ask = "A training writes it before its first step and at every validation, if it has validation.prompts."
+            return None, _escaped(f"{there} {place} yet. {ask}"), ""
+        facts = sheet.stat()
+        mark = f"{sheet} {facts.st_mtime_ns} {facts.st_size} {facts.st_ino}"
+        written = time.strftime("%H:%M:%S", time.localtime(facts.st_mtime))
+        line = _escaped(f"{sheet}, written at {written}")
+        if mark == seen:
+            return None, line, mark
+        with Image.open(sheet) as image:
+            return image.convert("RGB"), line, mark
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:  # a damaged PNG, or words that are no path
+        return None, _plainly("Not shown", error), ""
+
+
 # ---------------------------------------------------------------------------------------------- the page
 
 
@@ -357,6 +390,7 @@ def build_page(gr: ModuleType, settings: Settings) -> Any:
         with gr.Accordion("Guider"):
             parts |= _guider(gr, settings.guidance)
             _saving(gr, settings, parts)
+        _watching(gr, page, settings)
 
         def on_draw(data: Mapping[Any, Any]) -> tuple[Any, ...]:
             said = {name: data[part] for name, part in parts.items()}
@@ -414,6 +448,27 @@ def _saving(gr: ModuleType, settings: Settings, parts: Mapping[str, Any]) -> Non
     save.click(on_ask, parts["adapter"], [asked, saved], api_visibility="private")
     sure.click(on_save, {*parts.values()}, [asked, saved], api_visibility="private")
     keep.click(lambda: (gr.update(visible=False), ""), None, [asked, saved], api_visibility="private")
+
+
+def _watching(gr: ModuleType, page: Any, settings: Settings) -> None:
+    """The panel that follows the samples of a training."""
+    folder = settings.watch or ""
+    with gr.Accordion("Training", open=bool(folder), elem_id="training"):
+        names = {"label": "Training", "info": "folder of a run, or of several runs; empty: none", "elem_id": "watch"}
+        asked = gr.Textbox(folder, **names)
+        line = gr.Markdown(elem_id="watched")
+        sheet = _picture(gr, "sheet", "Samples, a row a validation", visible=False)
+        seen, timer = gr.State(""), gr.Timer(EVERY, active=bool(folder))
+
+    def on_look(place: str, before: str) -> tuple[Any, str, str, Any]:
+        image, said, mark = watched(place, before)
+        same = bool(mark) and image is None
+        shown = gr.skip() if same else gr.update(value=image, visible=image is not None)
+        return shown, said, mark, gr.update(active=bool(place.strip()))
+
+    ways = {"show_progress": "hidden", "api_visibility": "private"}
+    # With the page itself, which may have been left and opened again; then at every tick, and where the folder changes.
+    gr.on([page.load, timer.tick, asked.change], on_look, [asked, seen], [sheet, line, seen, timer], **ways)
 
 
 def _request(gr: ModuleType, settings: Settings, prompt: str) -> dict[str, Any]:
@@ -521,7 +576,11 @@ def _mendable() -> tuple[type[Exception], ...]:
 
 def _plainly(what: str, error: Exception) -> str:
     """An error as markdown that shows its words as they are."""
-    return f"**{what}:** " + re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(error).split()))
+    return f"**{what}:** {_escaped(error)}"
+
+
+def _escaped(words: object) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(words).split()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from adapters.files import write_file
 
-__all__ = ["SHEET", "write_sheet"]
+__all__ = ["SHEET", "newest_sheet", "write_sheet"]
 
 SHEET = "sheet.png"
 CELL, ROWS = 192, 40  # pixels of a picture's longer side; rows at most
@@ -54,6 +55,15 @@ def write_sheet(samples: Path, prompts: Sequence[str]) -> Path | None:
     with write_file(samples / SHEET) as part:
         page.save(part, format="PNG")
     return samples / SHEET
+
+
+def newest_sheet(folder: Path) -> Path | None:
+    """The sheet of a run's folder or, in a folder of runs, the one that was written last; None: there is none yet."""
+    found = {}
+    for sheet in (folder / "samples" / SHEET, *folder.glob(f"*/samples/{SHEET}")):
+        with contextlib.suppress(OSError):  # one that is gone meanwhile is none
+            found[sheet] = sheet.stat().st_mtime_ns
+    return max(found, key=found.__getitem__, default=None)
 
 
 def _plain(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -25,10 +26,11 @@ from adapters import files, signing
 from recipes.common.base import sampling_pipeline
 from recipes.common.guidance import guider_of
 from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
-from recipes.studio import Settings, _opened, _plainly, build_page, draw_pair, opening, run, save_guider
+from recipes.studio import Settings, _opened, _plainly, build_page, draw_pair, opening, run, save_guider, watched
 from training.config import BaseSettings
 from training.errors import TrainingError
 from training.pocket import VERSION
+from training.sheet import write_sheet
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSER = next(
@@ -207,6 +209,56 @@ def test_a_shipped_guider_is_read_back_as_the_settings_it_came_from(release: Pat
     assert guider_of(read) == guider_of(asked)
 
 
+def validated(run: Path, step: int, color: str) -> Path:
+    """A validation's picture, and the sheet with it."""
+    folder = run / "samples" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32), color).save(folder / "00.png")
+    sheet = write_sheet(run / "samples", ["a dog"])
+    assert sheet is not None
+    return sheet
+
+
+def test_a_training_is_watched_as_its_sheet_grows(tmp_path: Path) -> None:
+    run = tmp_path / "my_run"
+    assert "Name the folder of a training" in watched(" ")[1]
+    assert watched(str(run))[::2] == (None, "")
+    assert "There is no folder" in watched(str(run))[1]
+    run.mkdir()
+    line = watched(str(run))[1]
+    assert "No sheet of samples in" in line
+    assert r"my\_run yet. A training writes it before its first step and at every validation" in line
+    sheet = validated(run, 0, "red")
+    image, line, mark = watched(str(run))
+    assert image is not None
+    assert same(image, Image.open(sheet).convert("RGB"))
+    assert "sheet.png, written at " in line
+    assert watched(str(run), mark) == (None, line, mark)  # the picture is sent once
+    validated(run, 10, "blue")
+    grown, _, later = watched(str(run), mark)
+    assert later != mark
+    assert grown is not None
+    assert grown.height > image.height
+    other = validated(tmp_path / "other", 0, "green")
+    os.utime(other, (2**31, 2**31))
+    newest, line, _ = watched(str(tmp_path))  # of all runs in a folder
+    assert newest is not None
+    assert same(newest, Image.open(other).convert("RGB"))
+    os.utime(sheet, (2**31 + 1, 2**31 + 1))
+    assert "run/samples" in watched(str(tmp_path))[1]
+
+
+def test_a_sheet_that_cannot_be_read_is_said_until_there_is_a_whole_one(tmp_path: Path) -> None:
+    sheet = validated(tmp_path, 0, "red")
+    sheet.write_bytes(sheet.read_bytes()[:40])
+    image, line, mark = watched(str(tmp_path), "what was shown before")
+    assert (image, mark) == (None, "")
+    assert line.startswith("**Not shown:** ")
+    validated(tmp_path, 10, "blue")
+    assert watched(str(tmp_path), mark)[0] is not None
+    assert watched("~nobody-here/run")[1].startswith("**Not shown:** ")
+
+
 # ---------------------------------------------------------------------------------------------- the page
 
 
@@ -228,6 +280,30 @@ def test_the_page_starts_with_the_guiders_own_defaults(monkeypatch: pytest.Monke
     assert [value for _, value in shown["method"].choices] == list(scfg.METHODS)
 
 
+def test_a_tick_sends_the_sheet_once_and_only_of_a_folder_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    gradio = pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
+    page = build_page(gradio, Settings(watch=str(tmp_path)))
+    (timer,) = (part for part in page.blocks.values() if isinstance(part, gradio.Timer))
+    assert timer.active
+    look = next(one.fn for one in page.fns.values() if (timer._id, "tick") in one.targets)
+    empty, line, mark, ticks = look(str(tmp_path), "")
+    assert (empty["visible"], empty["value"], mark, ticks["active"]) == (False, None, "", True)
+    assert "No sheet of samples in" in line
+    validated(tmp_path, 0, "red")
+    shown, _, mark, _ = look(str(tmp_path), "")
+    assert shown["visible"]
+    assert isinstance(shown["value"], Image.Image)
+    again, _, same_mark, _ = look(str(tmp_path), mark)
+    assert same_mark == mark
+    assert "value" not in again
+    assert look("", mark)[3]["active"] is False
+    idle = next(part for part in build_page(gradio, Settings()).blocks.values() if isinstance(part, gradio.Timer))
+    assert not idle.active
+
+
 def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
@@ -236,13 +312,13 @@ def test_a_port_in_use_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture
-def studio(release: Path) -> Iterator[str]:
-    """Address of a running studio."""
+def studio(release: Path, tmp_path: Path) -> Iterator[str]:
+    """Address of a running studio, which watches the training `tmp_path / "run"`."""
     pytest.importorskip("gradio", reason="the studio's page needs gradio: pip install -e '.[studio]'")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "recipes" / "studio.py"), "--base.path", "pocket", "--sampling.steps", "2"]
-    command += ["--adapter", str(release), "--port", str(port)]
+    command += ["--adapter", str(release), "--port", str(port), "--watch", str(tmp_path / "run")]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -255,7 +331,7 @@ def studio(release: Path) -> Iterator[str]:
 
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here; Debian has it as package chromium")
-def test_in_a_browser(studio: str, release: Path) -> None:
+def test_in_a_browser(studio: str, release: Path, tmp_path: Path) -> None:
     driver = pytest.importorskip("playwright.sync_api", reason="needs playwright (no browser of its own)")
     asked: list[str] = []
     with driver.sync_playwright() as started:
@@ -279,6 +355,14 @@ def test_in_a_browser(studio: str, release: Path) -> None:
             left, right = (page.get_attribute(f"#{side} img", "src") for side in ("left", "right"))
             return left, right
 
+        page.wait_for_selector("#watched >> text=There is no folder")
+        validated(tmp_path / "run", 0, "red")  # nothing is clicked: a tick shows it
+        page.wait_for_selector("#watched >> text=sheet.png, written at")
+        tall = "() => document.querySelector('#sheet img')?.naturalHeight"
+        page.wait_for_function(f"({tall})() > 0")
+        height = page.evaluate(tall)
+        validated(tmp_path / "run", 10, "blue")
+        page.wait_for_function(f"old => ({tall})() > old", arg=height)
         page.fill("#prompt textarea", PROMPT)
         first = draw()
         assert "effective guidance scale" in page.inner_text("#line")

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterError
+from .seat import switched_off
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -367,9 +368,14 @@ def _beside(unet: torch.nn.Module, name: str) -> Iterator[_Beside]:
         raise AdapterError(f"scope: the U-net carries other adapters too ({', '.join(others)}); take them off first")
     if not any(name in getattr(layer, attribute, {}) for layer in layers for attribute in layer.adapter_layer_names):
         raise AdapterError("scope: this adapter is merged into the U-net's weights; load it without sequential offload")
-    network = _Beside(unet.forward)
-    handles = [layer.get_base_layer().register_forward_hook(network.keep(layer)) for layer in layers]
-    handles += [layer.register_forward_hook(network.mix) for layer in layers]
+    network = _Beside(unet.forward, layers)
+    handles = []
+    for layer in layers:
+        if _linear(layer, name):
+            handles.append(layer.lora_A[name].register_forward_hook(network.scale))
+        else:
+            handles.append(layer.get_base_layer().register_forward_hook(network.keep(layer)))
+            handles.append(layer.register_forward_hook(network.mix))
     try:
         yield network
     finally:
@@ -377,28 +383,41 @@ def _beside(unet: torch.nn.Module, name: str) -> Iterator[_Beside]:
             handle.remove()
 
 
-class _Beside:
-    """A U-net whose layers carry an adapter beside them."""
+def _linear(layer: BaseTunerLayer, name: str) -> bool:
+    """Whether the layer's change is linear in what its first factor gives: a LoRA, and no variant such as DoRA."""
+    if name not in getattr(layer, "lora_A", {}):
+        return False
+    return name not in getattr(layer, "lora_variant", {}) and not getattr(layer, "lora_bias", {}).get(name, False)
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
+
+class _Beside:
+    """A U-net whose layers carry an adapter beside them.
+
+    A LoRA's share is that of what its first factor gives, which has few channels: it costs next to nothing. Of the
+    other kinds, the base layer's output is kept and mixed with the adapted one.
+    """
+
+    def __init__(self, forward: Callable[..., Any], layers: list[BaseTunerLayer]) -> None:
+        self.forward, self.layers = forward, layers
         self.rows, self.share = 0, None  # type: int, float | None
         self.kept: dict[BaseTunerLayer, Tensor] = {}
 
     def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
         self.rows, self.share = rows, share
-        return self._run(*args, **kwargs)
-
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        self.rows, self.share = args[0].shape[0], 0.0
-        return self._run(*args, **kwargs)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return self.forward(*args, **kwargs)
         finally:
             self.share = None
             self.kept.clear()
+
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        with switched_off(self.layers):
+            return self.forward(*args, **kwargs)
+
+    def scale(self, factor: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if self.share is None:
+            return None
+        return torch.cat([output[: self.rows] * self.share, output[self.rows :]])
 
     def keep(self, layer: BaseTunerLayer) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -411,8 +430,6 @@ class _Beside:
         if self.share is None:
             return None
         base, rows = self.kept.pop(layer), slice(0, self.rows)
-        if self.share == 0 and self.rows == len(output):
-            return base
         first = base[rows] if self.share == 0 else torch.lerp(base[rows], output[rows], self.share)
         return torch.cat([first, output[self.rows :]])
 

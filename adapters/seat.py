@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from .errors import AdapterError
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["Seat", "Switches", "has", "refuse_fused", "tuners"]
+__all__ = ["Seat", "Switches", "has", "refuse_fused", "switched_off", "tuners"]
 
 
 def tuners(model: torch.nn.Module) -> list[tuple[str, BaseTunerLayer]]:
@@ -35,6 +36,19 @@ def refuse_fused(model: torch.nn.Module, component: str) -> None:
             f"{component}: the weights of {', '.join(fused)} are fused into it (fuse_lora); call unfuse_lora() first, "
             "or unload_lora_weights() after fusing"
         )
+
+
+@contextmanager
+def switched_off(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """The layers compute what they do without their adapters, for as long as the context lasts."""
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # `enable_adapters` would also turn gradients off, and all of them on
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
 
 
 class Switches:

@@ -20,6 +20,8 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from adapters.seat import switched_off
+
 __all__ = ["BasePrediction", "adapter_off", "frozen_copy"]
 
 Models = Mapping[str, Any]
@@ -41,14 +43,8 @@ def adapter_off(models: Models) -> BasePrediction:
 
     @contextlib.contextmanager
     def off() -> Iterator[Models]:
-        before = [layer._disable_adapters for layer in layers]
-        try:
-            for layer in layers:
-                layer._disable_adapters = True  # `enable_adapters` would also turn gradients off, and all of them on
+        with switched_off(layers):
             yield models
-        finally:
-            for layer, was in zip(layers, before, strict=True):
-                layer._disable_adapters = was
 
     return BasePrediction(models=off)
 

@@ -58,6 +58,21 @@ def test_in_between_it_is_the_adapter_at_that_weight(pipe, make_adapter, tmp_pat
     assert not torch.allclose(mixed[1], weaker[1], atol=1e-3)
 
 
+def test_where_it_is_off_the_adapter_computes_nothing(pipe, folder):
+    calls = []
+    with adapters.load(pipe, folder, scope=Scope(start=0.5)):
+        factors = [module for path, module in pipe.unet.named_modules() if "lora_A." in path]
+        for factor in factors:
+            factor.register_forward_hook(lambda *_: calls.append(1))
+        both_halves(pipe)
+        assert factors and not calls
+        pipe.scheduler.set_timesteps(4)
+        last = pipe.scheduler.timesteps[-1]
+        with torch.no_grad():
+            pipe.unet(torch.zeros(2, 4, 8, 8), last, torch.zeros(2, 16, 16))
+    assert len(calls) == len(factors)
+
+
 def test_neutral_values_change_no_bit(pipe, folder):
     with adapters.load(pipe, folder):
         adapted = pixels(pipe)

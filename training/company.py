@@ -8,6 +8,8 @@ beside the cut-out, the base would draw its class there once more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,21 +22,63 @@ from .data.images import Sample, rgb
 from .errors import TrainingError
 from .models import Parts, encode_images
 
-__all__ = ["check_company", "paste_subject", "placed"]
+__all__ = ["Spot", "check_company", "find_spot", "paste_subject", "placed"]
 
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either
+# Than usual, a place's side and its aspect: then attention took what stands beside the class for the class, or the base
+# drew the class twice, and a cut-out of that size would cover what else the caption names.
+LARGER, LONGER = 1.5, 1.6
 ROUNDS = 5  # of filling a hole from its edge, each with twice the reach
 
 
-def paste_subject(drawn: Image.Image, region: Tensor, subject: Sample, caption: str) -> Sample | None:
-    """The subject's cut-out in the place of the class; None where the region is no single object.
+class Spot(NamedTuple):
+    """Where one object is, in pixels."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    @property
+    def side(self) -> float:
+        """Of the square of equal area."""
+        return (self.width * self.height) ** 0.5
+
+    @property
+    def aspect(self) -> float:
+        return self.width / self.height
+
+
+def find_spot(region: Tensor, size: tuple[int, int]) -> Spot | None:
+    """What the region covers, strays left out; None where it is no single object.
+
+    Args:
+        region: (1, h, w), 1 where the base drew the class.
+        size: of the picture in pixels, (width, height).
+    """
+    share = float(region.mean())
+    if not SMALLEST <= share <= LARGEST:
+        return None
+    found = []
+    for axis, pixels in ((2, size[0]), (1, size[1])):
+        at = (region.nonzero()[:, axis].float() + 0.5) / region.shape[axis] * pixels
+        # A uniform stretch of length l has deviation l / sqrt(12): strays count less so than in a bounding box.
+        length = 12**0.5 * float(at.std())
+        found.append((float(at.mean()) - length / 2, length))
+    (left, width), (top, height) = found
+    return Spot(left, top, width, height) if share * size[0] * size[1] >= COMPACT * width * height else None
+
+
+def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sample, caption: str) -> Sample | None:
+    """The subject's cut-out in the place of the class; None where its mask is empty.
 
     What the base drew there is filled from its surroundings first, or it would look out behind the subject.
 
     Args:
         drawn: what the base drew.
         region: (1, h, w), 1 where it drew the class.
+        spot: the region's, see `find_spot`.
         subject: a picture of the subject with its mask.
         caption: of the new picture, with the trigger.
 
@@ -44,11 +88,9 @@ def paste_subject(drawn: Image.Image, region: Tensor, subject: Sample, caption: 
     assert subject.mask is not None
     mask = subject.mask.convert("L")
     box = mask.getbbox()
-    if box is None or not SMALLEST <= float(region.mean()) <= LARGEST:
+    if box is None:
         return None
-    left, top, width, height = _extent(region, drawn.size)
-    if float(region.mean()) * drawn.width * drawn.height < COMPACT * width * height:
-        return None
+    left, top, width, height = spot
     wider = torch.nn.functional.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
     hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(drawn.size, Image.Resampling.BILINEAR)
     scale = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
@@ -77,18 +119,16 @@ def check_company(data: Views, identifier: str) -> None:
         _noun(data.caption(number), identifier)
 
 
-def _extent(region: Tensor, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Left, top, width and height in pixels of what the region covers, strays left out.
-
-    A uniform stretch of length l has standard deviation l / sqrt(12): strays count less so than in a bounding box.
-    """
-    found = []
-    for axis, pixels in ((2, size[0]), (1, size[1])):
-        at = (region.nonzero()[:, axis].float() + 0.5) / region.shape[axis] * pixels
-        length = 12**0.5 * float(at.std())
-        found.append((float(at.mean()) - length / 2, length))
-    (left, width), (top, height) = found
-    return left, top, width, height
+def _usual(spots: Sequence[tuple[int, Tensor, Spot]]) -> list[tuple[int, Tensor, Spot]]:
+    """Those places that are about as large and as long as most."""
+    if not spots:
+        return []
+    side, aspect = (median(getattr(spot, name) for *_, spot in spots) for name in ("side", "aspect"))
+    return [
+        (number, region, spot)
+        for number, region, spot in spots
+        if spot.side <= LARGER * side and 1 / LONGER <= spot.aspect / aspect <= LONGER
+    ]
 
 
 def _filled(picture: Image.Image, hole: Image.Image) -> Image.Image:
@@ -132,7 +172,7 @@ def placed(
     check_company(data, identifier)
     noun = _noun(data.caption(0), identifier)
     where = region(noun)
-    samples: list[Sample] = []
+    spots: list[tuple[int, Tensor, Spot]] = []
     whole = drawn.at([(data.resolution, data.resolution)])  # as they were drawn
     for number in range(len(whole)):
         line = lines[number % len(lines)]
@@ -141,9 +181,13 @@ def placed(
         view = whole[number]
         mean, std = encode_images(parts.vae, view.pixels[None])
         found = where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption)
+        spot = find_spot(found, whole.source[number].image.size)
+        spots += [(number, found, spot)] if spot is not None else []
+    samples: list[Sample] = []
+    for number, found, spot in _usual(spots):
         subject = data.source[len(samples) % len(data.source)]
-        caption = line.replace("{}", f"a {identifier} {noun}")
-        made = paste_subject(whole.source[number].image, found, subject, caption)
+        caption = lines[number % len(lines)].replace("{}", f"a {identifier} {noun}")
+        made = paste_subject(whole.source[number].image, found, spot, subject, caption)
         samples += [made] if made else []
     if not samples:
         raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")

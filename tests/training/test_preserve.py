@@ -238,10 +238,34 @@ def test_a_subject_is_placed_where_the_base_drew_its_class(base: Path, tmp_path:
 
 
 def test_where_no_single_object_is_nothing_is_placed() -> None:
-    mask = Image.new("L", (8, 8), 255)
-    sample = images.Sample(image=Image.new("RGB", (8, 8)), caption="", mask=mask)
-    for region in (torch.zeros(1, 8, 8), torch.ones(1, 8, 8)):
-        assert company.paste_subject(Image.new("RGB", (32, 32)), region, sample, "a sks dog") is None
+    for region in (torch.zeros(1, 8, 8), torch.ones(1, 8, 8), torch.eye(8)[None]):
+        assert company.find_spot(region, (32, 32)) is None
+
+
+@pytest.mark.parametrize("wide", [4, 8])
+def test_a_place_unlike_the_usual_ones_is_left_out(wide: int, base: Path, tmp_path: Path) -> None:
+    """Attention that takes everything for the class would have the subject cover what else the caption names."""
+    parts, data = models.load_parts(base), subject(tmp_path)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("{} on grass\n{} and a cat\n{} at night\n")
+    chosen = settings(class_prompt="a dog", class_prompt_file=str(lines), class_images=3, steps=1, company=0.5)
+
+    def unlike_with_a_cat(noun: str) -> Any:
+        def region(parts: Parts, entry: dict[str, torch.Tensor], caption: str) -> torch.Tensor:
+            found = torch.zeros(1, 8, 8)
+            if "cat" in caption:
+                found[:, :4, :wide] = 1  # twice the side, or once more
+            else:
+                found[:, 3:5, 3:5] = 1
+            return found
+
+        return region
+
+    made = dreambooth.prior(parts, chosen, data, folder=tmp_path / "class", region=unlike_with_a_cat)
+    assert made is not None
+    assert made.placed is not None
+    captions = [made.placed.caption(index) for index in range(len(made.placed))]
+    assert captions == ["a sks dog on grass", "a sks dog at night"]
 
 
 @pytest.mark.parametrize("kind", ["text", "full"])

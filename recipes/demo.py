@@ -11,8 +11,11 @@ import argparse
 import time
 from pathlib import Path
 
+import yaml
+
 from recipes import dreambooth_lora
 from recipes.common.cli import alone, explained, quiet
+from recipes.common.subject_prompts import for_class
 from training.command_line import parse
 from training.errors import exit_on_error
 from training.pocket.captions import article
@@ -45,15 +48,18 @@ def main() -> None:
     from adapters.files import read_json  # torch: not before the options are known
 
     subject = HERE / "subjects" / options.subject
+    noun = read_json(subject / "subject.json")["class"]
+    config = HERE / "configs" / "dreambooth_lora" / "pocket_dog.yaml"
+    tuning = yaml.safe_load(config.read_text("utf-8"))["tune"]["prompts"]
     changes = {
         "data.source": subject,
         "data.masks": subject / "masks",
-        "dreambooth.class_prompt": article(read_json(subject / "subject.json")["class"]),
+        "dreambooth.class_prompt": article(noun),
         "measure.subjects": [str(subject)],
+        "tune.prompts": for_class(tuning, noun, pocket=True),
         "out": options.out,
         **(QUICK if options.quick else {}),
     }
-    config = HERE / "configs" / "dreambooth_lora" / "pocket_dog.yaml"
     arguments = [f"--config={config}", *(f"--{name}={value}" for name, value in changes.items())]
     settings = parse(dreambooth_lora.Settings, arguments)
     with alone(settings):

@@ -7,6 +7,7 @@ beside the cut-out, the base would draw its class there once more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
@@ -43,7 +44,7 @@ class Spot(NamedTuple):
     @property
     def side(self) -> float:
         """Of the square of equal area."""
-        return (self.width * self.height) ** 0.5
+        return math.sqrt(self.width * self.height)
 
     @property
     def aspect(self) -> float:

@@ -10,7 +10,7 @@ from training.pocket import PocketError
 from training.pocket.captions import parse_caption
 from training.pocket.world import CLASSES
 
-__all__ = ["IDENTIFIER", "check_pocket", "held_out", "tuning"]
+__all__ = ["IDENTIFIER", "check_pocket", "for_class", "held_out", "tuning"]
 
 IDENTIFIER = "sks"
 # Held out: no photo shows them. {} is the subject, as in "a sks dog".
@@ -52,7 +52,7 @@ INSTEAD = {
     "sofa": "chair",
     "bottle": "vase",
 }
-POCKET_INSTEAD = {"crown": "heart", "house": "tree", "star": "butterfly", "balloon": "teapot"}
+POCKET_INSTEAD = {"crown": "heart", "house": "tree", "star": "butterfly", "balloon": "teapot", "umbrella": "apple"}
 
 
 def held_out(noun: str, identifier: str, *, pocket: bool) -> list[str]:
@@ -64,15 +64,22 @@ def held_out(noun: str, identifier: str, *, pocket: bool) -> list[str]:
         pocket: whether the base is the embedded one, which knows fewer words.
     """
     lines = POCKET_PROMPTS if pocket else PROMPTS
-    return texts(_for_class(lines, noun, pocket=pocket), None, name=f"{identifier} {noun}")
+    return texts(for_class(lines, noun, pocket=pocket), None, name=f"{identifier} {noun}")
 
 
 def tuning(noun: str, *, pocket: bool) -> list[str]:
     """Prompts to tune on, with {} for the subject's name."""
-    return _for_class(POCKET_TUNING if pocket else TUNING, noun, pocket=pocket)
+    return for_class(POCKET_TUNING if pocket else TUNING, noun, pocket=pocket)
 
 
-def _for_class(lines: Sequence[str], noun: str, *, pocket: bool) -> list[str]:
+def for_class(lines: Sequence[str], noun: str, *, pocket: bool) -> list[str]:
+    """The lines for a subject of this class: where they name the class as well, another thing takes its place.
+
+    Args:
+        lines: prompts with {} for the subject's name.
+        noun: the subject's class.
+        pocket: whether the base is the embedded one.
+    """
     instead = (POCKET_INSTEAD if pocket else INSTEAD).get(noun)
     if instead is None:
         return list(lines)

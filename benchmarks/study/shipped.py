@@ -1,0 +1,136 @@
+"""What the demo's pipeline ships for every subject: each is trained, tuned, measured and shipped, as a user would.
+
+python -m benchmarks.study.shipped [SUBJECT...] [--out runs/shipped]
+python -m benchmarks.study.shipped --table [--out runs/shipped | benchmarks/study/results/shipped.csv.gz]
+
+Without a subject all sixteen run, one after the other. A subject whose release is there is not run again. The table has
+means over the subjects, and 95 % intervals over those that were not used to choose the training's settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import adapters
+from adapters.measuring import stats
+from training.errors import TrainingError, exit_on_error
+from training.pocket.subjects import SUBJECTS
+
+__all__ = ["main"]
+
+CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
+BASE, PLAIN, PLACED = "base", "CFG", "S-CFG placed"
+COLUMNS = ("subject", "arm", "prompt", "seed", "identity", "prompt accuracy")
+Row = dict[str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
+    parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
+    parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
+    options = parser.parse_args()
+    if not options.table:
+        for subject in options.subjects or SUBJECTS:
+            run(subject, options.out)
+    rows = _kept(options.out) if options.out.suffix == ".gz" else collect(options.out)
+    print("\n".join(table(rows)))
+
+
+def run(subject: str, out: Path) -> None:
+    """The demo of one subject."""
+    if (out / subject / "release").is_dir():
+        return
+    print(f"{subject} {time.strftime('%H:%M')}", flush=True)
+    (out / subject).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "recipes/demo.py", "--subject", subject, "--out", str(out / subject)]
+    with (out / f"{subject}.log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise TrainingError(f"the demo of {subject} ended with {done.returncode}; see {log.name}")
+
+
+def collect(out: Path) -> list[Row]:
+    """The measured pictures of all subjects, which are also written to `out/shipped.csv.gz`."""
+    rows: list[Row] = []
+    for subject in SUBJECTS:
+        file = out / subject / "measured" / "per_image.csv"
+        if file.is_file():
+            rows += list(csv.DictReader(file.read_text("utf-8").splitlines()))
+    if not rows:
+        raise TrainingError(f"--out {out}: no subject is measured there")
+    text = io.StringIO()
+    written = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    written.writeheader()
+    written.writerows(rows)
+    with adapters.files.write_file(out / "shipped.csv.gz") as part:
+        part.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+    return rows
+
+
+def _kept(file: Path) -> list[Row]:
+    return list(csv.DictReader(gzip.decompress(file.read_bytes()).decode().splitlines()))
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line a subject with every arm's accuracy, identity and identity in company; then means and differences."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    subjects = list(dict.fromkeys(row["subject"] for row in rows))
+    lines = [
+        "| subject (accuracy / identity / in company) | " + " | ".join(arms) + " |",
+        "|---" * (len(arms) + 1) + "|",
+    ]
+    found = {(subject, arm): _means(rows, subject, arm) for subject in subjects for arm in arms}
+    for subject in subjects:
+        lines.append(f"| {subject} | " + " | ".join(_shown(found[subject, arm]) for arm in arms) + " |")
+    others = [subject for subject in subjects if subject not in CHOSEN_ON]
+    for name, some in (("all", subjects), (f"the {len(others)} not used to choose", others)):
+        means = [_shown(np.mean([found[subject, arm] for subject in some], axis=0)) for arm in arms] if some else []
+        lines.append(f"| **{name}** | " + " | ".join(means) + " |")
+    lines.append("")
+    for arm, other in ((PLAIN, BASE), (PLACED, BASE), (PLACED, PLAIN)):
+        if len(others) < 2 or {arm, other} - set(arms):
+            continue
+        for index, what in ((0, "accuracy"), (1, "identity"), (2, "identity in company")):
+            gaps = [found[subject, arm][index] - found[subject, other][index] for subject in others]
+            given = stats.mean_interval(gaps)
+            lines.append(f"{arm} - {other}, {what}: {given.mean:+.3f} [{given.low:+.3f}, {given.high:+.3f}]")
+    return lines
+
+
+def _means(rows: Sequence[Row], subject: str, arm: str) -> np.ndarray:
+    """Prompt accuracy, identity and identity in company of one subject's pictures."""
+    mine = [row for row in rows if (row["subject"], row["arm"]) == (subject, arm)]
+    company = [row for row in mine if _in_company(row["prompt"])]
+    return np.array(
+        [
+            np.mean([float(row["prompt accuracy"]) for row in mine]),
+            np.mean([float(row["identity"]) for row in mine]),
+            np.mean([float(row["identity"]) for row in company]),
+        ]
+    )
+
+
+def _in_company(prompt: str) -> bool:
+    from training.pocket.captions import parse_caption
+
+    return len(parse_caption(prompt.replace("sks ", "")).nouns) > 1
+
+
+def _shown(values: np.ndarray) -> str:
+    return " / ".join(f"{value:.2f}".lstrip("0") for value in values)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

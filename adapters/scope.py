@@ -7,12 +7,13 @@ With b the base's prediction and t the adapted one, for a prompt c or the empty 
 | none (plain) | t(0) + s (t(c) - t(0)) | |
 | `uncond_weight=0` | b(0) + s (t(c) - b(0)) | unconditional priors (arXiv 2503.20240), domain guidance (2504.01521) |
 | `uncond_weight=w` | t_w(0) + s (t(c) - t_w(0)), adapter at weight w | personalization guidance (2508.00319) |
+| `early_weight` | t at that weight in the first steps, t at its own in the others | they decide the layout |
 | `start`, `stop` | b outside these fractions of the steps, t inside | PersonGenSampler (2502.05895) |
 | `where` | m t + (1 - m) b in both halves, m a map of the subject's place | masked sampling (2502.05895) |
 | `where_stop` | the same in the first steps, then t everywhere | they decide the layout; see benchmarks/study |
 
-`uncond_weight`, `start` and `stop` need no further pass through the U-net: each adapted layer keeps its base
-layer's output, and each row of the batch takes one or the other. `where` needs the base's prediction of both halves:
+`uncond_weight`, `early_weight`, `start` and `stop` need no further pass through the U-net: a LoRA's first factor gives
+each row of the batch its share of the change. `where` needs the base's prediction of both halves:
 four rows an image instead of two, until `where_stop`. A whole fine-tuned U-net is asked beside the base's U-net.
 """
 
@@ -125,6 +126,10 @@ class Scope:
             other half. In between it is the adapter at that weight for the kinds that are linear in it (LoRA, LoHa,
             LoKr); a DoRA's layers are interpolated. A whole U-net knows None, 0 and 1 only.
         start, stop: fractions of the sampling steps between which the adapter is on.
+        early_weight: weight of the adapter, in both halves, in the first steps; None: its own. 0: off. The first steps
+            decide what stands where, so that less of the adapter there leaves the rest of the prompt to the base.
+            Values as for `uncond_weight`, with which it does not combine.
+        early_stop: fraction of the sampling steps until which `early_weight` counts.
         where: gives a map of the subject in each image; outside of it the base's prediction is taken.
         where_stop: fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere. The
             first steps decide what stands where, the others may then draw the picture in one piece.
@@ -134,6 +139,8 @@ class Scope:
     """
 
     uncond_weight: float | None = None
+    early_weight: float | None = None
+    early_stop: float = 0.2
     start: float = 0.0
     stop: float = 1.0
     where: Where | None = None
@@ -142,10 +149,15 @@ class Scope:
     subject: Subject | None = None
 
     def __post_init__(self) -> None:
-        if self.uncond_weight is not None and not 0 <= self.uncond_weight <= 100:
+        for name, value in (("uncond_weight", self.uncond_weight), ("early_weight", self.early_weight)):
+            if value is not None and not 0 <= value <= 100:
+                raise AdapterError(f"{name}={value}: expected 0 (the base's own) to the adapter's weight")
+        if self.uncond_weight is not None and self.early_weight is not None:
             raise AdapterError(
-                f"uncond_weight={self.uncond_weight}: expected 0 (the base's own) to the adapter's weight"
+                f"uncond_weight={self.uncond_weight} and early_weight={self.early_weight} do not combine; give one"
             )
+        if not 0 < self.early_stop <= 1:
+            raise AdapterError(f"early_stop={self.early_stop}: expected a fraction of the steps, above 0 and at most 1")
         if not 0 <= self.start < self.stop <= 1:
             raise AdapterError(
                 f"start={self.start}, stop={self.stop}: expected fractions of the steps, 0 <= start < stop <= 1"
@@ -158,7 +170,8 @@ class Scope:
     @property
     def neutral(self) -> bool:
         """Whether it changes nothing."""
-        return self.uncond_weight is None and (self.start, self.stop) == (0.0, 1.0) and self.where is None
+        weights = (self.uncond_weight, self.early_weight)
+        return weights == (None, None) and (self.start, self.stop) == (0.0, 1.0) and self.where is None
 
     @classmethod
     def of_subject(cls, place: Place, subject: Subject, **fields: Any) -> Scope:
@@ -183,6 +196,8 @@ class Scope:
             AdapterError: `where` is a function of the caller's own, of which a file can say nothing.
         """
         config = {"format": FORMAT, "uncond_weight": self.uncond_weight, "start": self.start, "stop": self.stop}
+        if self.early_weight is not None:  # only then: earlier versions know no such field
+            config |= {"early_weight": self.early_weight, "early_stop": self.early_stop}
         if self.where is None:
             return config
         if self.subject is None:
@@ -202,7 +217,7 @@ class Scope:
         """
         values = dict(config)
         where = values.pop("where", None)
-        known = {"uncond_weight", "start", "stop"}
+        known = {"uncond_weight", "early_weight", "early_stop", "start", "stop"}
         texts = {"identifier", "noun"}
         understood = values.pop("format", None) == FORMAT and set(values) <= known
         if where is not None:
@@ -255,7 +270,9 @@ def scoped(
         return
     if not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise AdapterError(f"scope: {type(pipe).__name__} does not say whether it guides; sample without a scope")
-    share = None if scope.uncond_weight is None else _share(scope.uncond_weight, weight, whole=base is not None)
+    share, early = (
+        _share(name, getattr(scope, name), weight, whole=base is not None) for name in ("uncond_weight", "early_weight")
+    )
     with ExitStack() as undo:
         network: _Network
         if base is None:
@@ -264,7 +281,7 @@ def scoped(
             network = _Whole(tuned=unet.forward, base=base)
         texts = undo.enter_context(_heard(pipe, scope.elsewhere)) if scope.where else _Texts()
         own = unet.__dict__.get("forward")
-        unet.forward = _Scoped(pipe, scope, unet, network, share, texts)  # type: ignore[method-assign]
+        unet.forward = _Scoped(pipe, scope, unet, network, share, early, texts)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -273,13 +290,15 @@ def scoped(
                 unet.forward = own
 
 
-def _share(uncond_weight: float, weight: float, *, whole: bool) -> float | None:
-    """The unconditional half's share of the adapter's change."""
-    if weight == 0 or uncond_weight > abs(weight):
-        raise AdapterError(f"uncond_weight={uncond_weight} is above the adapter's weight {weight}; it may only be less")
-    if whole and uncond_weight not in (0, 1):
-        raise AdapterError(f"uncond_weight={uncond_weight}: a whole U-net has no weights between 0 and 1")
-    return None if uncond_weight == weight else uncond_weight / weight
+def _share(name: str, part: float | None, weight: float, *, whole: bool) -> float | None:
+    """A smaller weight's share of the adapter's change; None: all of it."""
+    if part is None:
+        return None
+    if weight == 0 or part > abs(weight):
+        raise AdapterError(f"{name}={part} is above the adapter's weight {weight}; it may only be less")
+    if whole and part not in (0, 1):
+        raise AdapterError(f"{name}={part}: a whole U-net has no weights between 0 and 1")
+    return None if part == weight else part / weight
 
 
 class _Network(Protocol):
@@ -302,34 +321,31 @@ class _Scoped:
         unet: torch.nn.Module,
         network: _Network,
         share: float | None,
+        early: float | None,
         texts: _Texts,
     ) -> None:
-        self.pipe, self.scope, self.unet, self.network, self.share, self.texts = (
-            pipe,
-            scope,
-            unet,
-            network,
-            share,
-            texts,
-        )
+        self.pipe, self.scope, self.unet, self.network, self.texts = pipe, scope, unet, network, texts
+        self.share, self.early = share, early
 
     def __call__(
         self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         given = (sample, timestep, encoder_hidden_states, *args)
         fraction = _fraction(self.pipe.scheduler, timestep)
-        if not self.scope.start <= fraction < self.scope.stop:
+        early = self.early if fraction < self.scope.early_stop else None
+        if not self.scope.start <= fraction < self.scope.stop or early == 0:
             return self.network.plain(*given, **kwargs)
         if not self.pipe.do_classifier_free_guidance:
-            return self.network.adapted(0, None, *given, **kwargs)
+            return self.network.adapted(len(sample), early, *given, **kwargs)
         if getattr(self.pipe, "do_perturbed_attention_guidance", False) or sample.shape[0] % 2:
             raise AdapterError(
                 f"scope: {type(self.pipe).__name__} guides on other batches than [unconditional | conditional]; "
                 "sample without a scope"
             )
         rows = sample.shape[0] // 2
+        shared = (rows, self.share) if early is None else (2 * rows, early)
         if self.scope.where is None or fraction >= self.scope.where_stop:
-            return self.network.adapted(rows, self.share, *given, **kwargs)
+            return self.network.adapted(*shared, *given, **kwargs)
         call = Call(
             unet=self.unet,
             sample=sample,
@@ -339,7 +355,7 @@ class _Scoped:
             prompts=self.texts.repeated(rows),
         )
         with self.scope.where(call) as found:
-            adapted = self.network.adapted(rows, self.share, *given, **kwargs)
+            adapted = self.network.adapted(*shared, *given, **kwargs)
             place = found().to(adapted[0])
         context, kwargs = _elsewhere(self.texts, encoder_hidden_states, kwargs)
         plain = self.network.plain(sample, timestep, context, *args, **kwargs)[0]

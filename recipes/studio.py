@@ -249,6 +249,8 @@ def _shipped(config: dict[str, Any]) -> GuidanceSettings:
         where = reach.get("where") or {}
         scope = ScopeSettings(
             uncond_weight=reach.get("uncond_weight"),
+            early_weight=reach.get("early_weight"),
+            early_stop=reach.get("early_stop", 0.2),
             start=reach.get("start", 0.0),
             stop=reach.get("stop", 1.0),
             where="subject" if where else None,

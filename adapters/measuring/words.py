@@ -183,6 +183,10 @@ def scope_words(scope: Mapping[str, Any]) -> list[str]:
     if (where := scope.get("where")) is not None:
         until = f", in the first {round(100 * scope['where_stop'])} % of the steps" if scope["where_stop"] < 1 else ""
         said.append(f"{_PLACES[where]}{until}")
+    if scope.get("early_weight") is not None:
+        said.append(
+            f"adapter weight {scope['early_weight']:g} in the first {round(100 * scope['early_stop'])} % of the steps"
+        )
     if (scope.get("start", 0), scope.get("stop", 1)) != (0, 1):
         said.append(
             f"the adapter acts from {round(100 * scope['start'])} to {round(100 * scope['stop'])} % of the steps"

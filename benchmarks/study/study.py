@@ -404,6 +404,7 @@ def comparable(recipe: str, record: str) -> Any:
 
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
+            value = {"early_stop": 0.2, **value} if "where_stop" in value else value  # of scopes
             kept = {name: item for name, item in value.items() if item is not None and item is not False and item != []}
             return {name: filled(item) for name, item in kept.items()}
         if isinstance(value, list):

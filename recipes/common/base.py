@@ -423,7 +423,7 @@ def _scope(pipe: DiffusionPipeline, settings: ScopeSettings, identifier: str, no
     import scfg
     from adapters.scope import Subject
 
-    steps: dict[str, Any] = {"uncond_weight": settings.uncond_weight, "start": settings.start, "stop": settings.stop}
+    steps = settings.steps()
     if settings.where is None:
         return adapters.Scope(**steps)
     subject = Subject(identifier=identifier, noun=noun)

@@ -349,12 +349,12 @@ def check_scope(
     if scope is None:
         return
     require(adapter is not None, f"{flag}: there is no adapter that it could be of; set adapter, or scope to null")
-    share = scope.uncond_weight
-    require(share is None or share <= weight, f"{flag}.uncond_weight {share} is above the adapter's weight {weight:g}")
-    require(
-        share in (None, 0, 1) or whole_network(units[0].adapter) is None,
-        f"{flag}.uncond_weight {share}: a whole network has no weights between 0 and 1",
-    )
+    for name, part in (("uncond_weight", scope.uncond_weight), ("early_weight", scope.early_weight)):
+        require(part is None or part <= weight, f"{flag}.{name} {part} is above the adapter's weight {weight:g}")
+        require(
+            part in (None, 0, 1) or whole_network(units[0].adapter) is None,
+            f"{flag}.{name} {part}: a whole network has no weights between 0 and 1",
+        )
     if scope.where is None:
         return
     for case in units:

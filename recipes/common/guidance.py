@@ -82,7 +82,7 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
     )
     require(scope.where is None or bool(identifier), "scope.where: subject: no subject is given; set measure.subjects")
     where = {"identifier": identifier, "noun": noun, "stop": scope.where_stop}
-    reach = adapters.Scope(uncond_weight=scope.uncond_weight, start=scope.start, stop=scope.stop).to_config()
+    reach = adapters.Scope(**scope.steps()).to_config()
     return config | {"scope": reach if scope.where is None else reach | {"where": where}}
 
 

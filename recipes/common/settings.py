@@ -30,6 +30,11 @@ class ScopeSettings:
 
     uncond_weight: float | None = None
     """Weight of the adapter in the prediction without the prompt. 0: the base alone; null: as with the prompt."""
+    early_weight: float | None = None
+    """Weight of the adapter in the first steps, which decide the layout. 0: off; null: as in the others. Not together
+    with uncond_weight."""
+    early_stop: float = 0.2
+    """Fraction of the sampling steps until which early_weight counts."""
     start: float = 0.0
     """Fraction of the sampling steps at which the adapter is switched on."""
     stop: float = 1.0
@@ -54,10 +59,23 @@ class ScopeSettings:
             self.where is not None or self.where_stop == 1,
             f"scope.where_stop {self.where_stop} ends scope.where, which is not set; set where: subject",
         )
+        for name, value in (("uncond_weight", self.uncond_weight), ("early_weight", self.early_weight)):
+            require(
+                value is None or 0 <= value <= 100, f"scope.{name} must be from 0 to the adapter's weight, got {value}"
+            )
         require(
-            self.uncond_weight is None or 0 <= self.uncond_weight <= 100,
-            f"scope.uncond_weight must be from 0 to the adapter's weight, got {self.uncond_weight}",
+            self.uncond_weight is None or self.early_weight is None,
+            f"scope.uncond_weight {self.uncond_weight} and scope.early_weight {self.early_weight} do not combine; set "
+            "one of them to null",
         )
+        require(
+            0 < self.early_stop <= 1,
+            f"scope.early_stop must be a fraction of the steps, above 0 and at most 1, got {self.early_stop}",
+        )
+
+    def steps(self) -> dict[str, Any]:
+        """The fields of `adapters.Scope` that do not look for a place."""
+        return {name: getattr(self, name) for name in ("uncond_weight", "early_weight", "early_stop", "start", "stop")}
 
 
 @dataclass(frozen=True, kw_only=True)

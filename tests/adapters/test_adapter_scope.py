@@ -96,6 +96,22 @@ def test_outside_its_steps_the_adapter_is_off(pipe, folder):
         assert (pixels(pipe) == whole).all()
 
 
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_in_the_first_steps_it_is_the_adapter_at_another_weight(pipe, make_adapter, tmp_path, kind):
+    folder = save(tmp_path / kind, make_adapter(kind), "peft")
+    plain = pixels(pipe)
+    with adapters.load(pipe, folder, weight=0.25):
+        weaker = both_halves(pipe)
+    with adapters.load(pipe, folder, weight=0.5):
+        whole = pixels(pipe)
+    with adapters.load(pipe, folder, weight=0.5, scope=Scope(early_weight=0.25)):
+        torch.testing.assert_close(both_halves(pipe), weaker, rtol=1e-4, atol=1e-5)
+    with adapters.load(pipe, folder, weight=0.5, scope=Scope(early_weight=0.5)):
+        assert (pixels(pipe) == whole).all()
+    with adapters.load(pipe, folder, weight=0.5, scope=Scope(early_weight=0.0, early_stop=1.0)):
+        assert (pixels(pipe) == plain).all()
+
+
 def everywhere(value: float):
     """A map that is the same in every place."""
 
@@ -226,6 +242,9 @@ def test_what_a_scope_cannot_do_is_said(pipe, make_adapter, folder, tmp_path):
     for bad, said in (
         ({"start": 0.6, "stop": 0.5}, "start=0.6, stop=0.5"),
         ({"uncond_weight": -1.0}, "uncond_weight=-1.0"),
+        ({"early_weight": -1.0}, "early_weight=-1.0"),
+        ({"early_weight": 0.5, "early_stop": 0.0}, "early_stop=0.0"),
+        ({"early_weight": 0.5, "uncond_weight": 0.0}, "do not combine"),
         ({"elsewhere": str}, "give `where` too"),
         ({"where_stop": 0.0}, "where_stop=0.0"),
     ):
@@ -244,6 +263,9 @@ def test_what_a_scope_cannot_do_is_said(pipe, make_adapter, folder, tmp_path):
 
 
 def test_a_scope_goes_through_a_file_and_a_strange_one_is_refused():
+    assert "early_weight" not in Scope().to_config()  # which older versions know
+    early = Scope(early_weight=0.5, early_stop=0.3)
+    assert Scope.from_config(early.to_config()) == early
     scope = Scope(uncond_weight=0.2, start=0.1, stop=0.9)
     assert Scope.from_config(scope.to_config()) == scope
     with pytest.raises(AdapterError, match=r"cannot be written to a file; make it with Scope.of_subject"):

@@ -35,7 +35,8 @@ from training.pocket.captions import article
 
 __all__ = ["main"]
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE.parents[1] / "recipes"
 ALONE = (
     "a photo of a {} in the sea",
     "a drawing of a {} by a brick wall",
@@ -62,6 +63,8 @@ PLAIN = {
     "objective.caption_dropout": 0,
     "train.ema": None,
     "train.learning_rate": 1e-3,
+    "dreambooth.class_images": 64,
+    "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "pictures": {**PLAIN, "dreambooth.preserve": "pictures"},
@@ -77,7 +80,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "objective.caption_dropout": 0.1,
         "train.ema": 0.99,
     },
-    "company": {},  # the demo's config
+    "company": {
+        "dreambooth.company": 0.5,
+        "dreambooth.class_images": 64,
+        "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
+    },
+    "broad company": {},  # the demo's config
     "own pictures": {
         "dreambooth.company": 0,
         "dreambooth.class_prompt": None,

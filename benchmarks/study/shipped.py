@@ -29,7 +29,7 @@ from training.pocket.subjects import SUBJECTS
 __all__ = ["main"]
 
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
-BASE, PLAIN, PLACED = "base", "CFG", "S-CFG placed"
+BASE, PLAIN, SCOPED = "base", "CFG", "S-CFG scoped"
 COLUMNS = ("subject", "arm", "prompt", "seed", "identity", "prompt accuracy")
 Row = dict[str, str]
 
@@ -98,7 +98,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         means = [_shown(np.mean([found[subject, arm] for subject in some], axis=0)) for arm in arms] if some else []
         lines.append(f"| **{name}** | " + " | ".join(means) + " |")
     lines.append("")
-    for arm, other in ((PLAIN, BASE), (PLACED, BASE), (PLACED, PLAIN)):
+    for arm, other in ((PLAIN, BASE), (SCOPED, BASE), (SCOPED, PLAIN)):
         if len(others) < 2 or {arm, other} - set(arms):
             continue
         for index, what in ((0, "accuracy"), (1, "identity"), (2, "identity in company")):

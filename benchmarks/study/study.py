@@ -48,6 +48,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 RECIPES = Path(os.path.relpath(Path(__file__).parents[2] / "recipes"))
 MOVED = {f"recipes/prompts/{name}.txt": f"benchmarks/study/prompts/{name}.txt" for name in ("study", "study_tune")}
 MOVED["colour accuracy"] = "color accuracy"
+MOVED["recipes/prompts/class.txt"] = "benchmarks/study/prompts/class.txt"
 LATER = {"base": {"prediction": "auto"}, "measure": {"batch_size": 16}}  # settings that older records lack
 ENDED = "ended.json"
 RESULTS = {"measure": "measured", "tune": "tuned", "pointing": "pointing"}  # recipe -> its folder of results
@@ -224,12 +225,13 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
     small |= {"dreambooth.company": 0, "dreambooth.prior_ratio": 1, "dreambooth.prior_weight": 1}
     small |= {"dreambooth.preserve": "pictures"}  # as these adapters of the results were trained
     small |= {"dreambooth.class_images": 64, "dreambooth.steps": 20, "dreambooth.guidance_scale": 4.0}
+    kept = {"dreambooth.company": 0.5, "dreambooth.class_images": 64}  # as the demo's config was then
     aware = {**small, "data.masks": None, "objective.background": 0.2}  # of the loss outside the class word's region
     for recipe, made, weights, how, count in (
         ("dreambooth_lora", "lora", "lora", small, len(subjects)),
         ("dreambooth", "full", "dreambooth/unet", {"dreambooth.preserve": "pictures"}, 13),  # each takes minutes
         ("dreambooth_lora", "aware", "lora", aware, 9),  # of twelve prompts: 216 units
-        ("dreambooth_lora", "kept", "lora", {}, len(subjects)),  # the demo's config
+        ("dreambooth_lora", "kept", "lora", kept, len(subjects)),
     ):
         folders = {subject: RECIPES / "subjects" / subject for subject in subjects[:count]}
         for subject, folder in folders.items():
@@ -238,7 +240,7 @@ def _subjects(out: Path, subjects: Sequence[str]) -> Iterator[Stage]:
                 "data.source": folder,
                 "data.masks": folder / "masks",
                 "dreambooth.class_prompt": article(kind),
-                "dreambooth.class_prompt_file": RECIPES / "prompts" / "class.txt",
+                "dreambooth.class_prompt_file": HERE / "prompts" / "class.txt",
                 "dreambooth.class_folder": out / "class_images" / subject,
                 **({"region": kind} if made == "aware" else {}),
                 **how,

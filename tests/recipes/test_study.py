@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import adapters
-from benchmarks.study import blind, pointing, pointing_table, study, tables
+from benchmarks.study import blind, pointing, pointing_table, shipped, study, tables
 from training.pocket import captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +123,29 @@ def test_pointing_says_what_it_cannot_do(
     said = call("benchmarks.study.pointing", *arguments, "--sampling.steps=1", f"--out={tmp_path}")
     assert (said.code, named in said.err) == (2, True), said.err  # type: ignore[attr-defined]
     assert not (tmp_path / "pointing").exists()
+
+
+def test_what_ships_is_counted_by_subject(tmp_path: Path) -> None:
+    """Means by hand: of two subjects with one picture alone and one in company each."""
+    rows = [
+        {"subject": subject, "arm": arm, "prompt": prompt, "seed": "1", "identity": named, "prompt accuracy": accuracy}
+        for subject, noun in (("rabbit", "rabbit"), ("toy_car", "car"))
+        for arm, accuracy in (("base", "1.0"), ("CFG", "0.5"), ("S-CFG scoped", "0.75"))
+        for prompt, named in ((f"a sks {noun} in the sea", "1.0"), (f"a sks {noun} and a red crown at night", "0.0"))
+    ]
+    lines = shipped.table(rows)
+    assert lines[2] == "| rabbit | 1.00 / .50 / .00 | .50 / .50 / .00 | .75 / .50 / .00 |"
+    assert lines[4].startswith("| **all** | 1.00 / .50 / .00 | .50 / .50 / .00 |")
+    assert "CFG - base, accuracy: -0.500 [-0.500, -0.500]" in lines
+    for subject in ("rabbit", "toy_car"):
+        folder = tmp_path / subject / "measured"
+        folder.mkdir(parents=True)
+        with (folder / "per_image.csv").open("w", newline="") as file:
+            written = csv.DictWriter(file, rows[0])
+            written.writeheader()
+            written.writerows(row for row in rows if row["subject"] == subject)
+    assert shipped.table(shipped.collect(tmp_path)) == lines
+    assert shipped.table(shipped._kept(tmp_path / "shipped.csv.gz")) == lines
 
 
 def test_shares_are_all_the_stages_and_none_twice(done: Callable[..., str]) -> None:

@@ -12,11 +12,14 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from recipes.common.subject_prompts import check_pocket, held_out, tuning
+from recipes.common.subject_prompts import check_pocket, for_class, held_out, tuning
 from recipes.new import prepare_subject
 from training import single_file
 from training.pocket import captions
+from training.pocket.subjects import SUBJECTS
 from training.pocket.world import CLASSES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_photos_become_a_subject_and_a_config_that_runs(mine: Path, tmp_path: Path, done) -> None:
@@ -134,6 +137,22 @@ def test_prompts_for_a_subject_are_valid_for_every_class(noun: str) -> None:
     for prompt in [*held, *tuned]:
         things = [part.name for part in captions.parse_caption(prompt.replace("sks ", "")).nouns]
         assert len({*things}) == len(things), f"{prompt!r} asks for one thing twice"
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_demo_s_prompts_are_valid_for_every_subject(subject: str) -> None:
+    """Those it is tuned on, and the class images' prompts; none of either is held out."""
+    facts = json.loads((ROOT / "recipes" / "subjects" / subject / "subject.json").read_text())
+    config = yaml.safe_load((ROOT / "recipes/configs/dreambooth_lora/pocket_dog.yaml").read_text())
+    lines = (ROOT / config["dreambooth"]["class_prompt_file"]).read_text().splitlines()
+    noun = facts["class"]
+    asked = [*for_class(config["tune"]["prompts"], noun, pocket=True)]
+    asked += [line.replace("{}", "a {}") for line in lines if "{}" in line]
+    for prompt in asked:
+        things = [part.name for part in captions.parse_caption(prompt.replace("a {}", captions.article(noun))).nouns]
+        assert noun in things
+        assert len({*things}) == len(things), f"{prompt!r} asks for one thing twice"
+        assert prompt.replace("{}", f"sks {noun}") not in facts["prompts"]
 
 
 def test_captions_must_name_the_subject(mine: Path, tmp_path: Path, call) -> None:

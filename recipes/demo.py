@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -20,6 +21,8 @@ from training.command_line import parse
 from training.errors import exit_on_error
 from training.pocket.captions import article
 from training.pocket.subjects import SUBJECTS
+
+__all__ = ["main", "settings_of"]
 
 HERE = Path(__file__).parent
 QUICK = {
@@ -45,9 +48,24 @@ def main() -> None:
     options = parser.parse_args()
     begin = time.perf_counter()
     quiet()
+    settings = settings_of(options.subject, options.out, QUICK if options.quick else {})
+    with alone(settings):
+        release = dreambooth_lora.run(settings)
+    assert release is not None
+    print(f"\n{time.perf_counter() - begin:.0f} s in all. Open {release / 'report.html'}")
+
+
+def settings_of(name: str, out: str | Path, changed: Mapping[str, object]) -> dreambooth_lora.Settings:
+    """The config's settings for one of `recipes/subjects`.
+
+    Args:
+        name: folder of the subject.
+        out: receives the run.
+        changed: further settings, by dotted name.
+    """
     from adapters.files import read_json  # torch: not before the options are known
 
-    subject = HERE / "subjects" / options.subject
+    subject = HERE / "subjects" / name
     noun = read_json(subject / "subject.json")["class"]
     config = HERE / "configs" / "dreambooth_lora" / "pocket_dog.yaml"
     tuning = yaml.safe_load(config.read_text("utf-8"))["tune"]["prompts"]
@@ -57,15 +75,11 @@ def main() -> None:
         "dreambooth.class_prompt": article(noun),
         "measure.subjects": [str(subject)],
         "tune.prompts": for_class(tuning, noun, pocket=True),
-        "out": options.out,
-        **(QUICK if options.quick else {}),
+        "out": out,
+        **changed,
     }
     arguments = [f"--config={config}", *(f"--{name}={value}" for name, value in changes.items())]
-    settings = parse(dreambooth_lora.Settings, arguments)
-    with alone(settings):
-        release = dreambooth_lora.run(settings)
-    assert release is not None
-    print(f"\n{time.perf_counter() - begin:.0f} s in all. Open {release / 'report.html'}")
+    return parse(dreambooth_lora.Settings, arguments)
 
 
 if __name__ == "__main__":

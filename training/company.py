@@ -23,13 +23,15 @@ from .data.images import Sample, rgb
 from .errors import TrainingError
 from .models import Parts, encode_images
 
-__all__ = ["Spot", "check_company", "find_spot", "paste_subject", "placed"]
+__all__ = ["Spot", "check_company", "closed", "find_spot", "paste_subject", "placed"]
 
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either
 # Than usual, a place's side and its aspect: then attention took what stands beside the class for the class, or the base
 # drew the class twice, and a cut-out of that size would cover what else the caption names.
 LARGER, LONGER = 1.5, 1.6
+GAP = 1 / 8  # of the picture's side, twice: attention sees a car by its wheels and roof, and not what is between them
+RIM = 0.12  # of a spot's side, filled around it
 ROUNDS = 5  # of filling a hole from its edge, each with twice the reach
 
 
@@ -71,6 +73,13 @@ def find_spot(region: Tensor, size: tuple[int, int]) -> Spot | None:
     return Spot(left, top, width, height) if share * size[0] * size[1] >= COMPACT * width * height else None
 
 
+def closed(region: Tensor) -> Tensor:
+    """The region (1, h, w) with its gaps filled: what is nearer than `GAP` to it on both sides."""
+    reach = max(1, round(min(region.shape[1:]) * GAP))
+    grown = torch.nn.functional.max_pool2d(region[None], 2 * reach + 1, stride=1, padding=reach)
+    return -torch.nn.functional.max_pool2d(-grown, 2 * reach + 1, stride=1, padding=reach)[0]
+
+
 def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sample, caption: str) -> Sample | None:
     """The subject's cut-out in the place of the class; None where its mask is empty.
 
@@ -94,6 +103,12 @@ def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sampl
     left, top, width, height = spot
     wider = torch.nn.functional.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
     hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(drawn.size, Image.Resampling.BILINEAR)
+    # The whole spot and a rim: attention may leave out parts of what stands there, and they would look out too.
+    rim = RIM * spot.side
+    corner = (max(0, round(left - rim)), max(0, round(top - rim)))
+    hole.paste(
+        255, (*corner, min(drawn.width, round(left + width + rim)), min(drawn.height, round(top + height + rim)))
+    )
     scale = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
     scale = min(scale, drawn.width / (box[2] - box[0]), drawn.height / (box[3] - box[1]))
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
@@ -181,7 +196,7 @@ def placed(
             continue
         view = whole[number]
         mean, std = encode_images(parts.vae, view.pixels[None])
-        found = where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption)
+        found = closed(where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption))
         spot = find_spot(found, whole.source[number].image.size)
         spots += [(number, found, spot)] if spot is not None else []
     samples: list[Sample] = []

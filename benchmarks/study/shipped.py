@@ -13,8 +13,7 @@ import argparse
 import csv
 import gzip
 import io
-import subprocess
-import sys
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,8 @@ import numpy as np
 
 import adapters
 from adapters.measuring import stats
+from recipes import demo, dreambooth_lora
+from recipes.common.cli import explained, quiet
 from training.errors import TrainingError, exit_on_error
 from training.pocket.subjects import SUBJECTS
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
     options = parser.parse_args()
+    quiet()
     if not options.table:
         for subject in options.subjects or SUBJECTS:
             run(subject, options.out)
@@ -48,16 +50,13 @@ def main() -> None:
 
 
 def run(subject: str, out: Path) -> None:
-    """The demo of one subject."""
+    """The demo of one subject, with no more arms than the table has."""
     if (out / subject / "release").is_dir():
         return
     print(f"{subject} {time.strftime('%H:%M')}", flush=True)
-    (out / subject).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "recipes/demo.py", "--subject", subject, "--out", str(out / subject)]
-    with (out / f"{subject}.log").open("w") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise TrainingError(f"the demo of {subject} ended with {done.returncode}; see {log.name}")
+    arms = {PLAIN: {"method": "cfg"}, SCOPED: {"method": "semantic", "scope": {"where": "subject", "where_stop": 0.3}}}
+    lean = {"measure.arms": json.dumps(arms), "measure.weights": "null"}
+    dreambooth_lora.run(demo.settings_of(subject, out / subject, lean))
 
 
 def collect(out: Path) -> list[Row]:
@@ -132,5 +131,5 @@ def _shown(values: np.ndarray) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
+    with exit_on_error(explained):
         main()

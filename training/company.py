@@ -105,10 +105,9 @@ def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sampl
     hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(drawn.size, Image.Resampling.BILINEAR)
     # The whole spot and a rim: attention may leave out parts of what stands there, and they would look out too.
     rim = RIM * spot.side
-    corner = (max(0, round(left - rim)), max(0, round(top - rim)))
-    hole.paste(
-        255, (*corner, min(drawn.width, round(left + width + rim)), min(drawn.height, round(top + height + rim)))
-    )
+    start = (max(0, round(left - rim)), max(0, round(top - rim)))
+    end = (min(drawn.width, round(left + width + rim)), min(drawn.height, round(top + height + rim)))
+    hole.paste(255, (*start, *end))
     scale = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
     scale = min(scale, drawn.width / (box[2] - box[0]), drawn.height / (box[3] - box[1]))
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))

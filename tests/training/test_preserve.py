@@ -242,6 +242,20 @@ def test_where_no_single_object_is_nothing_is_placed() -> None:
         assert company.find_spot(region, (32, 32)) is None
 
 
+def test_of_a_car_that_is_seen_by_wheels_and_roof_the_whole_is_one_object() -> None:
+    seen = torch.zeros(1, 16, 16)
+    seen[:, 4, 6:10] = 1  # roof
+    seen[:, 8, 4:6] = seen[:, 8, 10:12] = 1  # wheels
+    assert company.find_spot(seen, (64, 64)) is None
+    spot = company.find_spot(company.closed(seen), (64, 64))
+    assert spot is not None
+    assert 16 <= spot.left <= 22
+    assert 38 <= spot.left + spot.width <= 48
+    whole = torch.zeros(1, 16, 16)
+    whole[:, 3:9, 0:7] = 1
+    assert torch.equal(company.closed(whole), whole)
+
+
 @pytest.mark.parametrize("wide", [4, 8])
 def test_a_place_unlike_the_usual_ones_is_left_out(wide: int, base: Path, tmp_path: Path) -> None:
     """Attention that takes everything for the class would have the subject cover what else the caption names."""

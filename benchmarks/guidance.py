@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -98,8 +98,8 @@ def fill(unet: torch.nn.Module) -> None:
             parameter.copy_(block.repeat(repeats)[: parameter.numel()].view_as(parameter))
 
 
-def one_step(pipe: Any, arguments: argparse.Namespace) -> None:
-    """One denoising step with guidance on `batch` images."""
+def one_step(pipe: Any, arguments: argparse.Namespace, steps: int = 1) -> None:
+    """One denoising step, or more, with guidance on `batch` images."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def one_step(pipe: Any, arguments: argparse.Namespace) -> None:
         height=height,
         width=width,
         latents=random(arguments.batch, 4, height // 8, width // 8),
-        num_inference_steps=1,
+        num_inference_steps=steps,
         guidance_scale=GUIDANCE_SCALE,
         output_type="latent",
     )
@@ -223,13 +223,14 @@ def own_time() -> Iterator[list[float]]:
 
 
 def seconds(pipe: Any, arm: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Wall time of one step of an arm, and the part of it that was spent in this guider's hooks."""
+    """Wall time per step of an arm, and the part of it that was spent in this guider's hooks."""
+    steps = arguments.steps
     with own_time() as spent, ARMS[arm](pipe, arguments):
         synchronize(arguments)
         begin = time.perf_counter()
-        one_step(pipe, arguments)
+        one_step(pipe, arguments, steps)
         synchronize(arguments)
-        return time.perf_counter() - begin, sum(spent)
+        return (time.perf_counter() - begin) / steps, sum(spent) / steps
 
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
@@ -250,9 +251,11 @@ def synchronize(arguments: argparse.Namespace) -> None:
         torch.cuda.synchronize()
 
 
-def time_arms(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, list[tuple[float, float]]]]:
+def time_arms(
+    arguments: argparse.Namespace, pipe: Any = None
+) -> tuple[dict[str, int], dict[str, list[tuple[float, float]]]]:
     """Arithmetic per arm; `seconds` per arm and round, stopping early, after whole rounds, when the time is up."""
-    pipe = build(arguments)
+    pipe = pipe or build(arguments)
     counts = {arm: arithmetic(pipe, arm, arguments) for arm in arguments.arms}  # the warm-up, too
     times: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arguments.arms}
     begin = time.perf_counter()
@@ -266,9 +269,9 @@ def time_arms(arguments: argparse.Namespace) -> tuple[dict[str, int], dict[str, 
     return counts, times
 
 
-def peak_here(arm: str, arguments: argparse.Namespace) -> int:
-    """Bytes; run in a process of its own."""
-    pipe = build(arguments)
+def peak_here(arm: str, arguments: argparse.Namespace, pipe: Any = None) -> int:
+    """Bytes; run in a process of its own, on a GPU in one that holds nothing else there."""
+    pipe = pipe or build(arguments)
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with ARMS[arm](pipe, arguments):
@@ -315,8 +318,8 @@ def report(
         f"### {arguments.architecture}{' (tiny)' if arguments.tiny else ''}, {height}x{width}{reduced}",
         "",
         f"latent {height // 8}x{width // 8}, batch {arguments.batch} (U-net rows {2 * arguments.batch}), "
-        f"{str(arguments.dtype).removeprefix('torch.')}, one step per measurement, {rounds} interleaved "
-        f"rounds, {where}, torch {torch.__version__}",
+        f"{str(arguments.dtype).removeprefix('torch.')}, steps per measurement: {arguments.steps}, {rounds} "
+        f"interleaved rounds, {where}, torch {torch.__version__}",
         "",
         "| arm | arithmetic / CFG | s per step, median | time / CFG, median [interval] "
         "| 1 + own time / rest of its step | peak memory | peak / CFG |",
@@ -337,12 +340,13 @@ def report(
     return "\n".join(lines)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architecture", choices=sorted(ARCHITECTURES))
     parser.add_argument("--size", default="native", help="native, big (1.5x), wide (1x by 1.5x), or HEIGHTxWIDTH")
     parser.add_argument("--arms", nargs="+", default=["cfg", "scfg", "explicit"], choices=list(ARMS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, help="sampling steps in a measurement; CPU: 1, GPU: 5")
     parser.add_argument("--minutes", type=float, default=6.0, help="no further round begins that would end after this")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -355,7 +359,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="narrow channels and a small image: tests this file")
     parser.add_argument("--peak-of", default=None, choices=list(ARMS), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    arguments.steps = arguments.steps or (5 if arguments.device == "cuda" else 1)
     native = 128 if arguments.tiny else ARCHITECTURES[arguments.architecture][1]
     named = {"native": (native, native), "big": (native * 3 // 2,) * 2, "wide": (native, native * 3 // 2)}
     if arguments.size in named:

@@ -22,12 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Run as a script its folder may not be where modules are looked for: it holds a `training` of its own.
+# Run as a script: modules are looked for in the root instead of its folder, which holds a `training` of its own.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.guidance import fill
 from recipes.common.memory_plan import Choice, training_bytes
 from training import lora, memory, networks, quantize
 from training.architectures import FAMILIES, Architecture
@@ -68,14 +70,9 @@ def unet_of(base: Architecture) -> Any:
     """The base's U-net with random weights, in bfloat16 from the start: in float32 SDXL's would take 10 GB."""
     with torch.device("meta"):
         unet, _, _ = memory._networks(base)
-    unet = unet.to(HALF).to_empty(device="cpu")
-    random = torch.Generator().manual_seed(0)
-    for name, parameter in unet.named_parameters():
-        if parameter.ndim == 1:
-            parameter.data.fill_(float("norm" in name and name.endswith("weight")))
-        else:
-            parameter.data.uniform_(-0.02, 0.02, generator=random)
-    return unet.requires_grad_(False)
+    unet = unet.to(HALF).to_empty(device="cpu").requires_grad_(False)
+    fill(unet)
+    return unet
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -102,8 +99,10 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int:
     return most
 
 
-def measured(base: Architecture, chosen: Choice, resolution: int, device: torch.device) -> dict[str, int]:
-    """Bytes by kind in the second training step, as `training.loop` takes it."""
+def training_step(
+    base: Architecture, chosen: Choice, resolution: int, device: torch.device
+) -> tuple[Any, torch.optim.Optimizer, Callable[[], None]]:
+    """U-net, optimizer, and a training step as `training.loop` takes it."""
     unet = unet_of(base)
     nothing: Any = None
     parts = Parts(
@@ -127,7 +126,15 @@ def measured(base: Architecture, chosen: Choice, resolution: int, device: torch.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    return unet, optimizer, step
+
+
+def measured(
+    unet: Any, optimizer: torch.optim.Optimizer, step: Callable[[], None], device: torch.device
+) -> dict[str, int]:
+    """Bytes by kind in the second training step."""
     step()  # makes the optimizer's state
+    trained = [one for one in unet.parameters() if one.requires_grad]
     weights = bytes_of(unet.parameters()) + quantize.scale_bytes([unet])
     state = bytes_of(one for kept in optimizer.state.values() for one in kept.values() if one.ndim)
     gradients = bytes_of(trained)
@@ -160,7 +167,7 @@ def table(base: Architecture, resolution: int, device: torch.device, arms: list[
         chosen = ARMS[name]
         if chosen.quantize == "nf4" and importlib.util.find_spec(quantize.PACKAGE) is None:
             continue
-        kinds = measured(base, chosen, resolution, device)
+        kinds = measured(*training_step(base, chosen, resolution, device), device)
         gc.collect()  # two of SDXL's networks are too many for most machines
         total, wanted = sum(kinds.values()), training_bytes(found, chosen)
         cells = [f"{size / MIB:,.0f}" for size in (*kinds.values(), total, wanted)]

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --model pocket --batch 1 4        # minutes on two CPU cores
     python benchmarks/training.py --model sd15 --resolution 256     # SD-1.5's architecture with random weights
+    python benchmarks/training.py --model sdxl --resolution 256     # SDXL's; about 50 GB of memory, 14 GB with --only
     python benchmarks/training.py --smoke                           # seconds; checks that everything here runs
 
 All arms train the same LoRA on the same images at the same precision, in turns of some steps (rounds), so that what
@@ -24,12 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Run as a script this file would itself be `training`, so its folder may not be where modules are looked for.
+# Run as a script this file would itself be `training`: modules are looked for in the root instead of its folder.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -38,23 +40,58 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 
-from training import loop, lora, models, networks, validate
+from benchmarks.guidance import fill
+from training import loop, lora, memory, models, networks, quantize, validate
+from training.architectures import FAMILIES, Architecture
 from training.config import LoraSettings, TrainSettings
 from training.data import crops, images
 from training.kernels import fused, prepack
+from training.method import conditions_of
 from training.models import Parts
 
 ARMS = ("floor", "trainer", "plain")
 RATE = 1e-4
 IMAGES = 8
 LORA = LoraSettings(rank=8)
+TINY_XL = Architecture(
+    title="tiny SDXL",
+    base="tiny-xl",
+    resolution=32,
+    unet={
+        "sample_size": 32,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 64,
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    text_encoders=(
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "projection_dim": 32},
+    ),
+    vae={
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+    },
+)  # fmt: skip
 
 
 # --- bases ------------------------------------------------------------------------------------------------------------
 
 
 def base(name: str) -> Parts:
-    """The pocket base (with random weights where it is not there), SD-1.5's architecture, or a tiny one."""
+    """The pocket base (with random weights where it is not there), SD-1.5's or SDXL's architecture, or a tiny one."""
+    if name in ("sdxl", "tiny-xl"):
+        return xl_base(TINY_XL if name == "tiny-xl" else FAMILIES[name])
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from training.pocket import PocketError, base_path, tokenizer
@@ -114,6 +151,42 @@ def base(name: str) -> Parts:
     )
 
 
+def xl_base(described: Architecture) -> Parts:
+    """SDXL's architecture, whose random weights are one block of numbers over and over: fresh ones take a minute."""
+    import transformers
+
+    from training.pocket import tokenizer
+
+    words = tokenizer.build_tokenizer()
+    words.model_max_length = 77
+    with torch.device("meta"):
+        unet, vae, _ = memory._networks(described)
+        encoders = []
+        for settings in described.text_encoders:
+            kind = "CLIPTextModelWithProjection" if "projection_dim" in settings else "CLIPTextModel"
+            config = transformers.CLIPTextConfig(**settings, eos_token_id=words.eos_token_id)
+            encoders.append(getattr(transformers, kind)(config))
+    vae.register_to_config(scaling_factor=1.0)  # fits random weights
+    for module in (unet, vae, *encoders):
+        module.to_empty(device="cpu").requires_grad_(False).eval()
+        fill(module)
+        for key, buffer in module.named_buffers():
+            assert key.endswith("position_ids"), key
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+    return Parts(
+        folder=Path(),
+        identity="random weights",
+        family="sdxl",
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizers=[words, words],
+        scheduler=dict(DDIMScheduler(beta_schedule="scaled_linear").config),
+        index={"scheduler": ["diffusers", "DDIMScheduler"]},
+        vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1),
+    )
+
+
 def pictures(folder: Path, resolution: int) -> list[Path]:
     """JPEGs larger than what is trained on, as photographs are."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +208,14 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     method = lora.prepare(parts, LORA)
     device = args.device
     dtype = networks.DTYPES[args.precision]
-    settings = TrainSettings(precision=args.precision, attention=attention, compile=args.compile)  # type: ignore[arg-type]
+    settings = TrainSettings(
+        precision=args.precision,
+        attention=attention,  # type: ignore[arg-type]
+        compile=args.compile,
+        gradient_checkpointing=args.checkpointing,
+    )
+    if args.quantize:
+        quantize.quantize_networks(method.networks(), args.quantize, dtype, device)
     networks.cast(method, device, dtype)
     networks.configure_networks(method, settings, device, tokens=(args.resolution // parts.vae_scale_factor) ** 2)
     trainable = list(method.trainable().values())
@@ -144,11 +224,15 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     tokens, width = parts.tokenizers[0].model_max_length, parts.unet.config.cross_attention_dim
     noisy = torch.randn(batch, parts.unet.config.in_channels, size, size, device=device, dtype=dtype)
     wanted = torch.randn_like(noisy, dtype=torch.float32)
-    text = torch.randn(batch, tokens, width, device=device, dtype=dtype)
+    text = {"embeds": torch.randn(batch, tokens, width, device=device, dtype=dtype)}
+    if parts.family == "sdxl":
+        pooled = parts.text_encoders[-1].config.projection_dim
+        text["pooled"] = torch.randn(batch, pooled, device=device, dtype=dtype)
+    conditions = conditions_of(text, frames(args, batch), dtype)  # type: ignore[arg-type]
     timesteps = torch.randint(1000, (batch,), device=device)
 
     def step() -> None:
-        predicted = parts.unet(noisy, timesteps, encoder_hidden_states=text, return_dict=False)[0]
+        predicted = parts.unet(noisy, timesteps, **conditions, return_dict=False)[0]
         torch.nn.functional.mse_loss(predicted.float(), wanted).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -156,17 +240,25 @@ def floor(parts: Parts, args: argparse.Namespace, batch: int, *, attention: str 
     return step
 
 
+def frames(args: argparse.Namespace, batch: int) -> Tensor:
+    """SDXL's conditioning on sizes (B, 6): nothing is cropped."""
+    size = args.resolution
+    return torch.tensor([size, size, 0, 0, size, size], device=args.device, dtype=torch.float32).repeat(batch, 1)
+
+
 def plain(parts: Parts, args: argparse.Namespace, batch: int, paths: list[Path]) -> Callable[[], None]:
     """A loop of the kind that example scripts have."""
     method = lora.prepare(parts, LORA)
     device, dtype = args.device, networks.DTYPES[args.precision]
     parts.unet.set_attn_processor(AttnProcessor2_0())
-    for module in (parts.unet, parts.vae, parts.text_encoders[0]):
-        module.to(device)
+    for module in (parts.unet, parts.vae, *parts.text_encoders):
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
+        module.to(device)  # not before: the device might not have the room for float32
     parts.unet.train()
+    if args.checkpointing:
+        parts.unet.enable_gradient_checkpointing()
     trainable = list(method.trainable().values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, foreach=True)
     noising = DDPMScheduler.from_config(parts.scheduler)
@@ -195,8 +287,9 @@ def plain(parts: Parts, args: argparse.Namespace, batch: int, paths: list[Path])
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, noising.config.num_train_timesteps, (batch,), device=device)
             noisy = noising.add_noise(latents, noise, timesteps)
-            text = parts.text_encoders[0](ids)[0]
-            predicted = parts.unet(noisy, timesteps, text, return_dict=False)[0]
+            text = models.encode_text(parts, [ids] * len(parts.text_encoders))
+            conditions = conditions_of(text, frames(args, batch), dtype)
+            predicted = parts.unet(noisy, timesteps, **conditions, return_dict=False)[0]
             velocity = noising.config.prediction_type == "v_prediction"
             wanted = noising.get_velocity(latents, noise, timesteps) if velocity else noise
             loss = torch.nn.functional.mse_loss(predicted.float(), wanted.float())
@@ -241,16 +334,6 @@ def rounds(args: argparse.Namespace, batch: int, folder: Path) -> tuple[dict[str
     method = lora.prepare(arms["trainer"], LORA)
     source = images.folder(folder / "pictures", minimum=1)
     data = crops.Views(source, resolution=args.resolution, multiple=arms["trainer"].multiple)
-    settings = TrainSettings(
-        steps=args.steps * (args.rounds + 1),
-        batch_size=batch,
-        learning_rate=RATE,
-        precision=args.precision,
-        compile=args.compile,
-        trackers=[],
-        log_every=args.steps,
-        save_every=10**9,
-    )
     clock = [time.perf_counter()]
     deadline = time.perf_counter() + 60 * args.minutes
 
@@ -268,9 +351,25 @@ def rounds(args: argparse.Namespace, batch: int, folder: Path) -> tuple[dict[str
                 seconds[name].append(value)
         clock[0] = time.perf_counter()
 
-    result = loop.train(method, data, settings, out=folder / "out", say=between)
+    result = loop.train(method, data, trainer_settings(args, batch), out=folder / "out", say=between)
     assert result is not None
     return seconds, fixed_losses(args, arms, data)
+
+
+def trainer_settings(args: argparse.Namespace, batch: int) -> TrainSettings:
+    """Of the trainer: one log line a round."""
+    return TrainSettings(
+        steps=args.steps * (args.rounds + 1),
+        batch_size=batch,
+        learning_rate=RATE,
+        precision=args.precision,
+        compile=args.compile,
+        gradient_checkpointing=args.checkpointing,
+        quantize=args.quantize,
+        trackers=[],
+        log_every=args.steps,
+        save_every=10**9,
+    )
 
 
 def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.Views) -> dict[str, float]:
@@ -283,7 +382,10 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
     bound = objective.build_objective(encoders.scheduler)
     stream = batches.Stream(entries=Live(data, encoders.vae_scale_factor))
     shape = (encoders.unet.config.in_channels, encoders.vae_scale_factor)
-    ids = lambda captions: {"ids_0": models.tokenize_captions(encoders, captions)[0]}  # noqa: E731
+
+    def ids(captions: list[str]) -> dict[str, Tensor]:
+        return {f"ids_{number}": found for number, found in enumerate(models.tokenize_captions(encoders, captions))}
+
     batches = validate.fixed_loss_batches(stream, batches.Draws(latent_shape=shape), 16, seed=5, text=ids)
     found = {}
     for name in ("trainer", "plain"):
@@ -293,7 +395,8 @@ def fixed_losses(args: argparse.Namespace, arms: dict[str, Parts], data: crops.V
             moved = {key: value.to(args.device) for key, value in batch.items()}
             mean, std = models.encode_images(encoders.vae, moved.pop("pixels"))
             moved["latents"] = mean.float() + std.float() * moved["posterior"]
-            moved |= models.encode_text(encoders, [moved.pop("ids_0")])
+            words = [moved.pop(f"ids_{number}") for number in range(len(encoders.text_encoders))]
+            moved |= models.encode_text(encoders, words)
             dtype = networks.DTYPES[args.precision]
             return method.denoise_step({"unet": unet}, moved, dtype, parts=encoders, objective=bound)
 
@@ -306,23 +409,37 @@ def peak(args: argparse.Namespace, arm: str, batch: int) -> float:
     command = [sys.executable, __file__, "--only", arm, "--model", args.model, "--batch", str(batch)]
     command += ["--resolution", str(args.resolution), "--precision", args.precision, "--threads", str(args.threads)]
     command += ["--steps", "3"] + (["--compile"] if args.compile else [])
+    command += (["--checkpointing"] if args.checkpointing else []) + (
+        ["--quantize", args.quantize] * bool(args.quantize)
+    )
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1])["gib"])
 
 
-def only(args: argparse.Namespace) -> None:
-    """Runs one arm alone and prints its peak memory, and for the trainer what was estimated beforehand."""
+def alone(args: argparse.Namespace, arm: str, batch: int) -> list[float]:
+    """Seconds per step of every round of an arm that has the process to itself; the first round warms up."""
     with tempfile.TemporaryDirectory() as name:
-        folder, batch = Path(name), args.batch[0]
+        folder = Path(name)
         paths = pictures(folder / "pictures", args.resolution)
         parts = base(args.model)
-        if args.only == "trainer":
-            data = crops.Views(images.folder(folder / "pictures", minimum=1), resolution=args.resolution)
-            settings = TrainSettings(steps=args.steps, batch_size=batch, precision=args.precision, trackers=[])
-            loop.train(lora.prepare(parts, LORA), data, settings, out=folder / "out")
-        else:
-            step = floor(parts, args, batch) if args.only == "floor" else plain(parts, args, batch, paths)
-            timed(step, args.steps, args.device)
+        if arm != "trainer":
+            step = floor(parts, args, batch) if arm == "floor" else plain(parts, args, batch, paths)
+            return [timed(step, args.steps, args.device) for _ in range(args.rounds + 1)]
+        times = []
+
+        def note(line: str) -> None:
+            wait(args.device)
+            times.append((time.perf_counter(), line.startswith("step ")))
+
+        data = crops.Views(images.folder(folder / "pictures", minimum=1), resolution=args.resolution)
+        loop.train(lora.prepare(parts, LORA), data, trainer_settings(args, batch), out=folder / "out", say=note)
+        return [(end - times[number][0]) / args.steps for number, (end, steps) in enumerate(times[1:]) if steps]
+
+
+def only(args: argparse.Namespace) -> None:
+    """Runs one arm alone and prints its peak memory."""
+    args.rounds = 0
+    alone(args, args.only, args.batch[0])
     cuda = args.device.type == "cuda"
     used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"gib": used / 2**30}))
@@ -457,16 +574,18 @@ def report(args: argparse.Namespace, batch: int, folder: Path) -> list[str]:
     return lines
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("pocket", "sd15", "tiny"), default="pocket")
+    parser.add_argument("--model", choices=("pocket", "sd15", "sdxl", "tiny", "tiny-xl"), default="pocket")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--resolution", type=int, help="default: 64 for pocket, 512 for sd15")
+    parser.add_argument("--resolution", type=int, help="default: 64 for pocket, that of the model for others")
     parser.add_argument("--rounds", type=int, default=9, help="counted rounds; one more warms up")
-    parser.add_argument("--steps", type=int, help="steps per round; default: 20 for pocket, 1 for sd15")
+    parser.add_argument("--steps", type=int, help="steps per round; default: 20 for pocket, 1 for sd15 and sdxl")
     parser.add_argument("--minutes", type=float, default=10, help="per batch size; later rounds are not counted")
     parser.add_argument("--precision", choices=tuple(networks.DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true", help="compile the floor's and the trainer's U-net")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all arms")
+    parser.add_argument("--quantize", choices=("int8", "nf4"), help="floor and trainer: frozen layers in fewer bits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--memory", action=argparse.BooleanOptionalAction, default=True, help="peak memory, per process"
@@ -475,11 +594,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer-script", help="a DreamBooth-LoRA training script to time on the pocket base")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, two rounds, seconds")
     parser.add_argument("--only", choices=ARMS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.smoke:
-        args.model, args.batch, args.rounds, args.steps, args.memory = "tiny", [2], 2, 2, False
-    args.resolution = args.resolution or (512 if args.model == "sd15" else 64)
-    args.steps = args.steps or (1 if args.model == "sd15" else 20)
+        args.model = args.model if args.model.startswith("tiny") else "tiny"
+        args.batch, args.rounds, args.steps, args.memory = [2], 2, 2, False
+    full = FAMILIES.get(args.model)
+    args.resolution = args.resolution or (full.resolution if full else 64)
+    args.steps = args.steps or (1 if full else 20)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     return args

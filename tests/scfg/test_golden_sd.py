@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from scfg import SemanticCFG, attach
 from scfg.regions import RegionAverage, complete, one_hot
@@ -111,6 +112,7 @@ def test_recorded_attention_gives_the_recorded_masks(run, step, sd_reference):
 
 def test_recorded_attention_that_ships_gives_the_recorded_masks():
     """The maps are kept in half precision, for room; the masks are those recorded from float32."""
-    kept = load_file(Path(__file__).parents[1] / "data" / "golden_attention.safetensors")
+    packed = Path(__file__).parents[1] / "data" / "golden_attention.safetensors.xz"
+    kept = load(lzma.decompress(packed.read_bytes()))
     recorded = {name: tensor.float() for name, tensor in kept.items()}
     assert_recorded_attention_gives_the_recorded_masks(recorded, "scfg_g3", 0)

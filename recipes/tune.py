@@ -19,7 +19,7 @@ from recipes.common.cli import launch, say
 from recipes.common.comparison import Arm, Comparison, digest_of, resolve, worn
 from recipes.common.draw import draw_shots, pace
 from recipes.common.guidance import guider_of
-from recipes.common.search import Search, resolve_search, step_in_manifest
+from recipes.common.search import Search, changes_unet_alone, resolve_search, step_in_manifest
 from recipes.common.settings import GuidanceSettings, MeasureSettings, SamplingSettings, TuneSettings
 from recipes.common.stages import drawn_by_search, say_drawing, took
 from recipes.common.trial import try_candidates
@@ -83,7 +83,8 @@ def _tune(settings: Settings, so_far: Callable[[], float]) -> Path | None:
             controlnet=settings.controlnet,
             size=size,
         )
-        return found, resolve_search(tune, found, adapter=settings.adapter, size=size)
+        alone = changes_unet_alone(found.units[0].adapter)
+        return found, resolve_search(tune, found, adapter=settings.adapter, size=size, scopable=alone)
 
     comparison, search = resolved(settings.measure, settings.tune)
     check_text(pipe, *(case.adapter for case in search.units))

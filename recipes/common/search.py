@@ -13,15 +13,19 @@ from recipes.common.base import POCKET
 from recipes.common.cli import named
 from recipes.common.comparison import TO_COME, WHOLE_TO_COME, Comparison, check_scope, whole_network
 from recipes.common.prompts import texts
-from recipes.common.settings import TuneSettings
+from recipes.common.settings import ScopeSettings, TuneSettings
 from recipes.common.units import Case, cases
 from training.config import require
+from training.errors import TrainingError
 
-__all__ = ["JOINT", "Search", "combinations", "resolve_search", "step_in_manifest"]
+__all__ = ["JOINT", "Search", "changes_unet_alone", "combinations", "resolve_search", "step_in_manifest"]
 
 TUNING = 50_000  # so many of the pocket world's held-out scenes are left to reports
 JOINT = "joint"
 WEIGHTS = (1.0, 0.8, 0.6)  # below its full weight a subject often keeps more of the prompt; ties go to the first
+# In the subject's place while the first steps decide the layout: on the pocket base a subject then keeps more of the
+# prompt, see benchmarks/study.
+PLACED = ScopeSettings(where="subject", where_stop=0.3)
 # Real photos of the subjects against each other (DINO, CLIP-I) and Stable Diffusion's DreamBooth against its prompts
 # (CLIP-T), all from Ruiz et al. 2023, table 1: what a mean is worth there.
 REFERENCES = {"similarity (dino)": 0.774, "similarity (clip)": 0.885, "alignment (clip)": 0.305}
@@ -50,7 +54,12 @@ class Search:
 
 
 def resolve_search(
-    search: TuneSettings, comparison: Comparison, *, adapter: str | None = None, size: tuple[int, int] | None = None
+    search: TuneSettings,
+    comparison: Comparison,
+    *,
+    adapter: str | None = None,
+    size: tuple[int, int] | None = None,
+    scopable: bool = True,
 ) -> Search:
     """The search that the settings describe, for a comparison to come.
 
@@ -59,6 +68,7 @@ def resolve_search(
         comparison: which the winner goes into; its prompts are held out.
         adapter: what is tuned for; `TO_COME` where it is yet to be trained.
         size: see `comparison.resolve`.
+        scopable: whether the adapter can have a scope, see `changes_unet_alone`; settings that ask for one ask anyway.
 
     Raises:
         TrainingError: anything that the search would lack later, with the flag.
@@ -87,10 +97,11 @@ def resolve_search(
         require(kind is None or weight == 1, f"tune.weights {weight:g}: a whole {kind} has no weight; leave it at 1")
     scalable = wanted == JOINT and adapter is not None and kind is None
     weights = search.weights or (WEIGHTS if scalable else (1.0,))
+    scopes = _scopes(search, comparison, units, adapter if scopable and kind is None else None)
     names = (comparison.plan.baseline, comparison.plan.arm)
     return Search(
         units=units,
-        candidates={name: _candidates(search, comparison, name, weights, adapter) for name in names},
+        candidates={name: _candidates(search, comparison, name, weights, scopes, adapter) for name in names},
         checkpoints=_checkpoints(search, comparison, adapter),
         objective=partial(_objective, units, comparison, wanted, references),
         references=references,
@@ -135,14 +146,56 @@ def _references(search: TuneSettings, comparison: Comparison) -> dict[str, float
     return {name: given.get(name, REFERENCES.get(name, 1.0)) for name in (identity, accuracy)}
 
 
+def _scopes(
+    search: TuneSettings, comparison: Comparison, units: Sequence[Case], adapter: str | None
+) -> list[ScopeSettings | None]:
+    """What is tried for the arm: as the settings say; by default a subject's LoRA everywhere, and in its place.
+
+    Without an adapter that can have a scope there is no default.
+    """
+    arm = comparison.plan.arms[comparison.plan.arm]
+    own = [arm.scope]
+    if search.scopes is not None:
+        return search.scopes or own
+    # Without two scales to lie between, the baseline could not have as many candidates.
+    several = min(search.guidance_scales) < max(search.guidance_scales)
+    if arm.method != "semantic" or arm.scope is not None or not several:
+        return own
+    try:
+        for cases_of in (comparison.units, units):
+            check_scope("tune.scopes", PLACED, 1.0, cases_of, adapter)
+    except TrainingError:  # there is no subject, or a prompt does not name it
+        return own
+    return [None, PLACED]
+
+
+def changes_unet_alone(adapter: str | None) -> bool:
+    """Whether it is a LoRA, or one of its kind, that single steps of sampling can have or not have.
+
+    Args:
+        adapter: folder, hub id or file; None: there is none.
+    """
+    import adapters
+
+    if adapter is None or whole_network(adapter) is not None:
+        return False
+    found = adapters.source.read_adapter(adapters.source.open_source(adapter))
+    return found.merges_only is None and all(name.startswith("unet.") for name in found.modules)
+
+
 def _candidates(
-    search: TuneSettings, comparison: Comparison, name: str, weights: Sequence[float], adapter: str | None
+    search: TuneSettings,
+    comparison: Comparison,
+    name: str,
+    weights: Sequence[float],
+    scopes: list[ScopeSettings | None],
+    adapter: str | None,
 ) -> list[dict[str, Any]]:
     """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
     from recipes.common.guidance import guidance_of, guider_of
 
     arm = comparison.plan.arms[name]
-    grid, scales, scopes = combinations(search), list(search.guidance_scales), search.scopes or [arm.scope]
+    grid, scales = combinations(search), list(search.guidance_scales)
     if name == comparison.plan.baseline:  # grid and scopes are the arm's alone
         if len(grid) * len(scopes) > 1:
             low, high, count = min(scales), max(scales), len(scales) * len(grid) * len(scopes)

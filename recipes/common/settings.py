@@ -297,9 +297,10 @@ class TuneSettings:
     """Further options of the guidance and the values to try, such as {"stop": [0.6, 1.0]}. For `measure.arm` only."""
     weights: list[float] | None = None
     """Adapter weights to try. Default: .6, .8 and 1 if `metric` is joint and there is an adapter, otherwise 1."""
-    scopes: list[ScopeSettings | None] = field(default_factory=list)
-    """Scopes of the adapter to try for `measure.arm`, such as [null, {"where": "subject", "where_stop": 0.3}]; null:
-    the adapter acts everywhere. Empty: the arm's own scope."""
+    scopes: list[ScopeSettings | None] | None = None
+    """Scopes of the adapter to try for `measure.arm`, such as [null, {"where": "subject", "where_stop": 0.3}]; null in
+    the list: the adapter acts everywhere. Empty: the arm's own scope. Default: this example for a LoRA of a subject if
+    the arm is S-CFG without a scope and there are two guidance scales or more, otherwise empty."""
     snapshots: str | None = None
     """Folder of snapshots (`train.snapshot_every`) to choose the best from. Default: the one beside the adapter."""
     metric: str | None = None

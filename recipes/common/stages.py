@@ -150,16 +150,17 @@ def _until_trained(settings: Training, found: Estimate) -> list[tuple[str, str, 
 
 def _drawn(settings: Training) -> list[Drawing]:
     """Tuning and measuring."""
-    from recipes.common.comparison import TO_COME, resolve
+    from recipes.common.comparison import TO_COME, WHOLE_TO_COME, resolve
     from recipes.common.search import resolve_search
 
     plan = settings.measure
     if plan is None or plan.targets is not None:  # conditions are made at the size that the pipeline draws
         return []
-    comparison = resolve(plan, base=settings.base, adapter=TO_COME)
+    adapter = TO_COME if hasattr(settings, "lora") else WHOLE_TO_COME
+    comparison = resolve(plan, base=settings.base, adapter=adapter)
     rows = [drawn_by_measure(comparison)]
     if settings.tune is not None:
-        search = resolve_search(settings.tune, comparison, adapter=TO_COME)
+        search = resolve_search(settings.tune, comparison, adapter=adapter)
         rows.insert(0, drawn_by_search(search, comparison, settings.tune.seeds))
     return rows
 

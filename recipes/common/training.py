@@ -77,6 +77,9 @@ class Training:
 
     def __post_init__(self) -> None:
         require(self.tune is None or self.measure is not None, "tune prepares a comparison: set measure too")
+        texts = getattr(getattr(self, "lora", None), "text_encoder", False)
+        if texts and self.tune is not None and self.tune.scopes is None:  # a scope is of the U-net alone
+            object.__setattr__(self, "tune", replace(self.tune, scopes=[]))
         plan, source = self.measure, self.data.source
         taught = (Path(source).expanduser() / "subject.json").is_file()
         if taught and plan is not None and not plan.subjects and plan.targets is None:
@@ -151,7 +154,7 @@ def _check_scopes(settings: Training) -> None:
     texts = getattr(getattr(settings, "lora", None), "text_encoder", False)
     scopes = {f"measure.arms, {name!r}: scope": arm.scope for name, arm in settings.measure.arms.items()}
     if settings.tune is not None:
-        scopes |= {f"tune.scopes, {place}": scope for place, scope in enumerate(settings.tune.scopes)}
+        scopes |= {f"tune.scopes, {place}": scope for place, scope in enumerate(settings.tune.scopes or ())}
     for flag, scope in scopes.items():
         require(
             not texts or scope in (None, ScopeSettings()),

@@ -10,14 +10,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters import Scope
-from recipes.common.comparison import resolve
+from adapters.adapter import Adapter, Module
+from adapters.writing import write_kohya
+from recipes import dreambooth_lora
+from recipes.common.comparison import TO_COME, resolve
 from recipes.common.guidance import guider_of
-from recipes.common.search import JOINT, resolve_search
+from recipes.common.search import JOINT, changes_unet_alone, resolve_search
 from recipes.common.settings import GuidanceSettings, MeasureSettings, ScopeSettings, ShipSettings, TuneSettings
 from recipes.common.tuned import TunedArms
 from training import naming
+from training.command_line import parse
 from training.config import BaseSettings
 from training.errors import TrainingError
 
@@ -175,7 +180,7 @@ def test_a_subject_is_tuned_for_both_its_metrics_with_equally_many_tries() -> No
     plan = MeasureSettings(subjects=[str(DOG)], metrics=["subject similarity", "prompt accuracy"])
     found = resolve(plan, base=POCKET, adapter="(to be trained)")
     assert (found.identity, found.accuracy) == ("subject similarity", "prompt accuracy")
-    search = TuneSettings(prompts=["a {} in the snow"], grid={"stop": [0.5, 1.0]})
+    search = TuneSettings(prompts=["a {} in the snow"], grid={"stop": [0.5, 1.0]}, scopes=[])
     made = resolve_search(search, found, adapter="(to be trained)")
     assert {name: len(tried) for name, tried in made.candidates.items()} == {"CFG": 18, "S-CFG": 18}
     assert {one["weight"] for one in made.candidates["CFG"]} == {0.6, 0.8, 1.0}
@@ -453,6 +458,40 @@ def test_scopes_are_searched_for_the_arm_and_the_baseline_has_as_many_candidates
         assert said.code == 0, said.err
         assert f"CFG: would try {count} candidates on 1 prompts" in said.out
         assert f"S-CFG placed: would try {count} candidates on 1 prompts" in said.out
+
+
+def test_a_subject_s_lora_is_tried_with_and_without_its_place_by_default() -> None:
+    arms = {"CFG": GuidanceSettings(method="cfg"), "S-CFG": GuidanceSettings()}
+    plan = MeasureSettings(subjects=[str(DOG.parent / "teapot")], seeds=[9], limit=2, arms=arms)
+    tune = TuneSettings(prompts=["a {} in the snow"], guidance_scales=[2.0, 4.0], weights=[1.0, 0.8])
+
+    def tried(plan: MeasureSettings = plan, tune: TuneSettings = tune, adapter: str | None = TEAPOT) -> list[int]:
+        """How many candidates of each arm, and how many of the arm's have a scope."""
+        found = resolve_search(tune, resolve(plan, base=POCKET, adapter=adapter), adapter=adapter).candidates
+        return [*map(len, found.values()), sum(one["scope"] is not None for one in found["S-CFG"])]
+
+    assert tried() == tried(adapter=TO_COME) == [8, 8, 4]
+    assert tried(tune=replace(tune, scopes=[])) == [4, 4, 0]
+    assert tried(tune=replace(tune, guidance_scales=[2.0])) == [2, 2, 0]  # the baseline has no scales to lie between
+    assert tried(tune=replace(tune, prompts=["a cat in the snow"])) == [4, 4, 0]
+    placed = GuidanceSettings(scope=ScopeSettings(where="subject"))
+    assert tried(replace(plan, arms={**arms, "S-CFG": placed})) == [4, 4, 4]
+    assert tried(adapter=None, tune=replace(tune, weights=None)) == [2, 2, 0]
+    words = ["--base.path=pocket", f"--data.source={DOG}", "--tune.seeds=[7]", "--out=x"]
+    for more, scopes in (["--lora.text_encoder=true"], []), ([], None):
+        training = parse(dreambooth_lora.Settings, [*words, *more, f"--measure.subjects=['{DOG}']"])
+        assert training.tune is not None
+        assert training.tune.scopes == scopes
+
+
+def test_an_adapter_of_text_encoders_is_tried_without_a_scope(tmp_path: Path) -> None:
+    tensors = {"lora_A.weight": torch.zeros(2, 8), "lora_B.weight": torch.zeros(8, 2)}
+    module = Module(kind="lora", tensors=tensors, rank=2, alpha=2.0)
+    unet = {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k": module}
+    text = {"text_encoder.encoder.layers.0.self_attn.q_proj": module}
+    for name, modules, alone in (("unet", unet, True), ("both", unet | text, False)):
+        write_kohya(tmp_path / f"{name}.safetensors", Adapter(modules=modules))
+        assert changes_unet_alone(str(tmp_path / f"{name}.safetensors")) is alone
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def lora(models: Path, photos: Path, loras: Path, done: Callable[..., str]) -> C
             if not (out / "lora").is_dir():
                 changes = on_tiny(CONFIGS / "dreambooth_lora" / f"{base}_subject.yaml", models, photos)
                 source = photos / "dreambooth" / subject
-                small = ["--train.steps=1", "--dreambooth.class_prompt=null", "--measure=null", "--ship=null"]
+                small = ["--train.steps=1", "--dreambooth.class_prompt=null", "--ship=null"]
+                small += ["--tune=null", "--measure=null"]
                 done("dreambooth_lora", *changes, f"--data.source={source}", *small, f"--out={out}")
         return str(loras / (base + "_{subject}") / "lora")
 

@@ -132,6 +132,7 @@ def test_tuning_over_subjects_is_the_mean_of_tuning_each(run: Path, lora: Path, 
             *TUNE,
             *more,
             "--tune.guidance_scales=[2.0, 4.0]",
+            "--tune.scopes=[]",
             f"--out={out}",
         )
         found = json.loads((out / "tuned" / "tuned.json").read_text())

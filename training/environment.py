@@ -1,15 +1,31 @@
-"""What must be right with the installation: checked without importing torch, so that the remedy comes first."""
+"""What must be right before torch is imported: the installation, whose remedy comes first, and how threads wait."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import sys
 from importlib import metadata
 
-__all__ = ["problem"]
+__all__ = ["problem", "wait_briefly"]
 
 OLDEST_TORCH = (2, 6)
 _INSTALL = "install the tested one with `pip install -c constraints.txt torch==2.13.0`"
+
+# GNU OpenMP's threads spin 300,000 rounds at every barrier before they sleep. Where other programs want the cores too,
+# the spinning thread keeps one from the thread that it waits for.
+SPINS = 1000
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def wait_briefly() -> None:
+    """Lets torch's CPU threads spin only `SPINS` rounds before they sleep, unless the user has chosen.
+
+    GNU OpenMP, with which torch comes on Linux, reads this when it is loaded. Other libraries do not read it.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in WAITING):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def problem() -> str | None:

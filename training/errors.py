@@ -33,13 +33,15 @@ def exit_on_error(others: Callable[[], tuple[type[Exception], ...]] = tuple) -> 
     """Runs a recipe's body; a `TrainingError` or one of `others()` becomes `error: ...` on stderr and exit code 2.
 
     So does what the machine cannot do (`adapters.machine`: memory, disks, names), and what `training.environment` finds
-    wrong with the installation before the body starts. `Stopped` and Ctrl-C become a line on stderr and exit code 130,
-    the shell's code for an interrupted command. Any other exception is a bug of ours and keeps its traceback.
+    wrong with the installation before the body starts; it also tells torch's threads to wait briefly. `Stopped` and
+    Ctrl-C become a line on stderr and exit code 130, the shell's code for an interrupted command. Any other exception
+    is a bug of ours and keeps its traceback.
 
     Args:
         others: asked only once something went wrong, so that a recipe need not import its rooms to say `--help`.
     """
     _any_letter()
+    environment.wait_briefly()
     try:
         if (problem := environment.problem()) is not None:
             raise TrainingError(problem)

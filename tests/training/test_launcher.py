@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from training import environment
 from training.config import TrainSettings
 from training.errors import TrainingError
 from training.launcher import adopted
@@ -62,3 +63,47 @@ def test_accumulation_is_found_where_the_launcher_was_called(tmp_path: Path) -> 
         check=False,
     )
     assert done.stdout.split() == ["4", "bf16"], done.stderr
+
+
+def test_threads_wait_briefly_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in environment.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    environment.wait_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    environment.wait_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    environment.wait_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    environment.wait_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == str(environment.SPINS)
+
+
+BODY = "from training.errors import exit_on_error\nwith exit_on_error():\n    import torch"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")
+@pytest.mark.parametrize(
+    "command",
+    [["-c", BODY], pytest.param(["-m", "recipes", "train", "--config", "pocket_dog"], marks=pytest.mark.slow)],
+)
+def test_the_process_that_trains_has_told_openmp(command: list[str], tmp_path: Path) -> None:
+    """OpenMP prints what it has read when it is loaded, which is when torch is imported."""
+    kept = {name: value for name, value in os.environ.items() if name not in environment.WAITING}
+    words = ["--train.dry_run", "true", "--out", str(tmp_path / "out")] if "train" in command else []
+    done = subprocess.run(
+        [sys.executable, *command, *words],
+        env={**kept, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    if "GOMP_" not in done.stderr:
+        pytest.skip("this torch comes with another OpenMP")
+    assert f"GOMP_SPINCOUNT = '{environment.SPINS}'" in done.stderr

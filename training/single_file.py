@@ -7,8 +7,8 @@ modelspec standard, and for SD-2.x ComfyUI's rule on one of the weights.
 
 from __future__ import annotations
 
-import bz2
 import json
+import lzma
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
 from adapters.errors import FileError
@@ -245,9 +246,15 @@ def _clip(pad: str) -> Any:
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    merges = bz2.decompress((BUNDLED / "merges.txt.bz2").read_bytes()).decode()
+    # For each merge the numbers of its two words: low and high bytes of the first ones, then of the second ones.
+    planes = (
+        np.frombuffer(lzma.decompress((BUNDLED / "merges.xz").read_bytes()), np.uint8).reshape(2, 2, -1).astype(int)
+    )
     letters = list(bytes_to_unicode().values())
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *(m.replace(" ", "") for m in merges.splitlines())]
+    words, merges = [*letters, *(f"{letter}</w>" for letter in letters)], ""
+    for left, right in (planes[:, 0] + 256 * planes[:, 1]).T.tolist():
+        merges += f"{words[left]} {words[right]}\n"
+        words.append(words[left] + words[right])
     numbers = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     with TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps(numbers), "utf-8")

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
 
 from training import pocket
 from training.pocket import scenes
 from training.pocket.control import scene_condition
+from training.pocket.judging import AT_ONCE
 from training.pocket.making import evaluate, fit_judge
 from training.pocket.making.ship import LIMITS
 from training.pocket.world import CONTROLS
@@ -154,3 +156,19 @@ def test_the_hash_changes_with_the_weights(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(listed))
     forget()
     assert pocket.base_hash() != before
+
+
+def test_the_judge_looks_at_any_number_of_pictures_alike() -> None:
+    """A few at a time, or a large reference would need gigabytes."""
+    drawn = [scenes.sample(scenes.HELD_OUT_SEED, index) for index in range(2 * AT_ONCE + 3)]
+    pictures = [Image.fromarray(one.image) for one in drawn]
+    masks = torch.from_numpy(np.stack([one.masks[0] for one in drawn]))
+    ours = pocket.judge()
+    alone = [ours.features([picture], mask[None]) for picture, mask in zip(pictures, masks, strict=True)]
+    assert torch.allclose(ours.features(pictures, masks), torch.cat(alone), atol=1e-4)
+    segments = torch.cat([ours.segment([picture]) for picture in pictures])
+    assert float((ours.segment(pictures) == segments).float().mean()) > 0.999
+    prompts = [one.caption for one in drawn]
+    assert [round(score.mean, 3) for score in ours.scores(pictures, prompts)] == [
+        round(ours.scores([picture], [prompt])[0].mean, 3) for picture, prompt in zip(pictures, prompts, strict=True)
+    ]

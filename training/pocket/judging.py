@@ -6,7 +6,7 @@ halves, mixtures, smears) that count as "none of these", so that it is hard to p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = ["NEAR_MISS", "Found", "Judge", "Score", "Seen", "to_pixels"]
 
 NEAR_MISS = len(CLASSES) + 1  # per-pixel classes: 0 background, 1..K the classes, K + 1 "none of these"
 LEAST_AREA = 0.02  # of the picture: what is smaller is not an object
+AT_ONCE = 16  # pictures whose features fit a CPU's caches; 400 together take half a gigabyte and half as long again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +125,18 @@ class Judge(nn.Module):
             "colors": self.colors(y32),
         }
 
+    def _batches(self, images: Sequence[Image.Image] | Tensor) -> Iterator[Tensor]:
+        """The pictures as the network takes them, (B, 3, 64, 64), at most `AT_ONCE` together."""
+        for start in range(0, max(len(images), 1), AT_ONCE):
+            yield to_pixels(images[start : start + AT_ONCE]).to(self.present.weight)
+
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image] | Tensor) -> list[Seen]:
         """What is in each picture. An object needs both heads: named as present, and an area of pixels of its own."""
-        said = self(to_pixels(images).to(self.present.weight))
+        return [seen for batch in self._batches(images) for seen in self._look(batch)]
+
+    def _look(self, pixels: Tensor) -> list[Seen]:
+        said = self(pixels)
         present = said["present"].sigmoid() > 0.5
         winners = said["classes"].argmax(1)
         seen = []
@@ -150,8 +159,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def segment(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Per-pixel class (B, 32, 32): 0 background, k + 1 the k-th class, ``NEAR_MISS`` something else."""
-        classes: Tensor = self(to_pixels(images).to(self.present.weight))["classes"].argmax(1)
-        return classes
+        return torch.cat([self(batch)["classes"].argmax(1) for batch in self._batches(images)])
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image] | Tensor, masks: Tensor | None = None) -> Tensor:
@@ -161,10 +169,15 @@ class Judge(nn.Module):
 
         ``masks`` (B, H, W) bool limits them to a region of each picture.
         """
+        found = []
+        for number, batch in enumerate(self._batches(images)):
+            own = None if masks is None else masks[number * AT_ONCE : (number + 1) * AT_ONCE]
+            found.append(self._features(batch, own))
+        return torch.cat(found)
+
+    def _features(self, pixels: Tensor, masks: Tensor | None) -> Tensor:
         parts = []
-        for level, spread in zip(
-            self.levels(to_pixels(images).to(self.present.weight)), (True, True, False), strict=True
-        ):
+        for level, spread in zip(self.levels(pixels), (True, True, False), strict=True):
             weight = torch.ones_like(level[:, :1])
             if masks is not None:
                 weight = F.interpolate(masks[:, None].to(level), level.shape[-2:], mode="area") + 1e-6

@@ -161,7 +161,7 @@ def test_the_wheel_trains_and_samples_from_an_empty_folder(installed: Path, tmp_
     place, version = where.stdout.split()
     assert Path(place).is_relative_to(installed.parents[1]), where.stdout
     assert run_in(tmp_path, installed, "--version").stdout == f"scfg-toolkit {version}\n"
-    quick = ["--train.steps", "2", "--train.warmup", "0", "--dreambooth.class_images", "2", "--dreambooth.steps", "2"]
+    quick = ["--train.steps", "2", "--train.warmup", "0", "--dreambooth.class_images", "4", "--dreambooth.steps", "8"]
     later = ["--tune", "null", "--measure.limit", "2", "--measure.seeds", "[1]", "--measure.overlays", "0"]
     ended = run_in(tmp_path, installed, "train", "--config", "pocket_dog", *quick, *later, "--sampling.steps", "8")
     assert ended.returncode == 0, ended.stderr

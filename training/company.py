@@ -31,6 +31,7 @@ COMPACT = 0.45  # of its extent: scattered regions are none either
 # drew the class twice, and a cut-out of that size would cover what else the caption names.
 LARGER, LONGER = 1.5, 1.6
 GAP = 1 / 8  # of the picture's side, twice: attention sees a car by its wheels and roof, and not what is between them
+ALIKE = 1.35  # at most, of two sizes that pass for equal
 RIM = 0.12  # of a spot's side, filled around it
 ROUNDS = 5  # of filling a hole from its edge, each with twice the reach
 
@@ -80,10 +81,14 @@ def closed(region: Tensor) -> Tensor:
     return -torch.nn.functional.max_pool2d(-grown, 2 * reach + 1, stride=1, padding=reach)[0]
 
 
-def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sample, caption: str) -> Sample | None:
+def paste_subject(
+    drawn: Image.Image, region: Tensor, spot: Spot, subject: Sample, caption: str, *, cell: int = 1
+) -> Sample | None:
     """The subject's cut-out in the place of the class; None where its mask is empty.
 
-    What the base drew there is filled from its surroundings first, or it would look out behind the subject.
+    What the base drew there is filled from its surroundings first, or it would look out behind the subject. A cut-out
+    that is nearly as large as the place keeps its size, and moves by whole cells of the U-net: its latents are then
+    those of the subject's own picture, and it is learned as sharply.
 
     Args:
         drawn: what the base drew.
@@ -91,6 +96,7 @@ def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sampl
         spot: the region's, see `find_spot`.
         subject: a picture of the subject with its mask.
         caption: of the new picture, with the trigger.
+        cell: pixels of the U-net's coarsest position.
 
     Returns:
         The picture; its mask is the place of the class and the cut-out together.
@@ -100,26 +106,62 @@ def paste_subject(drawn: Image.Image, region: Tensor, spot: Spot, subject: Sampl
     box = mask.getbbox()
     if box is None:
         return None
-    left, top, width, height = spot
-    wider = torch.nn.functional.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
-    hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(drawn.size, Image.Resampling.BILINEAR)
-    # The whole spot and a rim: attention may leave out parts of what stands there, and they would look out too.
-    rim = RIM * spot.side
-    start = (max(0, round(left - rim)), max(0, round(top - rim)))
-    end = (min(drawn.width, round(left + width + rim)), min(drawn.height, round(top + height + rim)))
-    hole.paste(255, (*start, *end))
-    scale = max(width / (box[2] - box[0]), height / (box[3] - box[1]))
-    scale = min(scale, drawn.width / (box[2] - box[0]), drawn.height / (box[3] - box[1]))
+    hole = _hole(drawn.size, region, spot)
+    own, fit = _scales(box, subject, spot, drawn.size)
+    kept = max(own / fit, fit / own) <= ALIKE
+    scale = own if kept else fit
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
-    cut, shape = (item.crop(box).resize(size, Image.Resampling.LANCZOS) for item in (rgb(subject.image), mask))
-    place = (
-        round(min(max(left + (width - size[0]) / 2, 0), drawn.width - size[0])),
-        round(min(max(top + (height - size[1]) / 2, 0), drawn.height - size[1])),
+    place = tuple(
+        _corner(start + (length - side) / 2, whole - side, round(from_ * scale), cell if kept else 1)
+        for start, length, side, whole, from_ in zip(
+            (spot.left, spot.top), (spot.width, spot.height), size, drawn.size, box[:2], strict=True
+        )
     )
+    cut, shape = (item.crop(box).resize(size, Image.Resampling.LANCZOS) for item in (rgb(subject.image), mask))
     picture, where = _filled(rgb(drawn), hole), hole.copy()
-    picture.paste(cut, place, shape)
-    where.paste(255, (*place, place[0] + size[0], place[1] + size[1]), shape)
+    picture.paste(cut, (place[0], place[1]), shape)
+    where.paste(255, (place[0], place[1], place[0] + size[0], place[1] + size[1]), shape)
     return Sample(image=picture, caption=caption, mask=where)
+
+
+def _hole(size: tuple[int, int], region: Tensor, spot: Spot) -> Image.Image:
+    """What is filled: the region and the whole spot with a rim, where attention left out parts of the object."""
+    wider = torch.nn.functional.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
+    hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    rim = RIM * spot.side
+    start = (max(0, round(spot.left - rim)), max(0, round(spot.top - rim)))
+    end = (min(size[0], round(spot.left + spot.width + rim)), min(size[1], round(spot.top + spot.height + rim)))
+    hole.paste(255, (*start, *end))
+    return hole
+
+
+def _scales(box: tuple[int, ...], subject: Sample, spot: Spot, size: tuple[int, int]) -> tuple[float, float]:
+    """A cut-out's scale as its own picture is trained, and the one at which it is as large as the spot."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    limit = min(size[0] / width, size[1] / height)
+    return min(min(size) / min(subject.image.size), limit), min(spot.side / math.sqrt(width * height), limit)
+
+
+def _corner(wanted: float, most: int, origin: int, cell: int) -> int:
+    """The place nearest to `wanted` in 0..`most`, whole cells from `origin` where there is such a one."""
+    steps = range(origin % cell, most + 1, cell)
+    return min(steps, key=lambda place: abs(place - wanted)) if steps else round(min(max(wanted, 0), most))
+
+
+def _nearest(data: Views, spot: Spot, size: tuple[int, int], turn: int) -> Sample:
+    """The picture whose cut-out's own size is that of the spot; in turn, if there are several."""
+    off: list[tuple[float, Sample]] = []
+    for number in range(len(data.source)):
+        subject = data.source[number]
+        box = subject.mask.convert("L").getbbox() if subject.mask is not None else None
+        if box is not None:
+            own, fit = _scales(box, subject, spot, size)
+            off.append((max(own / fit, fit / own), subject))
+    if not off:
+        return data.source[0]
+    best = min(ratio for ratio, _ in off)
+    alike = [subject for ratio, subject in off if ratio <= 1.1 * best]
+    return alike[turn % len(alike)]
 
 
 def check_company(data: Views, identifier: str) -> None:
@@ -198,11 +240,13 @@ def placed(
         found = closed(where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption))
         spot = find_spot(found, whole.source[number].image.size)
         spots += [(number, found, spot)] if spot is not None else []
+    cell = parts.vae_scale_factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)
     samples: list[Sample] = []
     for number, found, spot in _usual(spots):
-        subject = data.source[len(samples) % len(data.source)]
+        drawn_there = whole.source[number].image
+        subject = _nearest(data, spot, drawn_there.size, len(samples))
         caption = lines[number % len(lines)].replace("{}", f"a {identifier} {noun}")
-        made = paste_subject(whole.source[number].image, found, spot, subject, caption)
+        made = paste_subject(drawn_there, found, spot, subject, caption, cell=cell)
         samples += [made] if made else []
     if not samples:
         raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")

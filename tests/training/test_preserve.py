@@ -242,6 +242,20 @@ def test_where_no_single_object_is_nothing_is_placed() -> None:
         assert company.find_spot(region, (32, 32)) is None
 
 
+def test_a_cut_out_that_fits_keeps_its_pixels_and_moves_by_whole_cells() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 32, 32))
+    sample = images.Sample(image=Image.fromarray(pixels), caption="", mask=mask)
+    region = torch.zeros(1, 16, 16)
+    region[:, 0:5, 9:13] = 1
+    for spot, kept in ((company.Spot(37, 3, 15, 17), True), (company.Spot(20, 3, 34, 34), False)):
+        made = company.paste_subject(Image.new("RGB", (64, 64)), region, spot, sample, "a sks dog", cell=16)
+        assert made is not None
+        found = np.asarray(made.image)[0:16, 32:48]
+        assert np.array_equal(found, pixels[16:32, 16:32]) == kept
+
+
 def test_of_a_car_that_is_seen_by_wheels_and_roof_the_whole_is_one_object() -> None:
     seen = torch.zeros(1, 16, 16)
     seen[:, 4, 6:10] = 1  # roof

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --base sd15 --resolution 256     # minutes on one CPU core, 5 GiB
     python benchmarks/memory.py --base sdxl --resolution 256     # 9 GiB
+    python benchmarks/memory.py --base sd15 --resolution 128 --drawing   # class images; minutes, 5 GiB
     python benchmarks/memory.py --smoke                          # seconds; checks that everything here runs
 
 The networks have random weights and run in bfloat16, on a GPU where there is one. Weights, gradients and the
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -176,15 +178,71 @@ def table(base: Architecture, resolution: int, device: torch.device, arms: list[
     return "\n".join(rows)
 
 
+def drawn(base: Architecture, resolution: int, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Bytes of the weights of a pipeline that draws class images, and what it takes besides in two steps."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    with torch.device("meta"):
+        networks = memory._networks(base)
+    unet, vae, *encoders = (
+        one.to(dtype).to_empty(device=device).requires_grad_(False) for one in (*networks[:2], *networks[2])
+    )
+    for network in (unet, vae):
+        for parameter in network.parameters():
+            parameter.data.fill_(0.01)
+    pieces: Any = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(), "text_encoder": None, "tokenizer": None}
+    nothing: Any = None
+    pipe = StableDiffusionPipeline(**pieces, safety_checker=nothing, feature_extractor=nothing)
+    pipe.set_progress_bar_config(disable=True)
+    words = torch.zeros(batch, memory.TOKENS, unet.config.cross_attention_dim, dtype=dtype, device=device)
+
+    def draw() -> None:
+        pipe(
+            prompt_embeds=words,
+            negative_prompt_embeds=words,
+            num_inference_steps=2,
+            height=resolution,
+            width=resolution,
+            output_type="pt",
+        )
+
+    weights = bytes_of(one for network in (unet, vae, *encoders) for one in network.parameters())
+    return weights, peak_of(draw, device)
+
+
+def drawing_table(base: Architecture, resolution: int, device: torch.device, dtypes: list[torch.dtype]) -> str:
+    """Markdown: class images in float32 and bfloat16, one and several at once."""
+    rows = [
+        f"| {base.title}, {resolution} pixels | weights | besides | sum | computed | off |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dtype, batch in itertools.product(dtypes, (1, 4)):
+        weights, besides = drawn(base, resolution, batch, dtype, device)
+        gc.collect()
+        total, wanted = weights + besides, sum(memory.drawing_bytes(base, resolution, batch=batch, dtype=dtype))
+        cells = " | ".join(f"{size / MIB:,.0f}" for size in (weights, besides, total, wanted))
+        rows.append(f"| {str(dtype).removeprefix('torch.')}, {batch} at once | {cells} | {wanted / total - 1:+.1%} |")
+        print(rows[-1], file=sys.stderr, flush=True)
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=tuple(FAMILIES), default="sd15")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument("--drawing", action="store_true", help="class images instead of a training step")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base, resolution = (TINY, 64) if args.smoke else (FAMILIES[args.base], args.resolution)
+    if args.drawing or args.smoke:
+        if len(base.text_encoders) > 1:
+            parser.error("--drawing: SDXL's pipeline takes more than this asks; take sd15 or sd21")
+        print(f"Sizes in MiB; torch {torch.__version__}, {device.type}, class images.\n")
+        print(drawing_table(base, resolution, device, [torch.float32] if args.smoke else [torch.float32, HALF]))
+    if args.drawing:
+        return
     print(f"Sizes in MiB; torch {torch.__version__}, {device.type}, LoRA of {TARGETS}, rank {RANK}, batch 1.\n")
     print(table(base, resolution, device, args.arms))
 

@@ -117,7 +117,7 @@ def prepare_subject(
     facts = _subject(file, noun, identifier, pocket=base == POCKET)
     if base == POCKET:
         check_pocket(noun, identifier, facts["prompts"], str(file))
-    fitting = _fitting(shape, memory, preset) if memory is not None else None
+    fitting = _fitting(shape, memory, preset, more) if memory is not None else None
     for line in [*photos.lines(), f"held-out prompts: {len(facts['prompts'])}, in {file}; edit them as you like"]:
         print(line)
     measured = fitting is None or fitting.measured
@@ -235,11 +235,17 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     return values
 
 
-def _fitting(base: str, memory: int, preset: dict[str, Any]) -> Plan:
-    """What makes the run fit into the GPU."""
-    from recipes.common.memory_plan import plan_for
+def _fitting(base: str, memory: int, preset: dict[str, Any], more: Sequence[str]) -> Plan:
+    """What makes the run fit into the GPU, with what further settings ask for."""
+    from recipes.common.memory_plan import Uses, plan_for
 
-    plan = plan_for(base, memory, preset["resolution"], preset["lora"]["targets"])
+    asked = {word.partition("=")[0].removesuffix("+") for word in more}
+    uses = Uses(
+        classes="--dreambooth.class_prompt" in asked,
+        validates="--train.validation.prompts" in asked,
+        region="--region" in asked,
+    )
+    plan = plan_for(base, memory, preset["resolution"], preset["lora"]["targets"], uses)
     for line in plan.lines():
         print(line)
     return plan

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .batch import EntryTensors
 from .data.cache import Region
 from .data.crops import Views
 from .data.images import Sample, rgb
@@ -237,7 +238,8 @@ def placed(
             continue
         view = whole[number]
         mean, std = encode_images(parts.vae, view.pixels[None])
-        found = closed(where(parts, {"mean": mean[0], "std": std[0], "frame": view.frame}, view.caption))
+        entry: EntryTensors = {"mean": mean[0].float(), "std": std[0].float(), "frame": view.frame}
+        found = closed(where(parts, entry, view.caption))
         spot = find_spot(found, whole.source[number].image.size)
         spots += [(number, found, spot)] if spot is not None else []
     cell = parts.vae_scale_factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)

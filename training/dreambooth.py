@@ -6,9 +6,10 @@ rather than a silent reuse.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,9 @@ from .data.crops import Views
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
 from .models import Parts, everywhere, live_pipeline
+from .networks import DTYPES
 from .objective import build_objective
+from .precision import lowered
 from .preserve import frozen_copy
 from .progress import Progress
 from .ranks import state
@@ -40,6 +43,8 @@ from .text import read_text
 __all__ = ["MANIFEST", "Concept", "Prior", "class_caption", "class_images", "class_prompts", "prepare", "prior"]
 
 MANIFEST = "manifest.json"
+MANNER = ("batch_size", "precision")  # of drawing: what a class image shows does not depend on it, only its bits do
+USUAL = {"text": None, "precision": "fp32"}  # what a manifest does not write
 
 
 def prepare(
@@ -154,6 +159,7 @@ def prior(
     region: Callable[[str], Region] | None = None,
     seed: int = 0,
     batch_size: int = 4,
+    precision: str = "fp32",
 ) -> Prior | None:
     """The prior that the settings ask for, with missing class images generated; None where nothing is preserved.
 
@@ -166,17 +172,19 @@ def prior(
         region: from a word to where it is in a picture, for `company`.
         seed: of the class images.
         batch_size: class images drawn at once.
+        precision: "fp32", "bf16" or "fp16", that they are drawn in, and looked at for `company`.
 
     Raises:
         TrainingError: see `check_prior`; or the base's attention finds the class in none of its class images.
     """
     if not _preserves(settings):
         return None
-    check_prior(parts, settings, data, folder=folder, words=words, seed=seed, batch_size=batch_size)
+    manner: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "precision": precision}
+    check_prior(parts, settings, data, folder=folder, words=words, **manner)
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     own = data.renamed(rename) if _named(settings, words) else None
     if settings.class_prompt is not None:
-        views = _class_views(parts, settings, data, Path(settings.class_folder or folder), seed, batch_size)
+        views = _class_views(parts, settings, data, Path(settings.class_folder or folder), manner)
     else:
         assert own is not None  # see check
         views, own = own, None
@@ -184,9 +192,10 @@ def prior(
     if settings.company:
         assert region is not None
         assert settings.identifier is not None
-        placed = company.placed(
-            parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
-        )
+        with _drawing(parts, _manifest_precision(Path(settings.class_folder or folder))):
+            placed = company.placed(
+                parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
+            )
         own = placed.renamed(rename)  # the same picture under both captions shows what the identifier is
     return Prior(
         views=views,
@@ -211,6 +220,7 @@ def check_prior(
     words: Mapping[str, str] | None = None,
     seed: int = 0,
     batch_size: int = 4,
+    precision: str = "fp32",
 ) -> None:
     """What `prior` would find wrong, before a class image is drawn.
 
@@ -222,6 +232,7 @@ def check_prior(
         words: see `prior`.
         seed: see `prior`.
         batch_size: see `prior`.
+        precision: see `prior`.
 
     Raises:
         TrainingError: `preserve: base` without a class prompt or an identifier, captions without the identifier, class
@@ -252,7 +263,8 @@ def check_prior(
         _own_class(place, settings, say=_silent)
         return
     steps, scale = settings.steps, settings.guidance_scale
-    _check_manifest(place, _made_of(parts, prompts, data.resolution, steps, scale, seed, batch_size))
+    wanted = _made_of(parts, prompts, data.resolution, steps, scale, seed, batch_size, precision)
+    _check_manifest(place, _as_there(place, wanted, settings.class_images))
 
 
 def _preserves(settings: DreamBoothSettings) -> bool:
@@ -283,7 +295,7 @@ def class_caption(caption: str, *, identifier: str | None, words: Mapping[str, s
 
 
 def _class_views(
-    parts: Parts, settings: DreamBoothSettings, data: Views, folder: Path, seed: int, batch_size: int
+    parts: Parts, settings: DreamBoothSettings, data: Views, folder: Path, manner: Mapping[str, Any]
 ) -> Views:
     """Class images at every size that the subject's pictures have, so that they can be beside each other in a step."""
     resolution, sizes = data.resolution, data.used()
@@ -297,8 +309,7 @@ def _class_views(
         resolution=resolution,
         steps=settings.steps,
         guidance_scale=settings.guidance_scale,
-        seed=seed,
-        batch_size=batch_size,
+        **manner,
     )
     source = images.folder(folder, otherwise=settings.class_prompt, minimum=1, say=_once)
     made = {f"{number:05d}.png" for number in range(settings.class_images)}
@@ -360,6 +371,7 @@ def class_images(
     guidance_scale: float = 7.5,
     seed: int = 0,
     batch_size: int = 4,
+    precision: str = "fp32",
 ) -> None:
     """Fills `folder` up to `count` images of the prompts in turn, each process its share; image i has its own seed.
 
@@ -367,7 +379,8 @@ def class_images(
 
     Beside every image lies its prompt, as its caption. An image is always drawn in the same batch, which begins at a
     multiple of `batch_size` and is whole even where `count` ends within it: how a kernel rounds depends on the size of
-    a batch, so only this way an image that is made again is the same to the bit.
+    a batch, so only this way an image that is made again is the same to the bit. Where none is missing, batch and
+    precision may be others than those of the manifest, which stays as it is.
 
     Args:
         parts: the base, which draws them.
@@ -379,29 +392,80 @@ def class_images(
         guidance_scale: of classifier-free guidance.
         seed: image i has a seed made from this one and i.
         batch_size: images drawn at once.
+        precision: "fp32", "bf16" or "fp16", of the base's weights while it draws; afterwards they are as they were,
+            and off the device if they were off it.
 
     Raises:
         TrainingError: the folder's manifest names other prompts, base, sampler or size, or images lack one.
     """
-    wanted = _made_of(parts, prompts, resolution, steps, guidance_scale, seed, batch_size)
+    wanted = _made_of(parts, prompts, resolution, steps, guidance_scale, seed, batch_size, precision)
+    wanted = _as_there(folder, wanted, count)
     ranks = state()
     _check_manifest(folder, wanted)
     ranks.wait_for_everyone()  # all have looked before the first one writes
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.is_main_process:
         write_json(folder / MANIFEST, wanted)
-    missing = {number for number in range(count) if not _readable(folder / f"{number:05d}.png")}
+    missing = _missing(folder, count)
     ranks.wait_for_everyone()  # all have seen the same before the first one draws
-    batches = sorted({number // batch_size for number in missing})
+    batches = sorted({number // wanted["batch_size"] for number in missing})
     if mine := batches[ranks.process_index :: ranks.num_processes]:
         say = print if ranks.is_main_process else _silent
         say(f"drawing class images: {len(missing)} of {count} are missing or damaged in {folder}")
-        _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
+        with _drawing(parts, wanted.get("precision", "fp32")):
+            _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
     ranks.wait_for_everyone()
 
 
+@contextlib.contextmanager
+def _drawing(parts: Parts, precision: str) -> Iterator[None]:
+    """Within the context the base is on the device, in this precision; afterwards it is where and as it was.
+
+    So a GPU that cannot hold it beside what trains is free again, and training begins with the weights as loaded.
+    """
+    networks = [parts.unet, parts.vae, *parts.text_encoders]
+    homes = [network.device for network in networks]
+    try:
+        with lowered(networks, DTYPES[precision], trained=True):  # which keeps the weights themselves where they are
+            for network in networks:
+                network.to(state().device)
+            yield
+    finally:
+        for network, home in zip(networks, homes, strict=True):
+            network.to(home)  # its buffers
+
+
+def _missing(folder: Path, count: int) -> set[int]:
+    """Numbers of the class images that are to be drawn."""
+    return {number for number in range(count) if not _readable(folder / f"{number:05d}.png")}
+
+
+def _as_there(folder: Path, wanted: dict[str, Any], count: int) -> dict[str, Any]:
+    """`wanted` in the batches and the precision of what is there, where nothing is missing: they only shape drawing."""
+    if _missing(folder, count):
+        return wanted
+    with contextlib.suppress(FileError):  # which `_check_manifest` says
+        found = read_json(folder / MANIFEST)
+        if isinstance(found, dict) and found.get("precision", "fp32") in list(DTYPES):
+            kept = {name: value for name, value in wanted.items() if name not in MANNER}
+            return kept | {name: found[name] for name in MANNER if name in found}
+    return wanted
+
+
+def _manifest_precision(folder: Path) -> str:
+    """What the class images were drawn in: how they are looked at then follows no setting that may change later."""
+    return str(read_json(folder / MANIFEST).get("precision", "fp32"))
+
+
 def _made_of(
-    parts: Parts, prompts: list[str], resolution: int, steps: int, guidance_scale: float, seed: int, batch_size: int
+    parts: Parts,
+    prompts: list[str],
+    resolution: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    precision: str,
 ) -> dict[str, Any]:
     """What class images are made of, as their manifest keeps it."""
     return {
@@ -413,6 +477,7 @@ def _made_of(
         "resolution": resolution,
         "seed": seed,
         "batch_size": batch_size,
+        **({} if precision == "fp32" else {"precision": precision}),
         **({} if parts.text.neutral else {"text": parts.text.to_config()}),
     }
 
@@ -449,9 +514,9 @@ def _check_manifest(folder: Path, wanted: dict[str, Any]) -> None:
             "are made again, or set dreambooth.class_folder"
         ) from error
     changed = [
-        f"{key}: {shorten(str(found.get(key)), 80)} -> {shorten(str(value), 80)}"
-        for key, value in {"text": None, **wanted}.items()  # the usual rule for text is not written
-        if found.get(key) != value
+        f"{key}: {shorten(str(found.get(key, USUAL.get(key))), 80)} -> {shorten(str(value), 80)}"
+        for key, value in {**USUAL, **wanted}.items()
+        if found.get(key, USUAL.get(key)) != value
     ]
     if changed and there:
         raise TrainingError(
@@ -469,8 +534,7 @@ def _generate(
     parts: Parts, wanted: dict[str, Any], folder: Path, batches: list[int], missing: set[int], progress: Progress
 ) -> None:
     """Draw whole batches, and keep what is missing of them."""
-    device, size = state().device, wanted["batch_size"]
-    pipe: Any = live_pipeline(parts).to(device)
+    size, pipe = wanted["batch_size"], live_pipeline(parts)
     for place, batch in enumerate(batches, 1):
         chunk = range(batch * size, (batch + 1) * size)
         seeds = [seed_of(wanted["seed"], "class", number) for number in chunk]

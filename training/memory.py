@@ -29,7 +29,7 @@ from .hub import offline_if_unreachable
 from .quantize import linear_bytes
 from .sharding import local
 
-__all__ = ["Needs", "architecture_of", "needs"]
+__all__ = ["Needs", "architecture_of", "drawing_bytes", "needs"]
 
 HALF = torch.bfloat16
 TOKENS = 77  # of a caption
@@ -96,6 +96,11 @@ class Needs:
     """Peak of the U-net on a guided step of sampling."""
     decoding: int
     """Peak of the VAE's decoder, in bfloat16."""
+    taught: int
+    """The larger of the two for a picture of the training's size, as class images have it."""
+    previewing: int
+    """The same for a sample of validation, whose decoder is in float32: autocast rounds less of it than one may count
+    on, a GPU's norms for example stay as they are."""
 
     def frozen(self, quantize: str | None) -> int:
         """The U-net's frozen weights as they are kept while training."""
@@ -160,11 +165,14 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
 
     with torch.device("meta"):
         unet, vae, encoders = _networks(base)
-    channels, factor = unet.config.in_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
     drawn, taught = base.resolution // factor, resolution // factor
     encoding = _peak(vae.encoder, torch.float32, lambda net: net(torch.empty(1, 3, resolution, resolution)))
-    decoding = _peak(vae.decoder, HALF, lambda net: net(torch.empty(1, channels, drawn, drawn, dtype=HALF)))
+    decoding = _peak(vae.decoder, HALF, lambda net: _decode(net, vae, side=drawn))
     predicting = _peak(unet, HALF, lambda net: _predict(net, batch=2, side=drawn))
+    guided = predicting if taught == drawn else _peak(unet, HALF, lambda net: _predict(net, batch=2, side=taught))
+    decoded = decoding if taught == drawn else _peak(vae.decoder, HALF, lambda net: _decode(net, vae, side=taught))
+    shown = _peak(vae.decoder, torch.float32, lambda net: _decode(net, vae, side=taught, dtype=torch.float32))
     frozen = _count(unet)
     int8, nf4 = (2 * frozen + _saved(unet, kind) for kind in ("int8", "nf4"))
     inject(unet, LoraSettings(rank=RANK, targets=targets))  # type: ignore[arg-type]
@@ -187,7 +195,27 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
         encoding=encoding,
         predicting=predicting,
         decoding=decoding,
+        taught=max(guided, decoded),
+        previewing=max(guided, shown),
     )
+
+
+def drawing_bytes(base: Architecture, resolution: int, *, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Weights of a pipeline that draws class images, and the larger of the peaks of a guided step and the decoder.
+
+    Args:
+        base: its configs.
+        resolution: pixels of a side of the pictures.
+        batch: pictures at once.
+        dtype: of weights and activations.
+    """
+    with torch.device("meta"):
+        unet, vae, encoders = _networks(base)
+    side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+    weights = sum(map(_count, (unet, vae, *encoders))) * dtype.itemsize
+    guided = _peak(unet, dtype, lambda net: _predict(net, batch=2 * batch, side=side, dtype=dtype))
+    decoded = _peak(vae.decoder, dtype, lambda net: _decode(net, vae, batch=batch, side=side, dtype=dtype))
+    return weights, max(guided, decoded)
 
 
 def _networks(base: Architecture) -> tuple[Any, Any, list[Any]]:
@@ -211,15 +239,21 @@ def _saved(network: nn.Module, kind: str) -> int:
     return sum(linear_bytes(kind, rows, columns) - 2 * rows * columns for rows, columns in shapes)
 
 
-def _predict(unet: Any, *, batch: int, side: int) -> Tensor:
+def _decode(decoder: Any, vae: Any, *, side: int, batch: int = 1, dtype: torch.dtype = HALF) -> Tensor:
+    """The VAE's decoder on latents of `side` rows and columns."""
+    found: Tensor = decoder(torch.empty(batch, vae.config.latent_channels, side, side, dtype=dtype))
+    return found
+
+
+def _predict(unet: Any, *, batch: int, side: int, dtype: torch.dtype = HALF) -> Tensor:
     """The U-net on latents of `side` rows and columns."""
     config = unet.config
     added = None
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": torch.empty(batch, pooled, dtype=HALF), "time_ids": torch.empty(batch, 6)}
-    latents = torch.empty(batch, config.in_channels, side, side, dtype=HALF)
-    words = torch.empty(batch, TOKENS, config.cross_attention_dim, dtype=HALF)
+        added = {"text_embeds": torch.empty(batch, pooled, dtype=dtype), "time_ids": torch.empty(batch, 6)}
+    latents = torch.empty(batch, config.in_channels, side, side, dtype=dtype)
+    words = torch.empty(batch, TOKENS, config.cross_attention_dim, dtype=dtype)
     times = torch.zeros(batch, dtype=torch.long)
     found: Tensor = unet(latents, times, words, added_cond_kwargs=added, return_dict=False)[0]
     return found

@@ -16,7 +16,7 @@ from training.errors import TrainingError
 if TYPE_CHECKING:
     from training.memory import Needs
 
-__all__ = ["MEMORIES", "Choice", "Plan", "choose", "gpu_table", "plan_for", "training_bytes"]
+__all__ = ["MEMORIES", "Choice", "Plan", "Uses", "choose", "gpu_table", "plan_for", "training_bytes"]
 
 GIB = 2**30
 MEMORIES = (6, 8, 12, 16, 24)
@@ -29,7 +29,7 @@ METRICS = 4 * 173_000_000  # CLIP ViT-B/32 and DINO ViT-S/16 in float32, which m
 STATE = {"adamw": 8, "adamw8bit": 2}  # bytes of optimizer state for each number that trains
 SAMPLES = 2  # a step: on average one of the subject and one of its class, as in DreamBooth's prior preservation
 RANK = 16
-MEASURING = "measuring"
+MEASURING, CLASSES = "measuring", "class images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,18 @@ BATCHES = (4, 2, 1)  # of sampling
 
 
 @dataclass(frozen=True, kw_only=True)
+class Uses:
+    """What a run does besides, each with a peak of its own."""
+
+    classes: bool = False
+    """Draws class images before it trains (`dreambooth.class_prompt`)."""
+    validates: bool = False
+    """Draws samples while it trains (`train.validation.prompts`)."""
+    region: bool = False
+    """Asks the U-net for a region while it caches (`region`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A choice that fits, and the peak of each stage, bytes."""
 
@@ -69,6 +81,7 @@ class Plan:
     stages: Mapping[str, float]
     """Without measuring where that does not fit, while training does."""
     needs: Needs
+    uses: Uses = Uses()
 
     @property
     def peak(self) -> float:
@@ -126,12 +139,14 @@ class Plan:
                 f"  quantize {chosen.quantize}: saves {_gib(saved)} of frozen weights; linear layers are rounded to "
                 f"{bits} bits, and a step is slower{package}"
             )
+        if CLASSES in self.stages:
+            lines.append(f"  class images: {self.drawn} at once, in bf16; the base leaves the GPU before it trains")
         less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
         lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")
         if self.measured:
             lines.append(f"  sampling: {self.drawn} picture(s) at once")
         else:
-            size = _peaks(found, chosen, self.drawn)[MEASURING]
+            size = _peaks(found, chosen, self.drawn, self.uses)[MEASURING]
             lines.append(
                 f"  measuring, tuning and shipping are left out: they load the base whole and need {_gib(size)}; run "
                 "them on a larger GPU or on a CPU"
@@ -151,37 +166,47 @@ def training_bytes(found: Needs, chosen: Choice) -> int:
     return found.frozen(chosen.quantize) + state * numbers + chosen.batch * activations
 
 
-def _peaks(found: Needs, chosen: Choice, drawn: int) -> dict[str, float]:
+def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses) -> dict[str, float]:
     """Peak of each stage, as this toolkit runs them: encoders are freed before the U-net comes, all after training."""
     numbers = found.trained * chosen.rank
     adapter = 4 * numbers
-    caching = found.vae + max(found.encoding, found.encoders)
-    training = training_bytes(found, chosen)
-    parts = found.unet + adapter + (found.encoders + found.vae) / 2
-    drawing = parts + METRICS + drawn * max(found.predicting, found.decoding)
-    return {
-        name: WASTE * size + CONTEXT
-        for name, size in (("caching", caching), ("training", training), (MEASURING, drawing))
+    frozen, pipeline = found.frozen(chosen.quantize), found.unet + (found.encoders + found.vae) / 2
+    caching = found.vae + max(found.encoding, found.encoders) + (frozen + adapter if uses.region else 0)
+    # The VAE stays for samples. While they are drawn there are no gradients; the optimizer's state is there.
+    training = training_bytes(found, chosen) + (found.vae if uses.validates else 0)
+    validating = frozen + (4 + STATE[chosen.optimizer]) * numbers + found.vae + found.previewing
+    # Twice: a scope with `where` asks the U-net for four rows a picture instead of two. Even so the decoder takes more
+    # in all published bases: SD-1.5 0.38 against 0.25 GiB, SD-2.1 0.84 against 0.57, SDXL 1.5 against 0.62.
+    drawing = pipeline + adapter + METRICS + drawn * max(2 * found.predicting, found.decoding)
+    sizes = {
+        # `dreambooth.company` then looks at them one by one with the same weights, which takes less.
+        **({CLASSES: pipeline + drawn * found.taught} if uses.classes else {}),
+        "caching": caching,
+        "training": training,
+        **({"validating": validating} if uses.validates else {}),
+        MEASURING: drawing,
     }
+    return {name: WASTE * size + CONTEXT for name, size in sizes.items()}
 
 
-def choose(found: Needs, memory: float) -> Plan | None:
+def choose(found: Needs, memory: float, uses: Uses | None = None) -> Plan | None:
     """The first choice of the ladder that fits into a GPU of `memory` bytes; None: none does.
 
     Where no choice leaves room to measure, the first that trains.
     """
+    uses = uses or Uses()
     for measured in (True, False):
         for chosen in LADDER:
-            for drawn in BATCHES if measured else BATCHES[-1:]:
-                stages = _peaks(found, chosen, drawn)
+            for drawn in BATCHES if measured or uses.classes else BATCHES[-1:]:
+                stages = _peaks(found, chosen, drawn, uses)
                 kept = {name: size for name, size in stages.items() if measured or name != MEASURING}
-                plan = Plan(choice=chosen, drawn=drawn, stages=kept, needs=found)
+                plan = Plan(choice=chosen, drawn=drawn, stages=kept, needs=found, uses=uses)
                 if plan.peak <= ROOM * memory:
                     return plan
     return None
 
 
-def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
+def plan_for(base: str, memory: int, resolution: int, targets: str, uses: Uses | None = None) -> Plan:
     """The plan for a base of Stable Diffusion, from its configs.
 
     Args:
@@ -189,6 +214,7 @@ def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
         memory: of the GPU, GiB.
         resolution: pixels of a side of the training pictures.
         targets: preset of `lora.targets`.
+        uses: what the run does besides; None: nothing.
 
     Raises:
         TrainingError: what cannot fit, with the stage that is too large and the nearest that fits.
@@ -198,27 +224,33 @@ def plan_for(base: str, memory: int, resolution: int, targets: str) -> Plan:
     require(memory >= 1, f"--memory must be the GPU's memory in GB, such as 12, got {memory}")
     require(base != POCKET, f"--memory {memory}: the pocket base trains on a CPU; leave --memory out, or name a --base")
     found = needs(architecture_of(base), resolution, targets)
-    plan = choose(found, memory * GIB)
+    uses = uses or Uses()
+    plan = choose(found, memory * GIB, uses)
     if plan is not None:
         return plan
-    least = {name: size for name, size in _peaks(found, LADDER[-1], BATCHES[-1]).items() if name != MEASURING}
+    least = {name: size for name, size in _peaks(found, LADDER[-1], BATCHES[-1], uses).items() if name != MEASURING}
     stage, size = max(least.items(), key=lambda item: item[1])
-    larger = next((size for size in MEMORIES if size > memory and choose(found, size * GIB)), None)
-    other = _smaller(base, memory)
-    nearest = ([f"--memory {larger}"] if larger else []) + ([f"--base {other}"] if other else [])
+    larger = next((size for size in MEMORIES if size > memory and choose(found, size * GIB, uses)), None)
+    other = _smaller(base, memory, uses)
+    without = choose(found, memory * GIB, replace(uses, classes=False)) if uses.classes else None
+    nearest = (
+        (["no dreambooth.class_prompt"] if without else [])
+        + ([f"--memory {larger}"] if larger else [])
+        + ([f"--base {other}"] if other else [])
+    )
     raise TrainingError(
         f"--memory {memory}: {base} at {resolution} pixels needs {_gib(size)} for {stage} at least; the nearest that "
         f"fits: {' or '.join(nearest) or 'a GPU with more memory'}"
     )
 
 
-def _smaller(base: str, memory: int) -> str | None:
+def _smaller(base: str, memory: int, uses: Uses) -> str | None:
     """The largest published base that fits."""
     from training.architectures import FAMILIES
     from training.memory import needs
 
     for known in reversed(FAMILIES.values()):
-        if known.base != base and choose(needs(known, known.resolution, "attention+ff"), memory * GIB):
+        if known.base != base and choose(needs(known, known.resolution, "attention+ff"), memory * GIB, uses):
             return known.base
     return None
 

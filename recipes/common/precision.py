@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["drawing_in", "of_sampling"]
+__all__ = ["class_precision", "drawing_in", "of_sampling"]
 
 
 def of_sampling(pipe: DiffusionPipeline, sampling: SamplingSettings, say: Callable[[str], None]) -> str:
@@ -91,3 +91,17 @@ def drawing_in(
             yield run
 
     return both
+
+
+def class_precision(sampling: SamplingSettings) -> str:
+    """The precision that class images are drawn in; `auto` tries nothing on a CPU, where it is float32.
+
+    Args:
+        sampling: of the later stages.
+    """
+    from training import precision
+    from training.ranks import state
+
+    if sampling.precision != precision.AUTO:
+        return sampling.precision
+    return precision.by_units(state().device) or "fp32"

@@ -46,7 +46,7 @@ def region_of(phrase: str) -> Any:
             noisy = add_noise(mean, noise, *alpha_sigma(products, timestep))
             context, size = conditions["encoder_hidden_states"], (mean.shape[-2], mean.shape[-1])
             with maps.watch(size, context, [words], phrase, rows=slice(0, 1)) as found:
-                unet(noisy, timestep, **conditions)
+                unet(noisy.to(unet.dtype), timestep, **conditions)
                 votes += found()[0, 0].cpu()
         return (votes > len(FRACTIONS) / 2).float()[None]
 

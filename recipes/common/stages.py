@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ SHIPPING = 5.0  # seconds: files are written and hashed
 SCORING = 0.03  # seconds of a picture's metrics and its file, as seen on the pocket base
 OVERLAY = 1.5  # seconds of the regions and gamma of a pair in the report, beside the picture that is drawn for them
 BESIDE = {"tuning": 0.1, "measuring": 0.2}  # GiB of metrics and pictures beside what draws, as seen on the pocket base
-NOTHING = "nothing to do"
+NOTHING, CLASSES = "nothing to do", "class pictures"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,8 @@ def stages(settings: Training, found: Estimate, *, free: int | None = None) -> l
     rows = [
         Stage(name=name, what=what, seconds=s, memory=training) for name, what, s in _until_trained(settings, found)
     ]
+    if rows[0].name == CLASSES and rows[0].what != NOTHING:
+        rows[0] = replace(rows[0], memory=_class_memory(settings, found, now) or training)
     for drawn in _drawn(settings):
         memory = drawing + round(BESIDE[drawn.name] * 2**30)
         rows.append(drawn.stage(steps, seconds=steps * 2 * found.sample_seconds, memory=memory))
@@ -140,12 +142,42 @@ def _until_trained(settings: Training, found: Estimate) -> list[tuple[str, str, 
         folder = Path(chosen.class_folder or Path(settings.out) / "class_images")
         missing = max(0, chosen.class_images - len(list(folder.glob("*.png"))))
         what = f"{missing} of {chosen.class_images}, {chosen.steps} steps each" if missing else NOTHING
-        rows.append(("class pictures", what, missing * chosen.steps * 2 * found.sample_seconds))
+        rows.append((CLASSES, what, missing * chosen.steps * 2 * found.sample_seconds))
     if found.caching_seconds:
         rows.append(("caching", "latents of the pictures", found.caching_seconds))
     train = settings.train
     what = f"{train.steps} steps of {train.batch_size * train.accumulation}, {found.step_seconds:.2g} s each"
     return [*rows, ("training", what, train.steps * found.step_seconds)]
+
+
+def _class_memory(settings: Training, found: Estimate, now: int) -> int | None:
+    """Peak of drawing class images, which the trial does not try; None: the base's configs do not tell.
+
+    Args:
+        settings: a training recipe's.
+        found: from the trial step.
+        now: peak memory of the process until now, bytes.
+    """
+    import torch
+
+    from recipes.common.base import base_folder
+    from recipes.common.precision import class_precision
+    from training import memory
+    from training.errors import TrainingError
+    from training.networks import DTYPES
+
+    dtype = DTYPES[class_precision(settings.sampling)]
+    try:
+        base = memory.architecture_of(str(base_folder(settings.base)))
+        batch = settings.sampling.batch_size
+        weights, activations = memory.drawing_bytes(base, settings.data.resolution, batch=batch, dtype=dtype)
+    except TrainingError:
+        return None
+    if torch.cuda.is_available():
+        return weights + activations
+    # The process holds the base in float32 besides, and so does `now`.
+    idle = now - (found.activations - found.untried) - found.gradients
+    return idle + activations + (0 if dtype == torch.float32 else weights)
 
 
 def _drawn(settings: Training) -> list[Drawing]:

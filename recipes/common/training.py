@@ -310,7 +310,7 @@ def _class_prior(
 
     chosen, folder = settings.dreambooth, Path(settings.out) / "class_images"
     if settings.train.dry_run and chosen.class_prompt and chosen.preserve != "off":
-        dreambooth.check_prior(parts, chosen, pictures, folder=folder, words=words, seed=settings.train.seed)
+        dreambooth.check_prior(parts, chosen, pictures, folder=folder, words=words, **_manner(settings))
         say(f"would generate up to {chosen.class_images} pictures of the class; the trial takes the subject's instead")
         return dreambooth.Prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
@@ -323,8 +323,19 @@ def _class_prior(
             region=region_of,
             words=words,
             folder=folder,
-            seed=settings.train.seed,
+            **_manner(settings),
         )
+
+
+def _manner(settings: SubjectTraining) -> dict[str, Any]:
+    """How class images are drawn, besides what they are of."""
+    from recipes.common.precision import class_precision
+
+    return {
+        "seed": settings.train.seed,
+        "batch_size": settings.sampling.batch_size,
+        "precision": class_precision(settings.sampling),
+    }
 
 
 def data(settings: DataSettings, *, parts: Parts, edges: Canny | None = None) -> Views:

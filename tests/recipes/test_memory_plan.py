@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes.common import memory_plan
-from recipes.common.memory_plan import GIB, LADDER, MEMORIES, SAMPLES, Choice, choose, plan_for
+from recipes.common.memory_plan import GIB, LADDER, MEMORIES, SAMPLES, Choice, Uses, choose, plan_for
 from recipes.common.settings import SamplingSettings
 from training import memory
 from training.errors import TrainingError
@@ -29,6 +29,8 @@ XL = Needs(
     encoding=int(2.51 * GIB),
     predicting=int(0.31 * GIB),
     decoding=int(1.5 * GIB),
+    taught=int(1.5 * GIB),
+    previewing=int(3.0 * GIB),
 )
 
 
@@ -94,6 +96,97 @@ def test_a_small_gpu_trains_beside_fewer_bits_and_measures_nothing() -> None:
     assert least is not None
     assert least.choice.quantize == "nf4"
     assert "pip install bitsandbytes" in "\n".join(least.lines())
+
+
+def test_class_images_samples_and_regions_are_stages_of_their_own() -> None:
+    plain = choose(XL, 12 * GIB)
+    assert plain is not None
+    assert set(plain.stages) == {"caching", "training", "measuring"}
+    everything = choose(XL, 24 * GIB, Uses(classes=True, validates=True, region=True))
+    assert everything is not None
+    assert set(everything.stages) == {"class images", "caching", "training", "validating", "measuring"}
+    # Weights of all networks in bfloat16, and four pictures in the decoder at once; with a tenth and CUDA's own.
+    wanted = 1.1 * (XL.unet + (XL.encoders + XL.vae) / 2 + everything.drawn * XL.taught) + 0.8 * GIB
+    assert everything.stages["class images"] == pytest.approx(wanted)
+    assert everything.drawn == everything.settings()["sampling"]["batch_size"]
+    assert f"class images: {everything.drawn} at once, in bf16" in "\n".join(everything.lines())
+    small = choose(XL, 12 * GIB, Uses(classes=True))
+    assert small is not None
+    assert small.drawn < everything.drawn  # fewer at once fit
+    assert choose(XL, 8 * GIB, Uses(classes=True)) is None  # 8 GB train, as the table says, and cannot draw
+    peaks = [memory_plan._peaks(XL, Choice(), 1, uses) for uses in (Uses(), Uses(region=True), Uses(validates=True))]
+    assert peaks[1]["caching"] > peaks[0]["caching"] + XL.unet
+    assert peaks[2]["training"] == pytest.approx(peaks[0]["training"] + 1.1 * XL.vae)
+
+
+def test_samples_can_be_the_peak_of_a_small_gpu() -> None:
+    """With checkpointing a step takes less than the VAE's decoder in float32."""
+    chosen = Choice(batch=1, checkpointing=True)
+    peaks = memory_plan._peaks(XL, chosen, 1, Uses(validates=True))
+    assert peaks["validating"] > peaks["training"] + GIB
+
+
+def test_class_images_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "needs", lambda *_: XL)
+    with pytest.raises(TrainingError, match=r"for class images at least.*fits: no dreambooth.class_prompt or --memory"):
+        plan_for("stabilityai/stable-diffusion-xl-base-1.0", 8, 1024, "attention+ff", Uses(classes=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_class_images_take_is_what_drawing_them_takes(
+    dtype: torch.dtype, batch: int, models: Path, tmp_path: Path
+) -> None:
+    from training import dreambooth
+    from training.models import load_parts
+
+    parts, resolution = load_parts(models / "sd15"), 64
+    weights, activations = memory.drawing_bytes(
+        architecture_of(str(models / "sd15")), resolution, batch=batch, dtype=dtype
+    )
+    networks = [parts.unet, parts.vae, *parts.text_encoders]
+    assert weights == dtype.itemsize * sum(one.numel() for network in networks for one in network.parameters())
+    known = [one for network in networks for one in (*network.parameters(), *network.buffers())]
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    with memory.Peak(known) as seen:
+        dreambooth.class_images(
+            parts, ["a dog"], batch, tmp_path, resolution=resolution, steps=1, batch_size=batch, precision=precision
+        )
+    copies = 0 if dtype == torch.float32 else weights
+    assert seen.most - copies == pytest.approx(activations, rel=0.2)
+
+
+def test_the_dry_run_s_table_counts_class_images_that_are_missing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes import dreambooth_lora
+    from recipes.common.base import base_folder
+    from recipes.common.stages import NOTHING, stages
+    from training.command_line import parse
+    from training.config import BaseSettings
+    from training.estimate import Estimate
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = ["--base.path=pocket", f"--data.source={photos / 'dreambooth' / 'rex'}", f"--out={tmp_path}"]
+    words += ["--dreambooth.class_prompt=a dog", "--dreambooth.class_images=1", "--data.resolution=64"]
+    found = Estimate(weights=1, gradients=200, optimizer=10, average=20, activations=100, step_seconds=1)
+    base = architecture_of(str(base_folder(BaseSettings(path="pocket"))))
+
+    def memory_of(*more: str) -> tuple[int, int]:
+        rows = stages(parse(dreambooth_lora.Settings, [*words, *more]), found, free=1000)
+        return rows[0].memory, rows[1].memory
+
+    for precision, batch in (("fp32", 4), ("bf16", 2)):
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        weights, activations = memory.drawing_bytes(base, 64, batch=batch, dtype=dtype)
+        copies = 0 if precision == "fp32" else weights
+        drawn, trained = memory_of(f"--sampling.precision={precision}", f"--sampling.batch_size={batch}")
+        assert drawn == 1000 - 100 - 200 + activations + copies
+        assert trained == 1000 + 10 + 20
+    (tmp_path / "class_images").mkdir()
+    (tmp_path / "class_images" / "00000.png").touch()
+    rows = stages(parse(dreambooth_lora.Settings, words), found, free=1000)
+    assert (rows[0].what, rows[0].memory) == (NOTHING, 1030)
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +317,7 @@ def test_a_config_says_the_gpu_that_the_code_computes_for_it(name: str) -> None:
     assert train["precision"] == sampling["precision"] == "bf16"
     chosen = Choice(batch=1, checkpointing=train["gradient_checkpointing"], rank=given["lora"]["rank"])
     found = needs(known, known.resolution, "attention")
-    peaks = memory_plan._peaks(found, chosen, sampling.get("batch_size", SamplingSettings().batch_size))
+    peaks = memory_plan._peaks(found, chosen, sampling.get("batch_size", SamplingSettings().batch_size), Uses())
     peak = max(size for stage, size in peaks.items() if "measure" in given or stage != memory_plan.MEASURING)
     fits = next(size for size in MEMORIES if peak <= memory_plan.ROOM * size * GIB)
     assert f"# For a GPU with {fits} GB, " in text

@@ -93,3 +93,25 @@ def test_in_float32_nan_is_blamed_on_other_things(base: BaseSettings) -> None:
         pipe.vae.decoder.conv_out.bias.fill_(torch.nan)
     with pytest.raises(adapters.AdapterError, match="drawn in float32: the adapter or the base is damaged"):
         draw.draw_shots(pipe, ["a dog"], [1], GuidanceSettings(method="cfg"), sampling, None, None)
+
+
+def test_a_region_is_found_in_a_base_whose_weights_are_rounded(base: BaseSettings) -> None:
+    """As training in bf16 rounds them before it caches, and as class images are looked at that were drawn so."""
+    from recipes.common.base import load_base
+    from recipes.common.region_mask import region_of
+    from training.precision import lowered
+
+    parts = load_base(base)
+    latents = torch.randn(parts.channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    entry = {"mean": latents, "frame": torch.tensor([32, 32, 0, 0, 32, 32.0])}
+    region = region_of("dog")
+    plain = region(parts, entry, "a dog on the grass")
+    with lowered([parts.unet, *parts.text_encoders], torch.bfloat16, trained=True):
+        rounded = region(parts, entry, "a dog on the grass")
+    assert 0 < float(plain.mean()) < 1
+    assert float((plain != rounded).float().mean()) < 0.1
+
+
+def test_class_images_have_the_precision_of_sampling_and_auto_tries_nothing_on_a_cpu() -> None:
+    for name, drawn_in in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("auto", "fp32")):
+        assert precision.class_precision(SamplingSettings(precision=name)) == drawn_in  # type: ignore[arg-type]

@@ -126,7 +126,6 @@ ELSEWHERE: dict[str, dict[str, int]] = {
         "recipes.studio": 10,
         "scfg.config": 2,
         "training.errors": 1,
-        "training.memory": 3,
         "training.pocket.making": 3,
         "training.pocket.subjects": 1,
     },

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -21,6 +23,7 @@ from training import config, controlnet, dreambooth, loop, lora, models, prepare
 from training.data import crops, images
 from training.errors import TrainingError
 from training.estimate import Estimate
+from training.memory import Peak
 from training.method import Method
 
 
@@ -241,6 +244,49 @@ def test_class_images_are_made_once_and_only_reused_for_the_same_purpose(base: P
     (folder / "manifest.json").write_text("")  # as a full disk once left it: it says nothing about no images
     assert len(prior(base, folder).views) == 3
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == before
+
+
+def test_class_images_are_drawn_in_the_precision_asked_for_and_the_base_is_as_it_was(
+    base: Path, tmp_path: Path
+) -> None:
+    parts = models.load_parts(base)
+    networks = [parts.unet, parts.vae, *parts.text_encoders]
+    before = {one: (one.data_ptr(), one.detach().clone()) for network in networks for one in network.parameters()}
+    seen: set[torch.dtype] = set()
+    handle = parts.unet.register_forward_pre_hook(lambda net, _: seen.add(net.dtype))
+    plain = {"resolution": 32, "steps": 1, "batch_size": 2}
+    dreambooth.class_images(parts, ["dog"], 2, tmp_path / "fp32", **plain)
+    assert seen == {torch.float32}
+    seen.clear()
+    known = [one for network in networks for one in (*network.parameters(), *network.buffers())]
+    with Peak(known) as count:
+        dreambooth.class_images(parts, ["dog"], 2, tmp_path / "bf16", **plain, precision="bf16")
+        gc.collect()
+    handle.remove()
+    assert seen == {torch.bfloat16}
+    rounded = sum(2 * one.numel() for one in before)
+    assert count.most > rounded
+    assert count.live < rounded / 10  # the rounded weights are gone
+    assert all(one.data_ptr() == place and torch.equal(one, value) for one, (place, value) in before.items())
+    pictures = [np.asarray(Image.open(tmp_path / name / "00000.png"), float) for name in ("fp32", "bf16")]
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 20
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("fp32", "bf16")]
+    assert manifests[1] == {**manifests[0], "precision": "bf16"}
+    assert "precision" not in manifests[0]  # as before there was a choice
+
+
+def test_batch_and_precision_matter_only_to_class_images_that_are_still_to_be_drawn(base: Path, tmp_path: Path) -> None:
+    parts, folder = models.load_parts(base), tmp_path / "class"
+    plain = {"resolution": 32, "steps": 1}
+    dreambooth.class_images(parts, ["dog"], 3, folder, **plain, batch_size=2)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    dreambooth.class_images(parts, ["dog"], 3, folder, **plain, batch_size=1, precision="bf16")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    with pytest.raises(TrainingError, match=r"settings \(precision: fp32 -> bf16; batch_size: 2 -> 1\); delete"):
+        dreambooth.class_images(parts, ["dog"], 4, folder, **plain, batch_size=1, precision="bf16")
+    (folder / "manifest.json").write_text(json.dumps(json.loads(before["manifest.json"]) | {"precision": "fp7"}))
+    with pytest.raises(TrainingError, match=r"settings \(precision: fp7 -> fp32\); delete"):
+        dreambooth.class_images(parts, ["dog"], 3, folder, **plain, batch_size=2)
 
 
 def test_fewer_class_images_than_there_are_are_used(base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ beside the cut-out, the base would draw its class there once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def paste_subject(
     if box is None:
         return None
     hole = _hole(drawn.size, region, spot)
-    own, fit = _scales(box, subject, spot, drawn.size)
+    own, fit = _scales(box, min(subject.image.size), spot, drawn.size)
     kept = max(own / fit, fit / own) <= ALIKE
     scale = own if kept else fit
     size = (max(1, round((box[2] - box[0]) * scale)), max(1, round((box[3] - box[1]) * scale)))
@@ -136,11 +136,11 @@ def _hole(size: tuple[int, int], region: Tensor, spot: Spot) -> Image.Image:
     return hole
 
 
-def _scales(box: tuple[int, ...], subject: Sample, spot: Spot, size: tuple[int, int]) -> tuple[float, float]:
-    """A cut-out's scale as its own picture is trained, and the one at which it is as large as the spot."""
+def _scales(box: tuple[int, ...], short: int, spot: Spot, size: tuple[int, int]) -> tuple[float, float]:
+    """A cut-out's scale as its own picture, of that shorter side, is trained; and that at which it fills the spot."""
     width, height = box[2] - box[0], box[3] - box[1]
     limit = min(size[0] / width, size[1] / height)
-    return min(min(size) / min(subject.image.size), limit), min(spot.side / math.sqrt(width * height), limit)
+    return min(min(size) / short, limit), min(spot.side / math.sqrt(width * height), limit)
 
 
 def _corner(wanted: float, most: int, origin: int, cell: int) -> int:
@@ -149,20 +149,32 @@ def _corner(wanted: float, most: int, origin: int, cell: int) -> int:
     return min(steps, key=lambda place: abs(place - wanted)) if steps else round(min(max(wanted, 0), most))
 
 
-def _nearest(data: Views, spot: Spot, size: tuple[int, int], turn: int) -> Sample:
-    """The picture whose cut-out's own size is that of the spot; in turn, if there are several."""
-    off: list[tuple[float, Sample]] = []
-    for number in range(len(data.source)):
-        subject = data.source[number]
-        box = subject.mask.convert("L").getbbox() if subject.mask is not None else None
-        if box is not None:
-            own, fit = _scales(box, subject, spot, size)
-            off.append((max(own / fit, fit / own), subject))
-    if not off:
-        return data.source[0]
-    best = min(ratio for ratio, _ in off)
-    alike = [subject for ratio, subject in off if ratio <= 1.1 * best]
+def _nearest(boxes: Mapping[int, tuple[tuple[int, ...], int]], spot: Spot, size: tuple[int, int], turn: int) -> int:
+    """Which picture's cut-out has the size of the spot; in turn, if there are several.
+
+    Args:
+        boxes: the cut-out's box and the picture's shorter side, of each picture that shows the subject.
+        spot: where it is to stand.
+        size: of the picture there.
+        turn: how many were placed before.
+    """
+    off = {}
+    for number, (box, short) in boxes.items():
+        own, fit = _scales(box, short, spot, size)
+        off[number] = max(own / fit, fit / own)
+    alike = [number for number, ratio in off.items() if ratio <= 1.1 * min(off.values())]
     return alike[turn % len(alike)]
+
+
+def _boxes(data: Views) -> dict[int, tuple[tuple[int, ...], int]]:
+    """See `_nearest`; each picture is read once."""
+    found: dict[int, tuple[tuple[int, ...], int]] = {}
+    for number in range(len(data.source)):
+        sample = data.source[number]
+        box = sample.mask.convert("L").getbbox() if sample.mask is not None else None
+        if box is not None:
+            found[number] = (box, min(sample.image.size))
+    return found
 
 
 def check_company(data: Views, identifier: str) -> None:
@@ -243,12 +255,13 @@ def placed(
         spot = find_spot(found, whole.source[number].image.size)
         spots += [(number, found, spot)] if spot is not None else []
     cell = parts.vae_scale_factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)
+    boxes = _boxes(data)
     samples: list[Sample] = []
-    for number, found, spot in _usual(spots):
-        drawn_there = whole.source[number].image
-        subject = _nearest(data, spot, drawn_there.size, len(samples))
+    for number, found, spot in _usual(spots) if boxes else ():
+        there = whole.source[number].image
+        subject = data.source[_nearest(boxes, spot, there.size, len(samples))]
         caption = lines[number % len(lines)].replace("{}", f"a {identifier} {noun}")
-        made = paste_subject(drawn_there, found, spot, subject, caption, cell=cell)
+        made = paste_subject(there, found, spot, subject, caption, cell=cell)
         samples += [made] if made else []
     if not samples:
         raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")

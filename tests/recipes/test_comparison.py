@@ -423,15 +423,15 @@ def test_a_whole_network_has_no_weight_and_is_not_trained_for_one(change: str, c
         ("--measure.primary=typo", "measure.primary 'typo' is none of the metrics"),
         ("--tune.metric=typo", "tune.metric 'typo' is none of joint"),
         (
-            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG placed": {"options": {"gamma_maxx": 2}}}',
-            "measure.arms, 'S-CFG placed'",
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG scoped": {"options": {"gamma_maxx": 2}}}',
+            "measure.arms, 'S-CFG scoped'",
         ),
-        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG placed'"),
+        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG scoped'"),
         ("--ship.push=me", "ship.push must be owner/name"),
         ("--measure.metrics=['alignment (clip)']", "set measure.spaces.clip"),
         (
-            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG placed": {"scope": {"where": "uniform"}}}',
-            "measure.arms, 'S-CFG placed': scope.where: uniform is a control of a comparison and does not ship",
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG scoped": {"scope": {"where": "uniform"}}}',
+            "measure.arms, 'S-CFG scoped': scope.where: uniform is a control of a comparison and does not ship",
         ),
     ],
 )

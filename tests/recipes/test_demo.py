@@ -55,7 +55,7 @@ def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
         "Adapter: ",
         "Guidance: ",
         "S-CFG",
-        "S-CFG placed",
+        "S-CFG scoped",
         "prompt accuracy",
         "subject similarity",
         "s in all",
@@ -70,7 +70,7 @@ def test_every_stage_leaves_what_the_next_one_reads(demo) -> None:
     assert {path.name for path in (out / "measured").iterdir()} == MEASURED
     assert {path.name for path in (out / "tuned").iterdir()} == {"guider_config.json", "tuned.json"}
     tuned = json.loads((out / "tuned" / "tuned.json").read_text())
-    assert set(tuned["best"]) == {"CFG", "S-CFG placed"}
+    assert set(tuned["best"]) == {"CFG", "S-CFG scoped"}
     assert tuned["adapter"] == str(out / "lora")
     assert Image.open(out / "measured" / "sheet.png").size[0] > 6 * 128
 
@@ -79,7 +79,7 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    assert drawn == {"base", "cfg", "s-cfg", "s-cfg-placed", "cfg-weight-0-7"}
+    assert drawn == {"base", "cfg", "s-cfg", "s-cfg-scoped", "cfg-weight-0-7"}
     assert len(rows) == len(list((out / "pictures").rglob("*.png"))) == 5 * 2
     gains = json.loads((out / "measured" / "gains.json").read_text())
     assert gains["facts"]["base"] == "pocket"
@@ -122,7 +122,7 @@ def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
     arms = {
         name: next(iter(adapters.measuring.sample.shots_in(out / "pictures" / "dog" / name)))
-        for name in ("base", "cfg", "s-cfg", "s-cfg-placed")
+        for name in ("base", "cfg", "s-cfg", "s-cfg-scoped")
     }
     assert len({shot.key for shot in arms.values()}) == 1
     assert len({shot.image.tobytes() for shot in arms.values()}) == len(arms)

@@ -95,7 +95,7 @@ def test_a_folder_that_is_no_controlnet_is_named(refused, photos: Path, models: 
         ("--measure.prompts=['a {}', a dog]", "prompt 'a {}' has a {} but no subject is given"),
         ("--measure.subjects=[gone/*]", "measure.subjects: gone/* is no folder"),
         ("--controlnet=pocket-canny", "controlnet and measure.targets belong together"),
-        ("--tuned=gone", "tuned: gone/tuned.json is not what recipes/tune.py wrote"),
+        ("--tuned=gone", "tuned gone: there is no gone/tuned.json; `scfg-toolkit tune` with the same config writes it"),
     ],
 )
 def test_what_a_comparison_lacks_is_said_before_anything_is_sampled(refused, change: str, said: str) -> None:

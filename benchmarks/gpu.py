@@ -18,6 +18,7 @@ and the others go on. Results are written after each part. Prints Markdown at th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -455,9 +456,16 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    with contextlib.ExitStack() as stack:
+        measure(arguments(), stack)
+
+
+def measure(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Runs the parts one after another and writes what they find."""
     deadline = time.perf_counter() + 60 * args.minutes
     parts = [one for one in plan(args.smoke) if not args.only or one.name.startswith(tuple(args.only))]
+    home = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    os.environ["TMPDIR"] = home  # a part that is killed leaves its files here
     context = started()
     told = run(Part(name="card", kind=card, options={}, limit=120), context, 120)
     if "error" in told:

@@ -219,3 +219,30 @@ def test_processes_that_look_at_different_times_share_all_entries(
         made.append(count)
     assert made == [3, 2]
     assert all(entries[index]["mean"].isfinite().all() for index in range(5))
+
+
+def test_an_entry_of_any_type_and_shape_is_found_sound_and_any_flipped_byte_is_found(tmp_path: Path) -> None:
+    """`sound` reads a file's bytes, `store[name]` its tensors: both hold the same digest against it."""
+    entry = {
+        "single": torch.tensor(1.5), "empty": torch.zeros(0, 3), "mask": torch.tensor([True, False]),
+        "half": torch.ones(2, 2, dtype=torch.float16), "brain": torch.ones(3, dtype=torch.bfloat16),
+        "ids": torch.arange(5), "bytes": torch.arange(4, dtype=torch.uint8),
+        "double": torch.ones(1, dtype=torch.float64), "int": torch.arange(3, dtype=torch.int32),
+    }  # fmt: skip
+    store = cache.Store(tmp_path)
+    store.put("ab" * 20, entry)
+    assert store.sound("ab" * 20)
+    assert all(torch.equal(store["ab" * 20][key], value) for key, value in entry.items())
+    assert not store.sound("cd" * 20)
+    file = next(tmp_path.rglob("*.safetensors"))
+    data = file.read_bytes()
+    for place in range(0, len(data), 3):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        found = store.sound("ab" * 20)
+        if found:  # bytes of the header that say the same, such as spaces at its end
+            assert all(torch.equal(store["ab" * 20][key], value) for key, value in entry.items()), place
+    for cut in (0, 7, 8, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:cut])
+        assert not store.sound("ab" * 20)
+    file.write_bytes(data + b"0")
+    assert not store.sound("ab" * 20)

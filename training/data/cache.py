@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ __all__ = ["Encoded", "Live", "Region", "Store", "caching_seconds", "encode_capt
 
 RMS_ALLOWED = (0.05, 20.0)  # of scaled latents, which a fitting VAE scale brings near 1
 MAX_ENTRY = 2**30  # bytes of a file; latents and condition of a picture are a few MiB
+DTYPES = {  # of a file's header -> in `_digest`
+    header: f"torch.{name}"
+    for header, name in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+        "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
+    }.items()
+}  # fmt: skip
 Entry = dict[str, Tensor]  # of a view or a caption, as a file holds it
 Region = Callable[[Parts, EntryTensors, str], Tensor]
 
@@ -57,14 +65,16 @@ class Store:
 
     def sound(self, name: str) -> bool:
         """Whether the entry is there and is what was put; a damaged one is noted."""
-        if self.folder is None or name not in self:
+        if self.folder is None:
             return name in self
-        try:
-            _read(self.folder, name)
-        except FileError:
-            self.damaged.append(_path(self.folder, name))
+        path = Path(f"{self.folder}/{name[:2]}/{name}.safetensors")  # joined, it would take as long as the digest
+        if not os.path.exists(path):
             return False
-        return True
+        try:
+            return _check(path, name)
+        except FileError:
+            self.damaged.append(path)
+            return False
 
     def __getitem__(self, name: str) -> Entry:
         """The entry; a `TrainingError` where its file was damaged since `sound` looked."""
@@ -93,7 +103,7 @@ class Store:
 
 def _read(folder: Path, name: str) -> Entry:
     path = _path(folder, name)
-    data = files.read_bytes(path, MAX_ENTRY)
+    data = _bytes(path)
     try:
         entry = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -103,6 +113,41 @@ def _read(folder: Path, name: str) -> Entry:
     if digest != _digest(name, entry):
         raise FileError(f"{path}: not the entry that was put there")
     return entry
+
+
+def _bytes(path: Path) -> bytes:
+    """A file's content. Python reserves what may be read at most, so it is told the size."""
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        size = 0  # and reading says what is wrong
+    return files.read_bytes(path, min(size, MAX_ENTRY))
+
+
+def _check(path: Path, name: str) -> bool:
+    """True for the entry that was put; its tensors are not made, which takes longer than to read them.
+
+    Raises `FileError` for any other file.
+    """
+    data = _bytes(path)
+    try:
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        digest = hashlib.sha256(name.encode())
+        kept = header.pop("__metadata__")["sha256"]
+        places = []
+        for key in sorted(header):
+            value, (start, end) = header[key], header[key]["data_offsets"]
+            digest.update(f"\0{key} {DTYPES[value['dtype']]} {tuple(value['shape'])}\0".encode())
+            digest.update(memoryview(data)[begin + start : begin + end])
+            places.append((start, end))
+        ends = [0, *(end for _, end in sorted(places))]
+        whole = [start for start, _ in sorted(places)] == ends[:-1] and begin + ends[-1] == len(data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise FileError(f"{path}: not an entry of the cache ({error!r:.80})") from error
+    if not whole or kept != digest.hexdigest():
+        raise FileError(f"{path}: not the entry that was put there")
+    return True
 
 
 def _digest(name: str, entry: Entry) -> str:

@@ -90,8 +90,9 @@ def load(
         revision: branch, tag or commit of the Hub's repository.
         merged: added into the weights instead of beside them, whose bits are put back on detach (the last one first):
             faster, the same up to rounding.
-        scope: where, when and how strongly it acts while sampling; it then stays beside the weights. None: as the
-            folder's guider says, where `guidance` applies that.
+        scope: where, when and how strongly it acts while sampling; it then stays beside the weights, and with `merged`
+            a second copy of the adapted weights holds it. None: as the folder's guider says, where `guidance` applies
+            that.
         place: finds words in the pictures of a pipeline, such as `scfg.place_of`; a shipped scope may need it.
 
     Raises:
@@ -116,7 +117,7 @@ def load(
         with files.understood(opened.path):
             attached._undo.enter_context(_adapter(pipe, opened, attached.name, weight, merged and scope.neutral))
         if not scope.neutral:
-            attached._undo.enter_context(_within(pipe, scope, opened, attached, before))
+            attached._undo.enter_context(_within(pipe, scope, opened, attached, before, merged))
         _guide(attached, guidance, str(opened.path))
     except BaseException:
         attached.detach()
@@ -224,7 +225,12 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _within(
-    pipe: DiffusionPipeline, scope: Scope, source: Source, attached: Attached, before: torch.nn.Module | None
+    pipe: DiffusionPipeline,
+    scope: Scope,
+    source: Source,
+    attached: Attached,
+    before: torch.nn.Module | None,
+    merged: bool,
 ) -> AbstractContextManager[None]:
     """The scope on the U-net; refused where the adapter is more, or other, than a change of the U-net."""
     kind, models = whole_model(source), base.modules_of(pipe)
@@ -240,7 +246,9 @@ def _within(
             f"scope: {source.path} can only be added into the weights here ({why}); a scope needs it beside them"
         )
     other = unwrapped(before) if kind == "unet" else None
-    return scoped(pipe, scope, unet=models["unet"], name=attached.name, weight=attached.weight, base=other)
+    return scoped(
+        pipe, scope, unet=models["unet"], name=attached.name, weight=attached.weight, base=other, merged=merged
+    )
 
 
 def _names(model: torch.nn.Module) -> Collection[str]:

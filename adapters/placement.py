@@ -14,7 +14,7 @@ import torch
 
 from .errors import AdapterError
 
-__all__ = ["computing_device", "is_offloaded", "named_values", "offload_like", "stored", "unwrapped"]
+__all__ = ["computing_device", "is_moved", "is_offloaded", "named_values", "offload_like", "stored", "unwrapped"]
 
 
 def unwrapped(model: Any) -> Any:
@@ -25,6 +25,11 @@ def unwrapped(model: Any) -> Any:
 def is_offloaded(layer: torch.nn.Module) -> bool:
     """Whether the layer's own parameters are empty outside its forward."""
     return any(value.device.type == "meta" for value in layer.parameters(recurse=False))
+
+
+def is_moved(model: torch.nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers puts the model's weights in place before its layers run."""
+    return any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in model.modules())
 
 
 def stored(layer: torch.nn.Module, name: str = "weight", *, writable: bool = False) -> torch.Tensor:

@@ -15,13 +15,16 @@ With b the base's prediction and t the adapted one, for a prompt c or the empty 
 `uncond_weight`, `early_weight`, `start` and `stop` need no further pass through the U-net: a LoRA's first factor gives
 each row of the batch its share of the change. `where` needs the base's prediction of both halves:
 four rows an image instead of two, until `where_stop`. A whole fine-tuned U-net is asked beside the base's U-net.
+
+A LoRA may be loaded with `merged=True` besides: where all rows take the whole change, the U-net then runs with weights
+that hold it, and is as fast as without an adapter.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterError
+from .placement import is_moved
 from .seat import switched_off
 
 if TYPE_CHECKING:
@@ -251,6 +255,7 @@ def scoped(
     name: str,
     weight: float,
     base: torch.nn.Module | None = None,
+    merged: bool = False,
 ) -> Iterator[None]:
     """Keep the adapter on the pipeline's U-net within its scope, until the context is left.
 
@@ -261,6 +266,7 @@ def scoped(
         name: peft's name of the adapter on it.
         weight: its weight.
         base: the base's network, where `unet` is a whole other one.
+        merged: keep a second copy of the adapted layers' weights, with a LoRA added: faster, the same up to rounding.
 
     Raises:
         AdapterError: the pipeline keeps its guidance to itself, or another adapter is on the U-net as well.
@@ -276,7 +282,7 @@ def scoped(
     with ExitStack() as undo:
         network: _Network
         if base is None:
-            network = undo.enter_context(_beside(unet, name))
+            network = undo.enter_context(_beside(unet, name, merged=merged))
         else:
             network = _Whole(tuned=unet.forward, base=base)
         texts = undo.enter_context(_heard(pipe, scope.elsewhere)) if scope.where else _Texts()
@@ -374,7 +380,7 @@ def _fraction(scheduler: Any, timestep: Tensor | float) -> float:
 
 
 @contextmanager
-def _beside(unet: torch.nn.Module, name: str) -> Iterator[_Beside]:
+def _beside(unet: torch.nn.Module, name: str, *, merged: bool) -> Iterator[_Beside]:
     """The adapter's layers with hooks on them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -384,7 +390,9 @@ def _beside(unet: torch.nn.Module, name: str) -> Iterator[_Beside]:
         raise AdapterError(f"scope: the U-net carries other adapters too ({', '.join(others)}); take them off first")
     if not any(name in getattr(layer, attribute, {}) for layer in layers for attribute in layer.adapter_layer_names):
         raise AdapterError("scope: this adapter is merged into the U-net's weights; load it without sequential offload")
-    network = _Beside(unet.forward, layers)
+    network = _Beside(unet, layers)
+    if merged and all(_linear(layer, name) for layer in layers) and not is_moved(unet):
+        network.whole = {weight: weight.detach() + delta for weight, delta in _changes(layers, name)}
     handles = []
     for layer in layers:
         if _linear(layer, name):
@@ -406,19 +414,38 @@ def _linear(layer: BaseTunerLayer, name: str) -> bool:
     return name not in getattr(layer, "lora_variant", {}) and not getattr(layer, "lora_bias", {}).get(name, False)
 
 
+def _changes(layers: Sequence[BaseTunerLayer], name: str) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    """Each layer's weight, and what the adapter adds to it."""
+    for layer in layers:
+        weight: Any = layer.get_base_layer().weight
+        yield weight, layer.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]  # of peft's LoRA layers
+
+
 class _Beside:
     """A U-net whose layers carry an adapter beside them.
 
     A LoRA's share is that of what its first factor gives, which has few channels: it costs next to nothing. Of the
     other kinds, the base layer's output is kept and mixed with the adapted one.
+
+    Attributes:
+        whole: the layers' weights with all of the change in them, where these are kept.
     """
 
-    def __init__(self, forward: Callable[..., Any], layers: list[BaseTunerLayer]) -> None:
-        self.forward, self.layers = forward, layers
+    def __init__(self, unet: torch.nn.Module, layers: list[BaseTunerLayer]) -> None:
+        self.unet, self.forward, self.layers = unet, unet.forward, layers
+        self.whole: dict[torch.nn.Parameter, Tensor] = {}
         self.rows, self.share = 0, None  # type: int, float | None
         self.kept: dict[BaseTunerLayer, Tensor] = {}
 
+    @property
+    def taken(self) -> bool:
+        """Whether the weights are another's meanwhile: fused with an adapter, or offloaded."""
+        return any(layer.merged for layer in self.layers) or is_moved(self.unet)
+
     def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
+        if share is None and self.whole and not self.taken:
+            with switched_off(self.layers), _holding(self.whole):
+                return self.forward(*args, **kwargs)
         self.rows, self.share = rows, share
         try:
             return self.forward(*args, **kwargs)
@@ -448,6 +475,19 @@ class _Beside:
         base, rows = self.kept.pop(layer), slice(0, self.rows)
         first = base[rows] if self.share == 0 else torch.lerp(base[rows], output[rows], self.share)
         return torch.cat([first, output[self.rows :]])
+
+
+@contextmanager
+def _holding(values: Mapping[torch.nn.Parameter, Tensor]) -> Iterator[None]:
+    """The parameters have these values for as long as the context lasts; nothing is copied."""
+    before = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value.to(parameter.device)
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.data = value
 
 
 class _Whole:

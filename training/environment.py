@@ -14,8 +14,8 @@ OLDEST_TORCH = (2, 6)
 _INSTALL = "install the tested one with `pip install -c constraints.txt torch==2.13.0`"
 
 # GNU OpenMP's threads spin 300,000 rounds at every barrier before they sleep. Where other programs want the cores too,
-# the spinning thread keeps one from the thread that it waits for. With 1000 rounds a thread sleeps at most barriers, and
-# where waking is slow a quiet machine loses two fifths of its speed; with 5000 it loses nothing.
+# the spinning thread keeps one from the thread that it waits for. With 1000 rounds a thread sleeps at most barriers,
+# and where waking is slow a quiet machine loses two fifths of its speed; with 5000 it loses nothing.
 SPINS = 5000
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 

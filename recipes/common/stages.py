@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from recipes.common.cli import say
@@ -16,6 +17,7 @@ from training.progress import duration
 if TYPE_CHECKING:
     from recipes.common.comparison import Comparison
     from recipes.common.search import Search
+    from recipes.common.settings import GuidanceSettings
     from recipes.common.training import Training
     from training.estimate import Estimate
 
@@ -59,16 +61,19 @@ class Drawing:
     pictures: int
     overlays: int = 0
     """Pairs of the report for which a picture is drawn once more."""
+    passes: float = 1.0
+    """Passes through the U-net for a picture, against one in which no scope looks for a place."""
 
     def stage(self, steps: int, *, seconds: float, memory: int, loading: float = 0.0) -> Stage:
         """Its row.
 
         Args:
             steps: of a picture.
-            seconds: of a picture.
+            seconds: of a picture of one pass.
             memory: peak of the process, bytes.
             loading: seconds until the first picture, where they are not of another row.
         """
+        seconds *= self.passes
         whole = loading + self.pictures * (seconds + SCORING) + self.overlays * (seconds + OVERLAY)
         return Stage(name=self.name, what=f"{self.what}, {steps} steps each", seconds=whole, memory=memory)
 
@@ -184,17 +189,33 @@ def _drawn(settings: Training) -> list[Drawing]:
     """Tuning and measuring."""
     from recipes.common.comparison import TO_COME, WHOLE_TO_COME, resolve
     from recipes.common.search import resolve_search
+    from recipes.common.settings import GuidanceSettings
 
     plan = settings.measure
     if plan is None or plan.targets is not None:  # conditions are made at the size that the pipeline draws
         return []
     adapter = TO_COME if hasattr(settings, "lora") else WHOLE_TO_COME
     comparison = resolve(plan, base=settings.base, adapter=adapter)
-    rows = [drawn_by_measure(comparison)]
+    arms = {name: [arm.guidance] for name, arm in comparison.arms.items()}
+    rows = []
     if settings.tune is not None:
         search = resolve_search(settings.tune, comparison, adapter=adapter)
-        rows.insert(0, drawn_by_search(search, comparison, settings.tune.seeds))
-    return rows
+        tried = {name: [GuidanceSettings.of(own) for own in those] for name, those in search.candidates.items()}
+        drawn = drawn_by_search(search, comparison, settings.tune.seeds)
+        rows.append(replace(drawn, passes=fmean(fmean(map(_passes, those)) for those in tried.values())))
+        # Which scope the search will find is not known; arms of other methods than the baseline's take it too.
+        arms |= {
+            name: tried.get(plan.arm, [own])
+            for name, (own,) in arms.items()
+            if own.method != comparison.baseline.guidance.method and own.scope is None
+        }
+    passes = fmean(fmean(map(_passes, guidances)) for guidances in arms.values())
+    return [*rows, replace(drawn_by_measure(comparison), passes=passes)]
+
+
+def _passes(guidance: GuidanceSettings) -> float:
+    """Of the U-net for a picture: a scope that looks for a place asks the base in those steps as well."""
+    return 1.0 + (guidance.scope.where_stop if guidance.scope is not None and guidance.scope.where else 0.0)
 
 
 def _peak() -> int:
@@ -249,4 +270,4 @@ def took(stage: str, *, dry: bool = False) -> Iterator[Callable[[], float]]:
 
 def span(seconds: float) -> str:
     """An estimate in words, as the range it means."""
-    return f"{duration(LOW * seconds)} to {duration(HIGH * seconds)}"
+    return "under 1 s" if HIGH * seconds < 1 else f"{duration(LOW * seconds)} to {duration(HIGH * seconds)}"

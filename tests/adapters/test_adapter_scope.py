@@ -204,6 +204,66 @@ def test_a_prompt_without_its_subject_has_its_articles():
         assert adapters.scope.renamed(said, {"<rex>": "owl", "sks": ""}) == wanted
 
 
+def factor_calls(pipe) -> list[int]:
+    """Receives an item whenever a first factor of a LoRA computes."""
+    calls: list[int] = []
+    factors = [module for path, module in pipe.unet.named_modules() if "lora_A." in path]
+    assert factors
+    for factor in factors:
+        factor.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("scope", [Scope(where=everywhere(0.5)), Scope(uncond_weight=0.0), Scope(stop=0.5)])
+def test_merged_it_is_the_same_up_to_rounding(pipe, folder, scope):
+    weights = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with adapters.load(pipe, folder, scope=scope):
+        beside = both_halves(pipe)
+    with adapters.load(pipe, folder, scope=scope, merged=True):
+        merged = both_halves(pipe)
+    torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_merged_only_rows_with_a_share_of_their_own_need_the_factors(pipe, folder):
+    for scope, needed in ((Scope(where=everywhere(0.5)), False), (Scope(uncond_weight=0.0), True)):
+        with adapters.load(pipe, folder, scope=scope, merged=True):
+            calls = factor_calls(pipe)
+            both_halves(pipe)
+        assert bool(calls) == needed
+
+
+def test_where_a_hook_brings_the_weights_it_stays_beside_them(pipe, folder):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    scope = Scope(where=everywhere(0.5))
+    with adapters.load(pipe, folder, scope=scope):
+        beside = both_halves(pipe)
+    with adapters.load(pipe, folder, scope=scope, merged=True):
+        add_hook_to_module(pipe.unet.conv_in, ModelHook())
+        calls = factor_calls(pipe)
+        assert torch.equal(both_halves(pipe), beside)
+        assert calls
+        remove_hook_from_module(pipe.unet.conv_in)
+
+
+def test_a_failure_with_merged_weights_puts_the_bases_back(pipe, folder):
+    @contextlib.contextmanager
+    def broken(call):
+        def fail() -> torch.Tensor:
+            raise RuntimeError("no map")
+
+        yield fail
+
+    plain = both_halves(pipe)
+    with (
+        adapters.load(pipe, folder, scope=Scope(where=broken), merged=True),
+        pytest.raises(RuntimeError, match="no map"),
+    ):
+        both_halves(pipe)
+    assert torch.equal(both_halves(pipe), plain)
+
+
 def test_a_whole_unet_is_asked_beside_the_bases(pipe, tmp_path):
     tuned = type(pipe.unet).from_config(pipe.unet.config)
     tuned.save_pretrained(tmp_path / "unet")

@@ -4,7 +4,8 @@ python -m benchmarks.study.shipped [SUBJECT...] [--out runs/shipped]
 python -m benchmarks.study.shipped --table [--out runs/shipped | benchmarks/study/results/shipped.csv.gz]
 
 Without a subject all sixteen run, one after the other. A subject whose release is there is not run again. The table has
-means over the subjects, and 95 % intervals over those that were not used to choose the training's settings.
+means over the subjects, and 95 % intervals over those that were not used to choose the training's settings. "base" is
+asked with the subject's word, as in a release; "base, class prompt" without it, which is its best.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from training.pocket.subjects import SUBJECTS
 __all__ = ["main"]
 
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
-BASE, PLAIN, SCOPED = "base", "CFG", "S-CFG scoped"
+BASE, CLASS, PLAIN, SCOPED = "base", "base, class prompt", "CFG", "S-CFG scoped"
 COLUMNS = ("subject", "arm", "prompt", "seed", "identity", "prompt accuracy")
 Row = dict[str, str]
 
@@ -65,7 +66,7 @@ def collect(out: Path) -> list[Row]:
     for subject in SUBJECTS:
         file = out / subject / "measured" / "per_image.csv"
         if file.is_file():
-            rows += list(csv.DictReader(file.read_text("utf-8").splitlines()))
+            rows += list(csv.DictReader(file.read_text("utf-8").splitlines())) + of_class(subject, out / subject)
     if not rows:
         raise TrainingError(f"--out {out}: no subject is measured there")
     text = io.StringIO()
@@ -75,6 +76,25 @@ def collect(out: Path) -> list[Row]:
     with adapters.files.write_file(out / "shipped.csv.gz") as part:
         part.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     return rows
+
+
+def of_class(subject: str, out: Path) -> list[Row]:
+    """The base's pictures of the class, which the comparison drew for its identity, with the judge's accuracy.
+
+    Args:
+        subject: folder of the subject.
+        out: folder of its run.
+    """
+    from adapters.measuring.metrics import score
+    from adapters.measuring.sample import read
+    from training.pocket.metrics import prompt_accuracy
+
+    shots = [read(file)[0] for file in sorted((out / "class_pictures" / subject).glob("*.png"))]
+    facts = {"subject": subject, "arm": CLASS, "identity": "nan"}
+    return [
+        {**facts, "prompt": shot.prompt, "seed": str(shot.seed), "prompt accuracy": str(value)}
+        for shot, value in zip(shots, score(prompt_accuracy("sks"), shots), strict=True)
+    ]
 
 
 def _kept(file: Path) -> list[Row]:
@@ -97,10 +117,13 @@ def table(rows: Sequence[Row]) -> list[str]:
         means = [_shown(np.mean([found[subject, arm] for subject in some], axis=0)) for arm in arms] if some else []
         lines.append(f"| **{name}** | " + " | ".join(means) + " |")
     lines.append("")
-    for arm, other in ((PLAIN, BASE), (SCOPED, BASE), (SCOPED, PLAIN)):
+    pairs = [(arm, other) for arm in (PLAIN, SCOPED) for other in (BASE, CLASS)]
+    for arm, other in (*pairs, (SCOPED, PLAIN)):
         if len(others) < 2 or {arm, other} - set(arms):
             continue
         for index, what in ((0, "accuracy"), (1, "identity"), (2, "identity in company")):
+            if other == CLASS and index:
+                continue
             gaps = [found[subject, arm][index] - found[subject, other][index] for subject in others]
             given = stats.mean_interval(gaps)
             lines.append(f"{arm} - {other}, {what}: {given.mean:+.3f} [{given.low:+.3f}, {given.high:+.3f}]")
@@ -127,7 +150,7 @@ def _in_company(prompt: str) -> bool:
 
 
 def _shown(values: np.ndarray) -> str:
-    return " / ".join(f"{value:.2f}".lstrip("0") for value in values)
+    return " / ".join(f"{value:.2f}".lstrip("0") for value in values if not np.isnan(value))
 
 
 if __name__ == "__main__":

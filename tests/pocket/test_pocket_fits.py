@@ -174,7 +174,7 @@ def test_what_ships_takes_the_old_one_s_place_whole_or_not_at_all(tmp_path, monk
             ship.write_judge(Judge())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "old"]
     ship.write_judge(Judge())
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "judge.safetensors"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "judge", "judge.safetensors.xz"]
 
 
 def test_muon_steps_are_orthogonal_and_embeddings_are_left_to_adam() -> None:

@@ -64,12 +64,14 @@ def controlnet_path(control: str) -> Path:
 @lru_cache(maxsize=1)
 def judge() -> Judge:
     """The judge, ready to look (on the CPU, eval mode). See ``training.pocket.judging``."""
-    from safetensors.torch import load_file
+    import lzma
+
+    from safetensors.torch import load
 
     from .judging import Judge
 
     network = Judge()
-    weights = load_file(_checked("judge") / "judge.safetensors")
+    weights = load(lzma.decompress((_checked("judge") / "judge.safetensors.xz").read_bytes()))
     network.load_state_dict({key.replace("colours.", "colors."): value for key, value in weights.items()})
     return network.float().eval().requires_grad_(False)
 

@@ -45,9 +45,10 @@ def test_the_small_sampling_benchmark_times_scopes() -> None:
     [
         ("memory.py", ["bf16", "bf16, checkpointing", "int8", "int8, checkpointing"]),
         ("quantize.py", ["float32", "bfloat16", "bfloat16, int8"]),
+        ("scale.py", ["entries", "100", "rows of the table"]),
     ],
 )
-def test_the_small_benchmarks_of_bits_print_every_arm(script: str, rows: list[str]) -> None:
+def test_other_small_benchmarks_print_every_row(script: str, rows: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / script), "--smoke"], capture_output=True, text=True, check=False
     )

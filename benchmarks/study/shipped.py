@@ -90,6 +90,8 @@ def of_class(subject: str, out: Path) -> list[Row]:
     from training.pocket.metrics import prompt_accuracy
 
     shots = [read(file)[0] for file in sorted((out / "class_pictures" / subject).glob("*.png"))]
+    if not shots:
+        return []
     facts = {"subject": subject, "arm": CLASS, "identity": "nan"}
     return [
         {**facts, "prompt": shot.prompt, "seed": str(shot.seed), "prompt accuracy": str(value)}
@@ -103,7 +105,7 @@ def _kept(file: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """A line a subject with every arm's accuracy, identity and identity in company; then means and differences."""
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    arms = [arm for arm in (BASE, CLASS, PLAIN, SCOPED) if any(row["arm"] == arm for row in rows)]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     lines = [
         "| subject (accuracy / identity / in company) | " + " | ".join(arms) + " |",
@@ -134,13 +136,8 @@ def _means(rows: Sequence[Row], subject: str, arm: str) -> np.ndarray:
     """Prompt accuracy, identity and identity in company of one subject's pictures."""
     mine = [row for row in rows if (row["subject"], row["arm"]) == (subject, arm)]
     company = [row for row in mine if _in_company(row["prompt"])]
-    return np.array(
-        [
-            np.mean([float(row["prompt accuracy"]) for row in mine]),
-            np.mean([float(row["identity"]) for row in mine]),
-            np.mean([float(row["identity"]) for row in company]),
-        ]
-    )
+    columns = ((mine, "prompt accuracy"), (mine, "identity"), (company, "identity"))
+    return np.array([np.mean([float(row[name]) for row in some]) if some else np.nan for some, name in columns])
 
 
 def _in_company(prompt: str) -> bool:

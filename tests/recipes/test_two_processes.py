@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,32 +24,54 @@ pytestmark = pytest.mark.slow
 ARMS = json.dumps({"CFG": {"method": "cfg", "guidance_scale": 4.0}, "S-CFG": {"guidance_scale": 4.0}})
 
 
-def launch(processes: int, name: str, *arguments: object) -> str:
-    """`accelerate launch --cpu --num_processes 2` starts one process without a word; this form starts two."""
-    script = str(ROOT / "recipes" / f"{name}.py")
-    command = [sys.executable]
-    if processes > 1:
-        program = "import sys; from accelerate.commands.accelerate_cli import main; sys.argv[0] = 'accelerate'; main()"
-        command += ["-c", program, "launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
-        command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = subprocess.Popen(
-        [*command, recipe_driver.__file__, script, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+def launch(processes: int, name: str, *arguments: object, machines: int = 1) -> str:
+    """`accelerate launch --cpu --num_processes 2` starts one process without a word; this form starts two.
+
+    With several machines each has a launcher of its own, here all on this one, and their share of the processes.
+    """
+    command = [recipe_driver.__file__, str(ROOT / "recipes" / f"{name}.py"), *map(str, arguments)]
+    port = free_port() if machines > 1 else 0
+    started = [
+        subprocess.Popen(
+            [sys.executable, *(launcher(processes, machines, rank, port) if processes > 1 else ()), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        for rank in range(machines)
+    ]
+    out = ""
     try:
-        out, err = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher's processes too
-        raise
-    assert process.returncode == 0, err[-3000:]
+        for process in started:
+            said, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err[-3000:]
+            out += said
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the launcher's processes too
     there = sorted(re.findall(r"process \d of \d", out))
     assert there == [f"process {rank} of {processes}" for rank in range(processes)]
     return out
+
+
+def launcher(processes: int, machines: int, rank: int, port: int) -> list[str]:
+    program = "import sys; from accelerate.commands.accelerate_cli import main; sys.argv[0] = 'accelerate'; main()"
+    words = ["-c", program, "launch", "--multi_gpu", "--num_processes", str(processes)]
+    words += ["--num_machines", str(machines), "--machine_rank", str(rank)]
+    if machines > 1:
+        words += ["--main_process_ip", "127.0.0.1", "--same_network", "--rdzv_backend", "static"]
+    return [*words, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def training(models: Path, photos: Path, out: Path, *, batch_size: int) -> list[str]:
@@ -57,7 +80,6 @@ def training(models: Path, photos: Path, out: Path, *, batch_size: int) -> list[
         f"--data.source={photos / 'coco'}",
         "--data.resolution=32",
         "--lora.rank=2",
-        "--dreambooth.preserve=off",
         "--train.steps=30",
         f"--train.batch_size={batch_size}",
         "--train.learning_rate=1e-2",
@@ -145,6 +167,26 @@ def test_two_processes_train_tune_measure_and_ship_like_one(models: Path, photos
     compare(one, two, [*metrics, "effective scale"], levels=2, tolerance=1e-2)
     for out in (one, two):
         assert adapters.measuring.verify.verify(out / "release")["kind"] == "lora"
+
+
+def test_two_machines_with_a_shared_folder_are_two_processes(models: Path, photos: Path, tmp_path: Path) -> None:
+    more = [
+        "--data.cache=disk",
+        "--train.steps=6",
+        "--sampling.steps=4",
+        "--measure.prompts=[a red dog, a cat in a box]",
+        "--measure.seeds=[1, 2]",
+        f"--measure.arms={ARMS}",
+        "--measure.metrics=[contrast]",
+        "--measure.overlays=0",
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, machines in ((one, 1), (two, 2)):
+        common = training(models, photos, out, batch_size=2)
+        said = launch(2, "text_to_image_lora", *common, *more, machines=machines)
+        assert said.count("Open ") == 1, "both machines speak"
+    assert (one / "log.jsonl").read_text().count("\n") == (two / "log.jsonl").read_text().count("\n") > 0
+    compare(one, two, ["contrast", "effective scale"], levels=1, tolerance=1e-3)
 
 
 def test_class_images_are_drawn_once_by_both(models: Path, photos: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _measure(settings: Settings, so_far: Callable[[], float]) -> Path | None:
     if gone:
         comparison = resolved_with(standard.without(comparison, gone))
     for case, classes in zip(comparison.units, classes_of, strict=True):
-        made = _sample(pipe, case, comparison.arms.values(), settings)
+        made = _sample(pipe, case, comparison.arms.values(), settings, classes)
         if state().is_main_process:
             metrics = comparison.judges(case, made.get(BASE, ()), classes)
             rows += adapters.measuring.table.tabulate(made, metrics, subject=attrgetter("subject"))
@@ -122,11 +122,17 @@ def _would(pipe: DiffusionPipeline, comparison: Comparison, sampling: SamplingSe
     say_drawing(drawn_by_measure(comparison), sampling.steps, seconds=seconds, loading=loading)
 
 
-def _sample(pipe: DiffusionPipeline, case: Case, arms: Iterable[Arm], settings: Settings) -> dict[str, list[Any]]:
-    """Arm -> its pictures of a unit; the adapter is put on once for all arms that wear it alike."""
+def _sample(
+    pipe: DiffusionPipeline, case: Case, arms: Iterable[Arm], settings: Settings, classes: Sequence[Any] = ()
+) -> dict[str, list[Any]]:
+    """Arm -> its pictures of a unit; the adapter is put on once for all arms that wear it alike.
+
+    The base is asked without the subject's word, which means nothing to it; `classes` are such pictures, if drawn.
+    """
     arms, shots = list(arms), {}
     for arm in (arm for arm in arms if arm.bare):
-        shots[arm.name] = _timed(without_control(pipe), arm, case, settings)
+        drawn = classes or _timed(without_control(pipe), arm, case.of_class, settings)
+        shots[arm.name] = case.asked(drawn, settings.measure.seeds)
     for first in {arm.worn: arm for arm in reversed(arms) if not arm.bare}.values():
         with worn(pipe, case, first):
             for arm in (arm for arm in arms if not arm.bare and arm.worn == first.worn):

@@ -41,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "resolution": 64,
         "lora": {"rank": 16, "targets": "conv"},
         "train": {"steps": 400, "batch_size": 6, "learning_rate": 1e-3, "ema": 0.99},
+        "tune": {"guidance_scales": [1.5, 2.0], "weights": [1.0]},
     },
     "sd": {"resolution": 512, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
     "sd21": {"resolution": 768, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
@@ -129,7 +130,8 @@ def prepare_subject(
     for table, chosen in ({} if fitting is None else fitting.settings()).items():
         values[table] = values.get(table, {}) | chosen
     if "measure" in values:
-        values["tune"] = {"prompts": tuning(noun, pocket=base == POCKET), "seeds": [101, 102]}
+        prompts = tuning(noun, pocket=base == POCKET)
+        values["tune"] = {"prompts": prompts, "seeds": [101, 102], **preset.get("tune", {})}
     values, asked = given.merged(dreambooth_lora.Settings, values, more) if more else (values, None)
     text = f"# {_command(config)}\n{yaml.safe_dump(values, sort_keys=False)}"
     require(

@@ -158,7 +158,8 @@ def describe_arms(gains: Gains) -> dict[str, str]:
     for arm in gains.arms:
         name = arm["name"]
         if name == gains.design.base or (name == "base" and name not in notes):
-            told[name] = "the base model alone, with plain guidance"
+            asked = ", asked for the class without the subject's word" if gains.design.identity else ""
+            told[name] = f"the base model alone, with plain guidance{asked}"
         elif name in notes:
             told[name] = _arm(notes[name])
     return told

@@ -206,7 +206,7 @@ class MeasureSettings:
     guidance_scale: float | None = field(default=None, metadata={"was": "scale"})
     """Guidance scale for all arms. null: each arm's own."""
     base_arm: bool = True
-    """Also samples the base without the adapter, with plain CFG."""
+    """Also samples the base without the adapter, with plain CFG and prompts without the subject's identifier."""
     arm: str = "S-CFG"
     """The arm that the verdict on the guidance is about."""
     baseline: str = "CFG"

@@ -86,12 +86,16 @@ def drawn_by_measure(comparison: Comparison) -> Drawing:
     """
     plan, arms = comparison.plan, len(comparison.arms)
     prompts, seeds = len(comparison.prompts), len(plan.seeds)
-    classes = seeds * sum(len(case.of_class.prompts) for case in comparison.units) if comparison.asks_for_class else 0
-    pictures = arms * prompts * seeds
-    more = f" and {classes} of the class" if classes else ""
+    bare = sum(arm.bare for arm in comparison.arms.values())
+    # The base's arm is made of its pictures of the class, of which equal prompts are drawn once.
+    classes = seeds * sum(len(case.of_class.prompts) for case in comparison.units)
+    of_class = classes if bare or comparison.asks_for_class else 0
+    pictures = (arms - bare) * prompts * seeds + (of_class if bare else 0)
+    more = f" and {of_class} of the class" if of_class and not bare else ""
     shown = min(plan.overlays, prompts * seeds) if comparison.arm.guidance.method == "semantic" else 0
     what = f"{arms} arms x {prompts} prompts x {seeds} seeds: {pictures} pictures{more}"
-    return Drawing(name="measuring", what=what, pictures=pictures + classes, overlays=shown)
+    drawn = (arms - bare) * prompts * seeds + of_class
+    return Drawing(name="measuring", what=what, pictures=drawn, overlays=shown)
 
 
 def drawn_by_search(search: Search, comparison: Comparison, seeds: Sequence[int]) -> Drawing:

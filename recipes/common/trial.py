@@ -52,9 +52,12 @@ def check_pictures(
     plain, seeds = without_control(pipe), comparison.plan.seeds
     for case in comparison.units:
         for arm in comparison.arms.values():
+            if arm.bare and comparison.asks_for_class:
+                continue  # it is made of the pictures below
             own, place = plain if arm.bare else pipe, folder_of(out, case, arm)
+            prompts = (case.of_class if arm.bare else case).prompts
             with named(f"measure.arms, {arm.name!r}"):
-                check_drawn(own, case.prompts, seeds, arm.guidance, sampling, place, arm=arm.name, unknown=unknown)
+                check_drawn(own, prompts, seeds, arm.guidance, sampling, place, arm=arm.name, unknown=unknown)
         if comparison.asks_for_class:
             place, prompts = class_folder(out, case), case.of_class.prompts
             check_drawn(plain, prompts, seeds, comparison.bare.guidance, sampling, place, arm="", unknown=unknown)
@@ -142,4 +145,11 @@ def _try(pipe: DiffusionPipeline, ways: Iterable[tuple[str, Case, Arm, bool]], s
         given = None if arm.bare else case.given
         own, record = without_control(pipe) if arm.bare else pipe, RECORDABLE if shown else ()
         with named(flag), worn(own, case if not arm.bare else replace(case, adapter=None), arm):
-            trial(own, case.prompts[0], arm.guidance, sampling, inputs=given, record=record)
+            trial(
+                own,
+                (case.of_class if arm.bare else case).prompts[0],
+                arm.guidance,
+                sampling,
+                inputs=given,
+                record=record,
+            )

@@ -20,6 +20,7 @@ from training.errors import TrainingError
 
 if TYPE_CHECKING:
     from adapters.edges import Canny
+    from adapters.measuring.sample import Shot
     from training.data.samples import Sample
 
 __all__ = ["Case", "cases", "subject_folders"]
@@ -56,6 +57,22 @@ class Case:
 
         prompts = [without_identifier(prompt, self.identifier) for prompt in self.prompts]
         return replace(self, prompts=list(dict.fromkeys(prompts)), adapter=None, conditions={}, targets={})
+
+    def asked(self, shots: Sequence[Shot], seeds: Sequence[int]) -> list[Shot]:
+        """Pictures of `of_class`'s prompts as this unit's own, for a comparison of equal prompts.
+
+        Args:
+            shots: one for each of those prompts and each seed.
+            seeds: of each prompt.
+        """
+        from adapters.scope import without_identifier
+
+        drawn = {(shot.prompt, shot.seed): shot for shot in shots}
+        return [
+            replace(drawn[without_identifier(prompt, self.identifier), seed], prompt=prompt)
+            for prompt in self.prompts
+            for seed in seeds
+        ]
 
     def inputs(self, prompt: str, seed: int) -> dict[str, Any]:
         """What the pipeline is given beside a prompt: its condition, where there are conditions."""

@@ -79,8 +79,13 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    assert drawn == {"base", "cfg", "s-cfg", "s-cfg-scoped", "cfg-weight-0-7"}
-    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) == 5 * 2
+    assert drawn == {"cfg", "s-cfg", "s-cfg-scoped", "cfg-weight-0-7"}
+    base = list((out / "class_pictures").rglob("*.png"))
+    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) + len(base) == 5 * 2
+    asked = {adapters.measuring.sample.read(file)[0].prompt for file in base}
+    named = {row["prompt"] for row in rows if row["arm"] == "base"}
+    assert asked == {prompt.replace("sks ", "") for prompt in named}
+    assert named == {row["prompt"] for row in rows if row["arm"] == "CFG"}
     gains = json.loads((out / "measured" / "gains.json").read_text())
     assert gains["facts"]["base"] == "pocket"
     assert gains["format"] == 2
@@ -120,12 +125,12 @@ def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
 
 def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
-    arms = {
-        name: next(iter(adapters.measuring.sample.shots_in(out / "pictures" / "dog" / name)))
-        for name in ("base", "cfg", "s-cfg", "s-cfg-scoped")
-    }
-    assert len({shot.key for shot in arms.values()}) == 1
-    assert len({shot.image.tobytes() for shot in arms.values()}) == len(arms)
+    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg", "s-cfg-scoped")]
+    adapted = [next(iter(adapters.measuring.sample.shots_in(place))) for place in places]
+    assert len({shot.key for shot in adapted}) == 1
+    base = list(adapters.measuring.sample.shots_in(out / "class_pictures" / "dog"))
+    assert {shot.latents for shot in base} == {adapted[0].latents}
+    assert len({shot.image.tobytes() for shot in (*adapted, *base)}) == len(adapted) + len(base)
 
 
 def snippets(release: Path) -> list[str]:

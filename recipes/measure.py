@@ -132,7 +132,7 @@ def _sample(
     arms, shots = list(arms), {}
     for arm in (arm for arm in arms if arm.bare):
         drawn = classes or _timed(without_control(pipe), arm, case.of_class, settings)
-        shots[arm.name] = case.asked(drawn, settings.measure.seeds)
+        shots[arm.name] = case.asked(drawn)
     for first in {arm.worn: arm for arm in reversed(arms) if not arm.bare}.values():
         with worn(pipe, case, first):
             for arm in (arm for arm in arms if not arm.bare and arm.worn == first.worn):

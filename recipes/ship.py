@@ -123,7 +123,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     rows = adapters.measuring.table.read_csv(folder / "per_image.csv")
     best = GuidanceSettings.of(guidance[arm])
     names = [arm["name"] for arm in gains.arms]
-    return made.measure, gains, rows, _shots(folder.parent / "pictures", made.measure, names), best, facts
+    return made.measure, gains, rows, _shots(folder.parent, made.measure, names), best, facts
 
 
 def _page(measured: Path) -> str:
@@ -147,17 +147,24 @@ def guidance_to_ship(gains: Gains) -> str:
     return arm if gained else gains.design.baseline
 
 
-def _shots(folder: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str, list[Any]]:
+def _shots(out: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str, list[Any]]:
     """The sampled pictures by arm, as far as they are still there, in the order of subjects and prompts."""
     from adapters.measuring.sample import shots_in
+    from recipes.common.comparison import BASE
+    from recipes.common.trial import class_folder
 
     units = [Case(prompts=[])] if plan.targets else cases(plan, None)
     found: dict[str, list[Any]] = {name: [] for name in arms}
     for case in units:
         place = {prompt: index for index, prompt in enumerate(case.prompts)}
-        taken = [replace(shot, subject=case.name) for shot in shots_in(folder / case.name)]
+        own = out / "pictures" / case.name
+        taken = [replace(shot, subject=case.name) for shot in shots_in(own)]
         if place:
-            taken = [shot for shot in taken if shot.prompt in place]
+            # The base has prompts without the identifier, and its pictures may have been drawn for identity.
+            of_class = [*shots_in(class_folder(str(out), case)), *(shot for shot in taken if shot.arm == BASE)]
+            base = case.asked({(shot.prompt, shot.seed): shot for shot in of_class}.values())
+            taken = [shot for shot in taken if shot.prompt in place and shot.arm != BASE]
+            taken += [replace(shot, subject=case.name, arm=BASE) for shot in base]
             taken.sort(key=lambda shot: (place[shot.prompt], shot.seed))
         for shot in taken:
             if shot.arm in found:

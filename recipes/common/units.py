@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -58,20 +58,17 @@ class Case:
         prompts = [without_identifier(prompt, self.identifier) for prompt in self.prompts]
         return replace(self, prompts=list(dict.fromkeys(prompts)), adapter=None, conditions={}, targets={})
 
-    def asked(self, shots: Sequence[Shot], seeds: Sequence[int]) -> list[Shot]:
-        """Pictures of `of_class`'s prompts as this unit's own, for a comparison of equal prompts.
-
-        Args:
-            shots: one for each of those prompts and each seed.
-            seeds: of each prompt.
-        """
+    def asked(self, shots: Iterable[Shot]) -> list[Shot]:
+        """Pictures of `of_class`'s prompts as this unit's own, for a comparison of equal prompts."""
         from adapters.scope import without_identifier
 
-        drawn = {(shot.prompt, shot.seed): shot for shot in shots}
+        drawn: dict[str, list[Shot]] = {}
+        for shot in shots:
+            drawn.setdefault(shot.prompt, []).append(shot)
         return [
-            replace(drawn[without_identifier(prompt, self.identifier), seed], prompt=prompt)
+            replace(shot, prompt=prompt)
             for prompt in self.prompts
-            for seed in seeds
+            for shot in drawn.get(without_identifier(prompt, self.identifier), ())
         ]
 
     def inputs(self, prompt: str, seed: int) -> dict[str, Any]:

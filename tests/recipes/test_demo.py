@@ -133,6 +133,15 @@ def test_arms_differ_where_they_should(demo) -> None:
     assert len({shot.image.tobytes() for shot in (*adapted, *base)}) == len(adapted) + len(base)
 
 
+def test_samples_of_every_arm_ship_the_base_s_too(demo) -> None:
+    out, _ = demo
+    samples = [adapters.measuring.sample.read(file)[0] for file in sorted((out / "release" / "samples").glob("*.png"))]
+    arms = {shot.arm for shot in samples}
+    assert arms == {"base", "CFG", "S-CFG", "S-CFG scoped", "CFG, weight 0.7"}
+    assert len({shot.prompt for shot in samples if shot.arm == "base"}) == 2
+    assert {shot.prompt for shot in samples if shot.arm == "base"} == {s.prompt for s in samples if s.arm == "CFG"}
+
+
 def snippets(release: Path) -> list[str]:
     """The card's Python, as it stands."""
     code = re.findall(r"```python\n(.*?)```", (release / "README.md").read_text("utf-8"), re.DOTALL)

@@ -4,8 +4,7 @@ python -m benchmarks.study.shipped [SUBJECT...] [--out runs/shipped]
 python -m benchmarks.study.shipped --table [--out runs/shipped | benchmarks/study/results/shipped.csv.gz]
 
 Without a subject all sixteen run, one after the other. A subject whose release is there is not run again. The table has
-means over the subjects, and 95 % intervals over those that were not used to choose the training's settings. "base" is
-asked with the subject's word, as in a release; "base, class prompt" without it, which is its best.
+means over the subjects, and 95 % intervals over those that were not used to choose the training's settings.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from training.pocket.subjects import SUBJECTS
 __all__ = ["main"]
 
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
-BASE, CLASS, PLAIN, SCOPED = "base", "base, class prompt", "CFG", "S-CFG scoped"
+BASE, PLAIN, SCOPED = "base", "CFG", "S-CFG scoped"
 COLUMNS = ("subject", "arm", "prompt", "seed", "identity", "prompt accuracy")
 Row = dict[str, str]
 
@@ -66,7 +65,7 @@ def collect(out: Path) -> list[Row]:
     for subject in SUBJECTS:
         file = out / subject / "measured" / "per_image.csv"
         if file.is_file():
-            rows += list(csv.DictReader(file.read_text("utf-8").splitlines())) + of_class(subject, out / subject)
+            rows += list(csv.DictReader(file.read_text("utf-8").splitlines()))
     if not rows:
         raise TrainingError(f"--out {out}: no subject is measured there")
     text = io.StringIO()
@@ -78,34 +77,13 @@ def collect(out: Path) -> list[Row]:
     return rows
 
 
-def of_class(subject: str, out: Path) -> list[Row]:
-    """The base's pictures of the class, which the comparison drew for its identity, with the judge's accuracy.
-
-    Args:
-        subject: folder of the subject.
-        out: folder of its run.
-    """
-    from adapters.measuring.metrics import score
-    from adapters.measuring.sample import read
-    from training.pocket.metrics import prompt_accuracy
-
-    shots = [read(file)[0] for file in sorted((out / "class_pictures" / subject).glob("*.png"))]
-    if not shots:
-        return []
-    facts = {"subject": subject, "arm": CLASS, "identity": "nan"}
-    return [
-        {**facts, "prompt": shot.prompt, "seed": str(shot.seed), "prompt accuracy": str(value)}
-        for shot, value in zip(shots, score(prompt_accuracy("sks"), shots), strict=True)
-    ]
-
-
 def _kept(file: Path) -> list[Row]:
     return list(csv.DictReader(gzip.decompress(file.read_bytes()).decode().splitlines()))
 
 
 def table(rows: Sequence[Row]) -> list[str]:
     """A line a subject with every arm's accuracy, identity and identity in company; then means and differences."""
-    arms = [arm for arm in (BASE, CLASS, PLAIN, SCOPED) if any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in (BASE, PLAIN, SCOPED) if any(row["arm"] == arm for row in rows)]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     lines = [
         "| subject (accuracy / identity / in company) | " + " | ".join(arms) + " |",
@@ -119,13 +97,10 @@ def table(rows: Sequence[Row]) -> list[str]:
         means = [_shown(np.mean([found[subject, arm] for subject in some], axis=0)) for arm in arms] if some else []
         lines.append(f"| **{name}** | " + " | ".join(means) + " |")
     lines.append("")
-    pairs = [(arm, other) for arm in (PLAIN, SCOPED) for other in (BASE, CLASS)]
-    for arm, other in (*pairs, (SCOPED, PLAIN)):
+    for arm, other in ((PLAIN, BASE), (SCOPED, BASE), (SCOPED, PLAIN)):
         if len(others) < 2 or {arm, other} - set(arms):
             continue
         for index, what in ((0, "accuracy"), (1, "identity"), (2, "identity in company")):
-            if other == CLASS and index:
-                continue
             gaps = [found[subject, arm][index] - found[subject, other][index] for subject in others]
             given = stats.mean_interval(gaps)
             lines.append(f"{arm} - {other}, {what}: {given.mean:+.3f} [{given.low:+.3f}, {given.high:+.3f}]")
@@ -137,7 +112,7 @@ def _means(rows: Sequence[Row], subject: str, arm: str) -> np.ndarray:
     mine = [row for row in rows if (row["subject"], row["arm"]) == (subject, arm)]
     company = [row for row in mine if _in_company(row["prompt"])]
     columns = ((mine, "prompt accuracy"), (mine, "identity"), (company, "identity"))
-    return np.array([np.mean([float(row[name]) for row in some]) if some else np.nan for some, name in columns])
+    return np.array([np.mean([float(row[name]) for row in some]) for some, name in columns])
 
 
 def _in_company(prompt: str) -> bool:
@@ -147,7 +122,7 @@ def _in_company(prompt: str) -> bool:
 
 
 def _shown(values: np.ndarray) -> str:
-    return " / ".join(f"{value:.2f}".lstrip("0") for value in values if not np.isnan(value))
+    return " / ".join(f"{value:.2f}".lstrip("0") for value in values)
 
 
 if __name__ == "__main__":

@@ -148,20 +148,6 @@ def test_what_ships_is_counted_by_subject(tmp_path: Path) -> None:
     assert shipped.table(shipped._kept(tmp_path / "shipped.csv.gz")) == lines
 
 
-def test_the_base_is_also_counted_by_its_class_prompts(tmp_path: Path) -> None:
-    from adapters.measuring.sample import Shot, write
-    from training.pocket import scenes
-
-    prompts = {"a rabbit in the sea": "a rabbit in the sea", "a rabbit at night": "a crab on the grass"}
-    for number, (prompt, shown) in enumerate(prompts.items()):
-        picture = Image.fromarray(scenes.from_prompt(shown, 1).image)
-        shot = Shot(prompt=prompt, seed=1, latents="", image=picture)
-        write(tmp_path / "class_pictures" / "rabbit" / f"{number}.png", shot, {})
-    rows = shipped.of_class("rabbit", tmp_path)
-    assert [(row["prompt"], row["prompt accuracy"]) for row in rows] == list(zip(prompts, ("1.0", "0.0"), strict=True))
-    assert [line for line in shipped.table(rows) if line.startswith("| rabbit")] == ["| rabbit | .50 |"]
-
-
 def test_shares_are_all_the_stages_and_none_twice(done: Callable[..., str]) -> None:
     whole = [stage.name for stage in study.stages(Path("x"))]
     assert len(whole) == len(set(whole))

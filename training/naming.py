@@ -62,14 +62,26 @@ def check_flags(kind: type, arguments: Sequence[str]) -> None:
         try:
             nested: Any = yaml.safe_load(value) if value[:1] == "{" else None
         except yaml.YAMLError as error:
-            raise TrainingError(
-                f"--{name}: {value} is neither JSON nor YAML ({' '.join(str(error).split())})"
-            ) from error
+            if not _takes_text(kind, name):
+                raise TrainingError(
+                    f"--{name}: {value} is neither JSON nor YAML ({' '.join(str(error).split())})"
+                ) from error
+            nested = None
         except RecursionError as error:
             raise TrainingError(f"--{name}: nested too deeply") from error
         for part in reversed(name.removesuffix("+").split(".")):
             nested = {part: nested}
         check_keys(kind, nested, "--")
+
+
+def _takes_text(kind: type, name: str) -> bool:
+    """Whether a flag's setting may be any text, such as a prompt that begins with a brace."""
+    found: Any = kind
+    for part in name.removesuffix("+").split("."):
+        fields = typing.get_type_hints(found) if dataclasses.is_dataclass(found) else {}
+        hint = fields.get(part)
+        found = _settings_in(hint)[0]
+    return str in (hint, *typing.get_args(hint))
 
 
 def was(kind: type) -> dict[str, str]:

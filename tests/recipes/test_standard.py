@@ -134,7 +134,7 @@ def test_two_subjects_of_one_class_keep_their_own_pictures(twins: Path, tmp_path
         other = of["bird" if subject == "dog" else "dog", arm, prompt]
         assert image != other, "each has an adapter of its own"
     plan = MeasureSettings(subjects=json.loads(subjects), seeds=[1], limit=2)
-    shots = _shots(tmp_path / "out" / "pictures", plan, ["CFG", "S-CFG"])
+    shots = _shots(tmp_path / "out", plan, ["CFG", "S-CFG"])
     assert [shot.subject for shot in shots["CFG"]] == ["dog", "dog", "bird", "bird"]
     assert len({shot.key for shot in shots["CFG"]}) == 4
     page = (tmp_path / "out" / "measured" / "report.html").read_text()

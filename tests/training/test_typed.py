@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -190,6 +190,7 @@ def test_a_value_of_dashes_needs_an_equals_sign() -> None:
 
 
 @hypothesis_settings(max_examples=15, deadline=None)
+@example("{")
 @given(st.text(min_size=1, max_size=12).filter(lambda text: text.strip() not in ("", "null") and "\0" not in text))
 def test_any_text(text: str) -> None:
     try:

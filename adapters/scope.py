@@ -479,7 +479,7 @@ class _Beside:
 
 @contextmanager
 def _holding(values: Mapping[torch.nn.Parameter, Tensor]) -> Iterator[None]:
-    """The parameters have these values for as long as the context lasts; nothing is copied."""
+    """The parameters have these values for as long as the context lasts; copied only if the model moved."""
     before = {parameter: parameter.data for parameter in values}
     try:
         for parameter, value in values.items():

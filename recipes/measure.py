@@ -153,7 +153,6 @@ def _classes(pipe: DiffusionPipeline, case: Case, comparison: Comparison, settin
 def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) -> list[Any]:
     place = folder_of(settings.out, case, arm)
     weights = None if arm.bare else f"{digest_of(case.adapter)} {arm.worn}"
-    inputs = None if arm.bare else case.given
     seeds, sampling = settings.measure.seeds, settings.sampling
     shots = draw_shots(
         pipe,
@@ -164,7 +163,7 @@ def _timed(pipe: DiffusionPipeline, arm: Arm, case: Case, settings: Settings) ->
         place,
         weights,
         arm=arm.name,
-        inputs=inputs,
+        inputs=case.given,
         renewed=_renewed(settings),
     )
     seconds = sum(shot.seconds for shot in shots) / len(shots)

@@ -81,7 +81,8 @@ def _takes_text(kind: type, name: str) -> bool:
         fields = typing.get_type_hints(found) if dataclasses.is_dataclass(found) else {}
         hint = fields.get(part)
         found = _settings_in(hint)[0]
-    return str in (hint, *typing.get_args(hint))
+    several = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return str in several
 
 
 def was(kind: type) -> dict[str, str]:

@@ -142,14 +142,7 @@ def _try(pipe: DiffusionPipeline, ways: Iterable[tuple[str, Case, Arm, bool]], s
         if not seen:
             say("trying one step of every arm ...")
         seen.add(key)
-        given = None if arm.bare else case.given
+        asked = case.of_class if arm.bare else case
         own, record = without_control(pipe) if arm.bare else pipe, RECORDABLE if shown else ()
-        with named(flag), worn(own, case if not arm.bare else replace(case, adapter=None), arm):
-            trial(
-                own,
-                (case.of_class if arm.bare else case).prompts[0],
-                arm.guidance,
-                sampling,
-                inputs=given,
-                record=record,
-            )
+        with named(flag), worn(own, asked, arm):
+            trial(own, asked.prompts[0], arm.guidance, sampling, inputs=asked.given, record=record)

@@ -60,6 +60,7 @@ class Settings:
             r"^measure.arms.*expected one of cfg, semantic, got cgf; did you mean",
         ),
         ("--measure={bad: [", r"^--measure: \{bad: \[ is neither JSON nor YAML"),
+        ("--measure.arms={bad: [", r"^--measure.arms: \{bad: \[ is neither JSON nor YAML"),
         ("--train.steps=0", "^train.steps must be at least 1, got 0$"),
     ],
 )

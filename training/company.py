@@ -8,33 +8,39 @@ beside the cut-out, the base would draw its class there once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .batch import EntryTensors
-from .data.cache import Region
+from .batch import CaptionTensors, EntryTensors, tensors
 from .data.crops import Views
 from .data.images import Sample, rgb
 from .errors import TrainingError
-from .models import Parts, encode_images
+from .method import conditions_of
+from .models import Parts, encode_images, encode_text, tokenize_captions
+from .objective import add_noise, alpha_sigma, alphas_cumprod
 
-__all__ = ["Spot", "check_company", "closed", "find_spot", "paste_subject", "placed"]
+__all__ = ["Spot", "check_company", "drawn_object", "find_spot", "paste_subject", "placed"]
 
+FRACTIONS = (0.3, 0.45, 0.6)  # of the schedule, from clean to noise: where a word changes an object and little else
+CHANGED = 0.5  # of the largest change, as in DiffEdit
+BLUR = 1 / 16  # of the map's side, to each side
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either
-# Than usual, a place's side and its aspect: then attention took what stands beside the class for the class, or the base
-# drew the class twice, and a cut-out of that size would cover what else the caption names.
+# Than usual, a place's side and its aspect: then what stands beside the class changed with it, or the base drew the
+# class twice, and a cut-out of that size would cover what else the caption names.
 LARGER, LONGER = 1.5, 1.6
-GAP = 1 / 8  # of the picture's side, twice: attention sees a car by its wheels and roof, and not what is between them
 ALIKE = 1.35  # at most, of two sizes that pass for equal
 RIM = 0.12  # of a spot's side, filled around it
-ROUNDS = 5  # of filling a hole from its edge, each with twice the reach
+FILLED = 64  # pixels of the larger side, at which a hole is filled
+ROUNDS = 5  # of filling it from its edge, each with twice the reach
+FAINT = 8  # of 255: less of a hole is none
 
 
 class Spot(NamedTuple):
@@ -75,11 +81,37 @@ def find_spot(region: Tensor, size: tuple[int, int]) -> Spot | None:
     return Spot(left, top, width, height) if share * size[0] * size[1] >= COMPACT * width * height else None
 
 
-def closed(region: Tensor) -> Tensor:
-    """The region (1, h, w) with its gaps filled: what is nearer than `GAP` to it on both sides."""
-    reach = max(1, round(min(region.shape[1:]) * GAP))
-    grown = torch.nn.functional.max_pool2d(region[None], 2 * reach + 1, stride=1, padding=reach)
-    return -torch.nn.functional.max_pool2d(-grown, 2 * reach + 1, stride=1, padding=reach)[0]
+@torch.no_grad()
+def drawn_object(parts: Parts, entry: EntryTensors, caption: str, without: str) -> Tensor:
+    """(1, h, w), 1 where the base's prediction changes with a word: the whole object that the word means.
+
+    Attention sees only what tells an object apart, such as the hull of a boat. What changes without the word is its
+    sails as well. See Couairon et al. 2022, DiffEdit, arXiv:2210.11427, section 3.2; here the words around it stay, so
+    that what else they name does not change.
+
+    Args:
+        parts: the base.
+        entry: latents of a picture of `caption`.
+        caption: with the word.
+        without: the same with a word in its place that means nothing to the base.
+    """
+    unet: Any = parts.unet
+    text = tensors(encode_text(parts, tokenize_captions(parts, [caption, without])))
+    there = cast(CaptionTensors, {name: value.to(unet.device) for name, value in text.items()})
+    conditions = conditions_of(there, entry["frame"].to(unet.device).expand(2, -1), unet.dtype)
+    mean = entry["mean"][None].to(unet.device)
+    products = alphas_cumprod(parts.scheduler).to(mean)
+    random = torch.Generator().manual_seed(0)
+    change = torch.zeros(mean.shape[-2:])
+    for fraction in FRACTIONS:
+        timestep = torch.tensor([int(fraction * len(products))], device=mean.device)
+        noise = torch.randn(mean.shape, generator=random).to(mean)
+        noisy = add_noise(mean, noise, *alpha_sigma(products, timestep)).expand(2, -1, -1, -1)
+        said, unsaid = unet(noisy.to(unet.dtype), timestep, **conditions).sample
+        change += (said - unsaid).abs().mean(0).float().cpu()
+    reach = max(1, round(min(change.shape) * BLUR))
+    smooth = F.avg_pool2d(change[None], 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
+    return (smooth > CHANGED * smooth.max()).float()
 
 
 def paste_subject(
@@ -126,8 +158,8 @@ def paste_subject(
 
 
 def _hole(size: tuple[int, int], region: Tensor, spot: Spot) -> Image.Image:
-    """What is filled: the region and the whole spot with a rim, where attention left out parts of the object."""
-    wider = torch.nn.functional.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
+    """What is filled: the region and the whole spot with a rim."""
+    wider = F.max_pool2d(region[None], 3, stride=1, padding=1)[0, 0]
     hole = Image.fromarray((wider.numpy() * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     rim = RIM * spot.side
     start = (max(0, round(spot.left - rim)), max(0, round(spot.top - rim)))
@@ -202,18 +234,25 @@ def _usual(spots: Sequence[tuple[int, Tensor, Spot]]) -> list[tuple[int, Tensor,
 
 
 def _filled(picture: Image.Image, hole: Image.Image) -> Image.Image:
-    """The picture with its hole filled from the edge inwards, by blurs that look at known pixels only."""
-    values = torch.from_numpy(np.asarray(picture, np.float32)).permute(2, 0, 1)
-    known = torch.from_numpy(np.asarray(hole, np.float32) < 8).float()[None]
+    """The picture with its hole filled from the edge inwards, by blurs that look at known pixels only.
+
+    The filling is made at `FILLED` pixels: it has no detail to lose.
+    """
+    scale = min(1.0, FILLED / max(picture.size))
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    small, unknown = (item.resize(size, Image.Resampling.BOX) for item in (picture, hole))
+    values = torch.from_numpy(np.asarray(small, np.float32)).permute(2, 0, 1)
+    known = torch.from_numpy(np.asarray(unknown, np.float32) < FAINT).float()[None]
     for reach in (2**number for number in range(ROUNDS)):
         near, weight = (
-            torch.nn.functional.avg_pool2d(item, 2 * reach + 1, stride=1, padding=reach)
-            for item in (values * known, known)
+            F.avg_pool2d(item, 2 * reach + 1, stride=1, padding=reach) for item in (values * known, known)
         )
         new = (known == 0) & (weight > 0.02)
         values = torch.where(new, near / weight.clamp(min=1e-6), values)
         known = torch.where(new, 1.0, known)
-    return Image.fromarray(values.permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+    filling = Image.fromarray(values.permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+    whole = filling.resize(picture.size, Image.Resampling.BICUBIC)
+    return Image.composite(whole, picture, hole.point(lambda value: 255 * (value >= FAINT)))
 
 
 @torch.no_grad()
@@ -224,24 +263,21 @@ def placed(
     lines: Sequence[str],
     *,
     identifier: str,
-    region: Callable[[str], Region],
 ) -> Views:
     """The subject's cut-outs, in turn, in those drawn pictures whose line holds {}.
 
     Args:
-        parts: the base, whose VAE makes the latents that `region` looks at.
+        parts: the base, which is asked where the class is in what it drew.
         data: the subject's pictures with masks and captions such as "a sks dog on the grass".
         drawn: the class images, picture i of line i in turn.
         lines: prompts of the class images, {} where the class stands.
-        identifier: the subject's word in its captions.
-        region: from the word of the class to where it is in a picture.
+        identifier: the subject's word in its captions, which means nothing to the base.
 
     Raises:
         TrainingError: see `check_company`; or no picture in which the base shows the class.
     """
     check_company(data, identifier)
     noun = _noun(data.caption(0), identifier)
-    where = region(noun)
     spots: list[tuple[int, Tensor, Spot]] = []
     whole = drawn.at([(data.resolution, data.resolution)])  # as they were drawn
     for number in range(len(whole)):
@@ -251,7 +287,7 @@ def placed(
         view = whole[number]
         mean, std = encode_images(parts.vae, view.pixels[None])
         entry: EntryTensors = {"mean": mean[0].float(), "std": std[0].float(), "frame": view.frame}
-        found = closed(where(parts, entry, view.caption))
+        found = drawn_object(parts, entry, view.caption, line.replace("{}", f"a {identifier}"))
         spot = find_spot(found, whole.source[number].image.size)
         spots += [(number, found, spot)] if spot is not None else []
     cell = parts.vae_scale_factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)
@@ -264,7 +300,7 @@ def placed(
         made = paste_subject(there, found, spot, subject, caption, cell=cell)
         samples += [made] if made else []
     if not samples:
-        raise TrainingError(f"dreambooth.company: the base's attention finds no {noun!r} in its class images")
+        raise TrainingError(f"dreambooth.company: no {noun!r} is found in the base's class images; do they show one?")
     return Views(samples, resolution=data.resolution, multiple=1).at(data.used())
 
 

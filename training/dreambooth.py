@@ -27,7 +27,6 @@ from . import company, single_file
 from .config import DreamBoothSettings, ObjectiveSettings, require
 from .data import images
 from .data.batches import seed_of
-from .data.cache import Region
 from .data.crops import Views
 from .errors import TrainingError
 from .method import Method, Weights, denoise_step
@@ -156,7 +155,6 @@ def prior(
     *,
     folder: str | Path,
     words: Mapping[str, str] | None = None,
-    region: Callable[[str], Region] | None = None,
     seed: int = 0,
     batch_size: int = 4,
     precision: str = "fp32",
@@ -169,13 +167,12 @@ def prior(
         data: the subject's views, which serve under their class captions where there is no class prompt.
         folder: of the class images, where the settings name none.
         words: new tokens, and the word of the class that stands for each in class captions.
-        region: from a word to where it is in a picture, for `company`.
         seed: of the class images.
         batch_size: class images drawn at once.
         precision: "fp32", "bf16" or "fp16", that they are drawn in, and looked at for `company`.
 
     Raises:
-        TrainingError: see `check_prior`; or the base's attention finds the class in none of its class images.
+        TrainingError: see `check_prior`; or the class is found in none of the class images.
     """
     if not _preserves(settings):
         return None
@@ -190,12 +187,10 @@ def prior(
         views, own = own, None
     placed = None
     if settings.company:
-        assert region is not None
         assert settings.identifier is not None
         with _drawing(parts, _manifest_precision(Path(settings.class_folder or folder))):
-            placed = company.placed(
-                parts, data, views, class_prompts(settings, "{}"), identifier=settings.identifier, region=region
-            )
+            lines = class_prompts(settings, "{}")
+            placed = company.placed(parts, data, views, lines, identifier=settings.identifier)
         own = placed.renamed(rename)  # the same picture under both captions shows what the identifier is
     return Prior(
         views=views,
@@ -242,7 +237,7 @@ def check_prior(
         return
     if parts.inpainting and settings.company:
         raise TrainingError(
-            f"dreambooth.company {settings.company}: words are not looked for in inpainting models; leave it out"
+            f"dreambooth.company {settings.company}: class images of inpainting models are not looked into; leave it out"
         )
     if settings.surroundings == "base" and data.source[0].mask is None:
         raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")

@@ -304,7 +304,6 @@ def _class_prior(
     parts: Parts, settings: SubjectTraining, pictures: Views, words: Mapping[str, str] | None
 ) -> Prior | None:
     """The samples of the class that the settings of a subject ask for; missing class images are generated."""
-    from recipes.common.region_mask import region_of
     from recipes.common.stages import took
     from training import dreambooth
 
@@ -316,15 +315,7 @@ def _class_prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
         )
     with took("class pictures") if chosen.class_prompt and chosen.preserve != "off" else nullcontext():
-        return dreambooth.prior(
-            parts,
-            chosen,
-            pictures,
-            region=region_of,
-            words=words,
-            folder=folder,
-            **_manner(settings),
-        )
+        return dreambooth.prior(parts, chosen, pictures, words=words, folder=folder, **_manner(settings))
 
 
 def _manner(settings: SubjectTraining) -> dict[str, Any]:

@@ -237,7 +237,8 @@ def check_prior(
         return
     if parts.inpainting and settings.company:
         raise TrainingError(
-            f"dreambooth.company {settings.company}: class images of inpainting models are not looked into; leave it out"
+            f"dreambooth.company {settings.company}: class images of inpainting models are not looked into; leave "
+            "it out"
         )
     if settings.surroundings == "base" and data.source[0].mask is None:
         raise TrainingError("dreambooth.surroundings: base looks outside the subject: set data.masks")

@@ -142,7 +142,7 @@ def test_what_inpainting_models_cannot_do_is_one_line(bases: dict, pictures: Pat
         class_prompt="a d", class_prompt_file=str(pictures / "0.txt"), identifier="sks", company=0.5
     )
     parts = models.load_parts(bases["sd"])
-    with pytest.raises(TrainingError, match="words are not looked for in inpainting models"):
+    with pytest.raises(TrainingError, match="class images of inpainting models are not looked into"):
         dreambooth.prior(parts, company, views(parts, pictures), folder=tmp_path / "class")
 
 

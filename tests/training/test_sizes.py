@@ -79,8 +79,7 @@ def train(chosen: Settings, base: Path, out: Path, **changes: Any) -> loop.Resul
 def test_class_samples_go_with_buckets_resolutions_and_two_subjects(
     prior: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tiny base's attention finds nothing; where the class would be is given.
-    monkeypatch.setattr("recipes.common.region_mask.region_of", middle)
+    monkeypatch.setattr("training.company.drawn_object", middle)  # the tiny base draws nothing
     chosen, seen = settings(tmp_path, base, **prior), []
     ready = cache.Encoded.__getitem__
     monkeypatch.setattr(
@@ -104,11 +103,8 @@ def test_class_samples_go_with_buckets_resolutions_and_two_subjects(
     assert rows == result.losses
 
 
-def middle(noun: str) -> Any:
-    def region(parts: models.Parts, entry: dict[str, torch.Tensor], caption: str) -> torch.Tensor:
-        found = torch.zeros(1, *entry["mean"].shape[1:])
-        height, width = found.shape[1:]
-        found[:, height // 4 : -height // 4, width // 4 : -width // 4] = 1
-        return found
-
-    return region
+def middle(parts: models.Parts, entry: dict[str, torch.Tensor], caption: str, without: str) -> torch.Tensor:
+    found = torch.zeros(1, *entry["mean"].shape[1:])
+    height, width = found.shape[1:]
+    found[:, height // 4 : -height // 4, width // 4 : -width // 4] = 1
+    return found

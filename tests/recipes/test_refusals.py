@@ -44,7 +44,7 @@ LATE: dict[str, dict[str, int]] = {
         "adapters.measuring.verify": 4,
         "adapters.names": 4,
         "adapters.reading": 23,
-        "adapters.scope._beside": 2,
+        "adapters.beside.with_layers": 2,
         "adapters.seat": 1,
         "adapters.ship": 2,
         "adapters.source": 3,

@@ -76,6 +76,7 @@ _METRICS = {
     r"identity margin": "how much nearer to the subject's photos a picture is than to others of its kind, above 0",
     r"identity \((.+)\)": "share of pictures that the network {} finds nearer to this very subject than to its kind",
     r"prompt accuracy": "share of the objects, colors, places and backgrounds a prompt names that are in the picture",
+    r"rest accuracy": "the same for the rest of the prompt, without the subject",
     r"(object|colou?r|relation|background) accuracy": "the part of prompt accuracy that is about the {}",
     r"(?:subject|masked) similarity.*": "how alike the subject looks to its photos, 1 being equal, without background",
     r"similarity \((.+)\)": "how alike pictures are to the subject's photos for the network {}, 1 being equal",

@@ -31,7 +31,8 @@ __all__ = ["main"]
 
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
 BASE, PLAIN, SCOPED = "base", "CFG", "S-CFG scoped"
-COLUMNS = ("subject", "arm", "prompt", "seed", "identity", "prompt accuracy")
+MEASURED = ("identity", "prompt accuracy", "rest accuracy")
+COLUMNS = ("subject", "arm", "prompt", "seed", *MEASURED)
 Row = dict[str, str]
 
 
@@ -55,7 +56,7 @@ def run(subject: str, out: Path) -> None:
         return
     print(f"{subject} {time.strftime('%H:%M')}", flush=True)
     arms = {PLAIN: {"method": "cfg"}, SCOPED: {"method": "semantic", "scope": {"where": "subject", "where_stop": 0.3}}}
-    lean = {"measure.arms": json.dumps(arms), "measure.weights": "null"}
+    lean = {"measure.arms": json.dumps(arms), "measure.weights": "null", "measure.metrics": json.dumps(MEASURED)}
     dreambooth_lora.run(demo.settings_of(subject, out / subject, lean))
 
 
@@ -82,11 +83,14 @@ def _kept(file: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line a subject with every arm's accuracy, identity and identity in company; then means and differences."""
+    """A line a subject with every arm's accuracy, that of the rest of the prompt, identity and identity in company.
+
+    Then come means and differences.
+    """
     arms = [arm for arm in (BASE, PLAIN, SCOPED) if any(row["arm"] == arm for row in rows)]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     lines = [
-        "| subject (accuracy / identity / in company) | " + " | ".join(arms) + " |",
+        "| subject (accuracy / of the rest / identity / in company) | " + " | ".join(arms) + " |",
         "|---" * (len(arms) + 1) + "|",
     ]
     found = {(subject, arm): _means(rows, subject, arm) for subject in subjects for arm in arms}
@@ -100,7 +104,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for arm, other in ((PLAIN, BASE), (SCOPED, BASE), (SCOPED, PLAIN)):
         if len(others) < 2 or {arm, other} - set(arms):
             continue
-        for index, what in ((0, "accuracy"), (1, "identity"), (2, "identity in company")):
+        for index, what in enumerate(("accuracy", "accuracy of the rest", "identity", "identity in company")):
             gaps = [found[subject, arm][index] - found[subject, other][index] for subject in others]
             given = stats.mean_interval(gaps)
             lines.append(f"{arm} - {other}, {what}: {given.mean:+.3f} [{given.low:+.3f}, {given.high:+.3f}]")
@@ -108,10 +112,10 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _means(rows: Sequence[Row], subject: str, arm: str) -> np.ndarray:
-    """Prompt accuracy, identity and identity in company of one subject's pictures."""
+    """Prompt accuracy, that of the rest, identity and identity in company of one subject's pictures."""
     mine = [row for row in rows if (row["subject"], row["arm"]) == (subject, arm)]
     company = [row for row in mine if _in_company(row["prompt"])]
-    columns = ((mine, "prompt accuracy"), (mine, "identity"), (company, "identity"))
+    columns = ((mine, "prompt accuracy"), (mine, "rest accuracy"), (mine, "identity"), (company, "identity"))
     return np.array([np.mean([float(row[name]) for row in some]) for some, name in columns])
 
 

@@ -24,11 +24,13 @@ from training.pocket.metrics import (
     MARGIN,
     PARTS,
     PROMPT,
+    REST,
     SUBJECT,
     class_iou,
     identity,
     label_of,
     prompt_accuracy,
+    rest_accuracy,
     subject_similarity,
 )
 
@@ -46,6 +48,11 @@ def _canny(name: str, case: Case) -> Metric:
     require(case.edges is not None, f"{name} compares edges with conditions: set measure.targets")
     assert case.edges is not None
     return kinds.CannyF1(condition=lambda shot: _condition(name, case, shot), edges=case.edges)
+
+
+def _rest(name: str, case: Case) -> Metric:
+    _folder(name, case)
+    return rest_accuracy(case.identifier, case.noun)
 
 
 def make_metric(
@@ -66,6 +73,7 @@ def make_metric(
     plain: dict[str, Callable[[], Metric]] = {
         PROMPT: lambda: prompt_accuracy(case.identifier),
         **{part: partial(prompt_accuracy, case.identifier, part) for part in PARTS},
+        REST: lambda: _rest(name, case),
         IDENTITY: lambda: _identity(name, case, classes),
         MARGIN: lambda: _identity(name, case, classes),
         SUBJECT: lambda: subject_similarity(*_masked(name, case), case.noun),

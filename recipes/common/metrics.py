@@ -3,6 +3,7 @@
 | name | what | needs |
 |---|---|---|
 | prompt accuracy | share of what the prompt says that the judge sees | pocket |
+| rest accuracy | the same without the subject: other objects, their colors, the background | pocket, subject |
 | identity, identity margin | is it the subject rather than its class: 1 or 0, and by how much | pocket, subject |
 | subject similarity | the subject's region against its pictures, in the judge's features | pocket, subject |
 | class IoU | the condition's classes against those the judge sees | pocket, targets |
@@ -30,7 +31,7 @@ from adapters.scope import without_identifier
 from training.config import require
 from training.errors import TrainingError
 from training.pocket import PocketError, captions
-from training.pocket.metrics import IDENTITY, PARTS, PROMPT, SUBJECT
+from training.pocket.metrics import IDENTITY, PARTS, PROMPT, REST, SUBJECT
 
 from .judges import make_metric
 from .scorers import PREFERENCE, SCORERS, check_scorers
@@ -146,7 +147,7 @@ def applies_to(name: str, case: Case, prompt: str) -> bool:
     Raises:
         TrainingError: the metric reads prompts of the pocket world, and this is none.
     """
-    if name != PROMPT and name not in PARTS:
+    if name not in (PROMPT, REST, *PARTS):
         return True
     try:
         said = captions.parse_caption(without_identifier(prompt, case.identifier))
@@ -156,5 +157,6 @@ def applies_to(name: str, case: Case, prompt: str) -> bool:
         "color accuracy": any(noun.color for noun in said.nouns),
         "relation accuracy": said.relation is not None,
         "background accuracy": said.background is not None,
+        REST: said.background is not None or any(noun.name != case.noun for noun in said.nouns),
     }
     return there.get(name, True)

@@ -19,6 +19,7 @@ from PIL import Image
 
 import adapters
 from benchmarks.study import blind, pointing, pointing_table, shipped, study, tables
+from training.errors import TrainingError
 from training.pocket import captions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,30 @@ def test_prompt_accuracy_is_the_mean_of_its_parts() -> None:
     assert whole[:24].mean() > 0.8 > whole[24:].mean()  # own pictures, and those of other captions
     said = [captions.parse_caption(shot.prompt) for shot in shots]
     assert [bool(np.isnan(value)) for value in parts[2]] == [not one.relation for one in said]
+
+
+def test_the_rest_of_a_prompt_is_judged_without_its_subject() -> None:
+    """On true pictures, where something else takes the place of the subject or of its company."""
+    from training.pocket import metrics, scenes
+
+    def shown(text: str, drawn: str) -> adapters.Shot:
+        image = Image.fromarray(scenes.from_prompt(drawn, seed=4).image)
+        return adapters.Shot(prompt=text, seed=4, latents="0", image=image)
+
+    prompt = "a sks dog and a red car in the snow"
+    measured = metrics.rest_accuracy("sks", "dog")(
+        [
+            shown(prompt, "a dog and a red car in the snow"),
+            shown(prompt, "a house and a red car in the snow"),
+            shown(prompt, "a dog and a blue car in the snow"),
+            shown(prompt, "a dog and a house on the grass"),
+            shown("a sks dog in the snow", "a house in the snow"),
+            shown("a sks dog", "a dog in the snow"),
+        ]
+    )
+    assert measured == pytest.approx([1, 1, 2 / 3, 0, 1, np.nan], nan_ok=True)
+    with pytest.raises(TrainingError, match="rest accuracy: the pocket judge knows no 'gnome'"):
+        metrics.rest_accuracy("sks", "gnome")
 
 
 def test_watching_draws_what_plain_guidance_draws(tmp_path: Path, done: Callable[..., str]) -> None:
@@ -128,14 +153,22 @@ def test_pointing_says_what_it_cannot_do(
 def test_what_ships_is_counted_by_subject(tmp_path: Path) -> None:
     """Means by hand: of two subjects with one picture alone and one in company each."""
     rows = [
-        {"subject": subject, "arm": arm, "prompt": prompt, "seed": "1", "identity": named, "prompt accuracy": accuracy}
+        {
+            "subject": subject,
+            "arm": arm,
+            "prompt": prompt,
+            "seed": "1",
+            "identity": named,
+            "prompt accuracy": accuracy,
+            "rest accuracy": "0.25",
+        }
         for subject, noun in (("rabbit", "rabbit"), ("toy_car", "car"))
         for arm, accuracy in (("base", "1.0"), ("CFG", "0.5"), ("S-CFG scoped", "0.75"))
         for prompt, named in ((f"a sks {noun} in the sea", "1.0"), (f"a sks {noun} and a red crown at night", "0.0"))
     ]
     lines = shipped.table(rows)
-    assert lines[2] == "| rabbit | 1.00 / .50 / .00 | .50 / .50 / .00 | .75 / .50 / .00 |"
-    assert lines[4].startswith("| **all** | 1.00 / .50 / .00 | .50 / .50 / .00 |")
+    assert lines[2] == "| rabbit | 1.00 / .25 / .50 / .00 | .50 / .25 / .50 / .00 | .75 / .25 / .50 / .00 |"
+    assert lines[4].startswith("| **all** | 1.00 / .25 / .50 / .00 | .50 / .25 / .50 / .00 |")
     assert "CFG - base, accuracy: -0.500 [-0.500, -0.500]" in lines
     for subject in ("rabbit", "toy_car"):
         folder = tmp_path / subject / "measured"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .captions import Description, parse_caption
 from .world import BACKGROUNDS, CLASSES, COLORS, RELATIONS
 
-__all__ = ["NEAR_MISS", "Found", "Judge", "Score", "Seen", "to_pixels"]
+__all__ = ["NEAR_MISS", "Found", "Judge", "Score", "Seen", "score_agreement", "to_pixels"]
 
 NEAR_MISS = len(CLASSES) + 1  # per-pixel classes: 0 background, 1..K the classes, K + 1 "none of these"
 LEAST_AREA = 0.02  # of the picture: what is smaller is not an object
@@ -49,7 +49,7 @@ class Score:
     None where the prompt says nothing of the kind. A color counts only on an object that is there.
     """
 
-    objects: float
+    objects: float | None
     colors: float | None
     relation: float | None
     background: float | None
@@ -62,9 +62,9 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Mean over what is said."""
+        """Mean over what is said; NaN where nothing is."""
         said = [value for value in (self.objects, self.colors, self.relation, self.background) if value is not None]
-        return sum(said) / len(said)
+        return sum(said) / len(said) if said else float("nan")
 
 
 def to_pixels(images: Sequence[Image.Image] | Tensor, size: int = 64) -> Tensor:
@@ -198,20 +198,21 @@ def _found(mask: Tensor, colors: Tensor) -> Found:
     return Found(area=mask.float().mean().item(), centre=centre, color=list(COLORS)[votes.argmax()])
 
 
-def score_agreement(seen: Seen, said: Description) -> Score:
-    """How far ``seen`` keeps ``said``."""
-    there = [noun.name in seen.objects for noun in said.nouns]
-    colored = [noun for noun in said.nouns if noun.color]
+def score_agreement(seen: Seen, said: Description, *, without: str | None = None) -> Score:
+    """How far ``seen`` keeps ``said``; ``without`` a class, with what stands where."""
+    nouns = [noun for noun in said.nouns if noun.name != without]
+    there = [noun.name in seen.objects for noun in nouns]
+    colored = [noun for noun in nouns if noun.color]
     right = [noun.name in seen.objects and seen.objects[noun.name].color == noun.color for noun in colored]
     relation = None
-    if said.relation:
+    if said.relation and without is None:
         relation = 0.0
         if all(there):
             (x1, y1), (x2, y2) = (seen.objects[noun.name].centre for noun in said.nouns)
             dx, dy = RELATIONS[said.relation]
             relation = float(dx * (x1 - x2) + dy * (y1 - y2) > 0)
     return Score(
-        objects=sum(there) / len(there),
+        objects=sum(there) / len(there) if there else None,
         colors=sum(right) / len(right) if right else None,
         relation=relation,
         background=float(seen.background == said.background) if said.background else None,

@@ -17,7 +17,7 @@ from adapters.scope import without_identifier
 from ..config import require
 from . import captions, judge, scenes
 from .errors import PocketError
-from .judging import LEAST_AREA, Score, to_pixels
+from .judging import LEAST_AREA, Score, score_agreement, to_pixels
 from .world import CLASSES, SIZE
 
 __all__ = [
@@ -25,16 +25,18 @@ __all__ = [
     "MARGIN",
     "PARTS",
     "PROMPT",
+    "REST",
     "SUBJECT",
     "class_iou",
     "identity",
     "label_of",
     "prompt_accuracy",
+    "rest_accuracy",
     "subject_regions",
     "subject_similarity",
 ]
 
-PROMPT, SUBJECT = "prompt accuracy", "subject similarity"
+PROMPT, REST, SUBJECT = "prompt accuracy", "rest accuracy", "subject similarity"
 IDENTITY, MARGIN = "identity", "identity margin"
 PARTS = {
     "object accuracy": "objects",
@@ -57,6 +59,28 @@ def prompt_accuracy(identifier: str, name: str = PROMPT) -> Measure:
         return [float("nan") if value is None else value for value in values]
 
     return Measure(name, True, measure)
+
+
+def rest_accuracy(identifier: str, noun: str) -> Measure:
+    """`prompt_accuracy` without the subject: the other objects, their colors and the background.
+
+    It tells what the adapter does to everything else in the prompt, and does not depend on whether the judge takes the
+    subject for a thing of its class.
+
+    Args:
+        identifier: left out of prompts.
+        noun: the subject's class, which is left out too.
+    """
+    label_of(REST, noun)
+
+    def measure(shots: Sequence[Shot]) -> list[float]:
+        values = []
+        for shot, seen in zip(shots, judge().look([shot.image for shot in shots]), strict=True):
+            said = captions.parse_caption(without_identifier(shot.prompt, identifier))
+            values.append(score_agreement(seen, said, without=noun).mean)
+        return values
+
+    return Measure(REST, True, measure)
 
 
 def _scores(shots: Sequence[Shot], identifier: str) -> list[Score]:

@@ -104,7 +104,7 @@ def prompt_scores(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int) ->
     backgrounds = [score.background for score in found if score.background is not None]
     return {
         "prompts": len(prompts),
-        "objects": round(float(np.mean([score.objects for score in found])), 3),
+        "objects": round(float(np.mean([score.objects or 0.0 for score in found])), 3),
         "all objects": round(float(np.mean([score.objects == 1 for score in found])), 3),
         "colors": round(float(np.mean(colors)), 3),
         "backgrounds": round(float(np.mean(backgrounds)), 3),

@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     POCKET: {
         "resolution": 64,
         "lora": {"rank": 16, "targets": "conv"},
-        "train": {"steps": 400, "batch_size": 6, "learning_rate": 1e-3, "ema": 0.99},
+        "train": {"steps": 600, "batch_size": 6, "learning_rate": 1e-3, "ema": 0.99},
         "tune": {"guidance_scales": [1.5, 2.0], "weights": [1.0]},
     },
     "sd": {"resolution": 512, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
@@ -128,7 +128,8 @@ def prepare_subject(
         "out": str(out),
     }
     for table, chosen in ({} if fitting is None else fitting.settings()).items():
-        values[table] = values.get(table, {}) | chosen
+        if table != "measure" or table in values:  # which photos without networks are not
+            values[table] = values.get(table, {}) | chosen
     if "measure" in values:
         prompts = tuning(noun, pocket=base == POCKET)
         values["tune"] = {"prompts": prompts, "seeds": [101, 102], **preset.get("tune", {})}

@@ -153,6 +153,9 @@ def sampling_pipeline(base: BaseSettings, sampling: SamplingSettings, *, control
     if state().device.type == "cpu":  # convolutions then read their inputs as they lie: a sixth less time
         for network in filter(None, (getattr(pipe, name, None) for name in ("unet", "vae", "controlnet"))):
             network.to(memory_format=torch.channels_last)
+    if sampling.offload:
+        pipe.enable_model_cpu_offload(device=state().device)
+        return pipe
     return pipe.to(state().device)
 
 

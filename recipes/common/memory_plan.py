@@ -82,6 +82,8 @@ class Plan:
     """Without measuring where that does not fit, while training does."""
     needs: Needs
     uses: Uses = Uses()
+    offload: bool = False
+    """Whether the parts of the base take turns on the GPU while it is measured, and metrics are computed on the CPU."""
 
     @property
     def peak(self) -> float:
@@ -104,11 +106,11 @@ class Plan:
             "optimizer": chosen.optimizer,
             **({} if chosen.quantize is None else {"quantize": chosen.quantize}),
         }
-        return {
-            "lora": {"rank": chosen.rank},
-            "train": train,
-            "sampling": {"precision": "bf16", "batch_size": self.drawn},
-        }
+        sampling = {"precision": "bf16", "batch_size": self.drawn}
+        tables = {"lora": {"rank": chosen.rank}, "train": train, "sampling": sampling}
+        if self.offload:
+            return tables | {"sampling": sampling | {"offload": True}, "measure": {"device": "cpu"}}
+        return tables
 
     def lines(self) -> list[str]:
         """What was chosen, and what each choice saves and costs."""
@@ -143,13 +145,20 @@ class Plan:
             lines.append(f"  class images: {self.drawn} at once, in bf16; the base leaves the GPU before it trains")
         less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
         lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")
+        whole = _peaks(found, chosen, self.drawn, self.uses)[MEASURING]
         if self.measured:
             lines.append(f"  sampling: {self.drawn} picture(s) at once")
-        else:
-            size = _peaks(found, chosen, self.drawn, self.uses)[MEASURING]
+        if self.offload:
             lines.append(
-                f"  measuring, tuning and shipping are left out: they load the base whole and need {_gib(size)}; run "
-                "them on a larger GPU or on a CPU"
+                f"  offload, measure.device cpu: save {_gib(whole - self.stages[MEASURING])} while measuring; text "
+                "encoders, U-net and VAE take turns on the GPU, each moved there and back for every batch of pictures, "
+                "and metrics are computed on the CPU"
+            )
+        if not self.measured:
+            size = _peaks(found, chosen, self.drawn, self.uses, offload=True)[MEASURING]
+            lines.append(
+                f"  measuring, tuning and shipping are left out: they need {_gib(size)}, even with the parts of the "
+                "base taking turns on the GPU; run them on a larger GPU or on a CPU"
             )
         return lines
 
@@ -166,8 +175,16 @@ def training_bytes(found: Needs, chosen: Choice) -> int:
     return found.frozen(chosen.quantize) + state * numbers + chosen.batch * activations
 
 
-def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses) -> dict[str, float]:
-    """Peak of each stage, as this toolkit runs them: encoders are freed before the U-net comes, all after training."""
+def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses, *, offload: bool = False) -> dict[str, float]:
+    """Peak of each stage, as this toolkit runs them: encoders are freed before the U-net comes, all after training.
+
+    Args:
+        found: what the base needs.
+        chosen: what training depends on.
+        drawn: pictures at once.
+        uses: what the run does besides.
+        offload: the parts of the base take turns while it is measured, and metrics are computed on the CPU.
+    """
     numbers = found.trained * chosen.rank
     adapter = 4 * numbers
     frozen, pipeline = found.frozen(chosen.quantize), found.unet + (found.encoders + found.vae) / 2
@@ -177,7 +194,10 @@ def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses) -> dict[str, fl
     validating = frozen + (4 + STATE[chosen.optimizer]) * numbers + found.vae + found.previewing
     # Twice: a scope with `where` asks the U-net for four rows a picture instead of two. Even so the decoder takes more
     # in all published bases: SD-1.5 0.38 against 0.25 GiB, SD-2.1 0.84 against 0.57, SDXL 1.5 against 0.62.
-    drawing = pipeline + adapter + METRICS + drawn * max(2 * found.predicting, found.decoding)
+    predicting, decoding = drawn * 2 * found.predicting, drawn * found.decoding
+    drawing = pipeline + adapter + METRICS + max(predicting, decoding)
+    if offload:
+        drawing = max(found.unet + adapter + predicting, found.vae / 2 + decoding, found.encoders / 2)
     sizes = {
         # `dreambooth.company` then looks at them one by one with the same weights, which takes less.
         **({CLASSES: pipeline + drawn * found.taught} if uses.classes else {}),
@@ -192,15 +212,16 @@ def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses) -> dict[str, fl
 def choose(found: Needs, memory: float, uses: Uses | None = None) -> Plan | None:
     """The first choice of the ladder that fits into a GPU of `memory` bytes; None: none does.
 
-    Where no choice leaves room to measure, the first that trains.
+    Where no choice leaves room to measure with the whole base on the GPU, its parts take turns there; and where that
+    does not fit either, it is the first that trains.
     """
     uses = uses or Uses()
-    for measured in (True, False):
+    for measured, offload in ((True, False), (True, True), (False, False)):
         for chosen in LADDER:
             for drawn in BATCHES if measured or uses.classes else BATCHES[-1:]:
-                stages = _peaks(found, chosen, drawn, uses)
+                stages = _peaks(found, chosen, drawn, uses, offload=offload)
                 kept = {name: size for name, size in stages.items() if measured or name != MEASURING}
-                plan = Plan(choice=chosen, drawn=drawn, stages=kept, needs=found, uses=uses)
+                plan = Plan(choice=chosen, drawn=drawn, stages=kept, needs=found, uses=uses, offload=offload)
                 if plan.peak <= ROOM * memory:
                     return plan
     return None
@@ -280,7 +301,7 @@ def _cell(plan: Plan | None) -> str:
     words += ["adamw8bit"] if chosen.optimizer != "adamw" else []
     words += [chosen.quantize] if chosen.quantize is not None else []
     words += [f"rank {chosen.rank}"] if chosen.rank < RANK else []
-    words += [] if plan.measured else ["training alone"]
+    words += ["measured with offload"] if plan.offload else [] if plan.measured else ["training alone"]
     return f"{', '.join(words)}: {_gib(plan.peak)}"
 
 

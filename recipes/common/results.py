@@ -157,7 +157,7 @@ def _facts(pipe: DiffusionPipeline, base: str, sampling: SamplingSettings) -> di
 
     import adapters
 
-    device = str(pipe.device)
+    device = str(pipe._execution_device)  # where it computes, which is not where offloaded weights are
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:

@@ -129,6 +129,9 @@ class SamplingSettings:
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     """Precision of weights and computation while sampling. auto: bf16 if a short trial, made once, shows that it is
     faster on this machine, otherwise fp32."""
+    offload: bool = False
+    """Keeps text encoders, U-net and VAE in main memory, and each on the GPU only while it computes. For bases that do
+    not fit whole."""
     image: str | None = None
     """For inpainting bases: the picture that every prompt is painted into. null: whole pictures are painted."""
     mask: str | None = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes.common import memory_plan
-from recipes.common.memory_plan import GIB, LADDER, MEMORIES, SAMPLES, Choice, Uses, choose, plan_for
+from recipes.common.memory_plan import GIB, LADDER, MEMORIES, RANK, SAMPLES, Choice, Uses, choose, plan_for
 from recipes.common.settings import SamplingSettings
 from training import memory
 from training.errors import TrainingError
@@ -91,11 +91,28 @@ def test_a_small_gpu_trains_beside_fewer_bits_and_measures_nothing() -> None:
     assert not plan.measured
     said = "\n".join(plan.lines())
     assert "quantize int8: saves 2.1 GiB of frozen weights" in said
-    assert "measuring, tuning and shipping are left out: they load the base whole and need 10.4 GiB" in said
+    assert "measuring, tuning and shipping are left out: they need 6.9 GiB" in said
     least = choose(XL, 5 * GIB)
     assert least is not None
     assert least.choice.quantize == "nf4"
     assert "pip install bitsandbytes" in "\n".join(least.lines())
+
+
+def test_where_the_base_does_not_fit_whole_its_parts_take_turns_while_it_is_measured() -> None:
+    plan = choose(XL, 8 * GIB)
+    assert plan is not None
+    assert plan.measured
+    assert plan.offload
+    assert (plan.choice.quantize, plan.choice.rank) == (None, RANK)  # nothing is given up for it
+    tables = plan.settings()
+    assert (tables["sampling"]["offload"], tables["measure"]) == (True, {"device": "cpu"})
+    whole = memory_plan._peaks(XL, plan.choice, plan.drawn, Uses())["measuring"]
+    assert whole > memory_plan.ROOM * 8 * GIB >= plan.stages["measuring"]
+    assert "text encoders, U-net and VAE take turns on the GPU" in "\n".join(plan.lines())
+    larger = choose(XL, 12 * GIB)
+    assert larger is not None
+    assert not larger.offload
+    assert "offload" not in larger.settings()["sampling"]
 
 
 def test_class_images_samples_and_regions_are_stages_of_their_own() -> None:
@@ -317,7 +334,9 @@ def test_a_config_says_the_gpu_that_the_code_computes_for_it(name: str) -> None:
     assert train["precision"] == sampling["precision"] == "bf16"
     chosen = Choice(batch=1, checkpointing=train["gradient_checkpointing"], rank=given["lora"]["rank"])
     found = needs(known, known.resolution, "attention")
-    peaks = memory_plan._peaks(found, chosen, sampling.get("batch_size", SamplingSettings().batch_size), Uses())
+    drawn, offload = sampling.get("batch_size", SamplingSettings().batch_size), sampling.get("offload", False)
+    assert offload == (given.get("measure", {}).get("device") == "cpu")
+    peaks = memory_plan._peaks(found, chosen, drawn, Uses(), offload=offload)
     peak = max(size for stage, size in peaks.items() if "measure" in given or stage != memory_plan.MEASURING)
     fits = next(size for size in MEMORIES if peak <= memory_plan.ROOM * size * GIB)
     assert f"# For a GPU with {fits} GB, " in text

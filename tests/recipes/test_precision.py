@@ -1,4 +1,4 @@
-"""`sampling.precision: auto` on a CPU."""
+"""`sampling.precision: auto` on a CPU, and `sampling.offload`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 from adapters.measuring.sample import read
+from adapters.placement import is_moved
 from recipes.common import draw, precision
-from recipes.common.base import sampling_pipeline
-from recipes.common.settings import GuidanceSettings, SamplingSettings
+from recipes.common.base import adapted, sampling_pipeline
+from recipes.common.settings import GuidanceSettings, SamplingSettings, ScopeSettings
 from training.config import BaseSettings
 from training.pocket import base_path
 
 ROOT = Path(__file__).resolve().parents[2]
+GUIDED = GuidanceSettings(method="semantic", guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,18 @@ def test_a_region_is_found_in_a_base_whose_weights_are_rounded(base: BaseSetting
 def test_class_images_have_the_precision_of_sampling_and_auto_tries_nothing_on_a_cpu() -> None:
     for name, drawn_in in (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("auto", "fp32")):
         assert precision.class_precision(SamplingSettings(precision=name)) == drawn_in  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scope", [None, ScopeSettings(where="subject")])
+def test_offload_draws_the_same_pictures(scope: ScopeSettings | None) -> None:
+    """The parts of the base take turns, from the CPU to the CPU, with an adapter, its place and S-CFG on them."""
+    found = []
+    for offload in (False, True):
+        sampling = SamplingSettings(steps=2, batch_size=2, offload=offload)
+        pipe = sampling_pipeline(BaseSettings(path="pocket"), sampling)
+        assert is_moved(pipe.unet) == is_moved(pipe.vae) == offload
+        with adapted(pipe, ROOT / "recipes" / "zoo" / "teapot", scope=scope, identifier="sks", noun="teapot"):
+            shots = draw.draw_shots(pipe, ["a sks teapot", "a sks teapot and a cat"], [1], GUIDED, sampling, None, None)
+        found.append([np.asarray(shot.image, dtype=float) for shot in shots])
+    for whole, in_turns in zip(*found, strict=True):
+        assert np.abs(whole - in_turns).max() <= 1  # a scope's merged weights are not kept beside offloaded ones

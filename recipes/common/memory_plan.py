@@ -106,7 +106,7 @@ class Plan:
             "optimizer": chosen.optimizer,
             **({} if chosen.quantize is None else {"quantize": chosen.quantize}),
         }
-        sampling = {"precision": "bf16", "batch_size": self.drawn}
+        sampling: dict[str, Any] = {"precision": "bf16", "batch_size": self.drawn}
         tables = {"lora": {"rank": chosen.rank}, "train": train, "sampling": sampling}
         if self.offload:
             return tables | {"sampling": sampling | {"offload": True}, "measure": {"device": "cpu"}}

@@ -107,7 +107,7 @@ class Plan:
             **({} if chosen.quantize is None else {"quantize": chosen.quantize}),
         }
         sampling: dict[str, Any] = {"precision": "bf16", "batch_size": self.drawn}
-        tables = {"lora": {"rank": chosen.rank}, "train": train, "sampling": sampling}
+        tables: dict[str, dict[str, Any]] = {"lora": {"rank": chosen.rank}, "train": train, "sampling": sampling}
         if self.offload:
             return tables | {"sampling": sampling | {"offload": True}, "measure": {"device": "cpu"}}
         return tables

@@ -29,7 +29,7 @@ from .objective import add_noise, alpha_sigma, alphas_cumprod
 __all__ = ["Spot", "check_company", "drawn_object", "find_spot", "paste_subject", "placed"]
 
 FRACTIONS = (0.3, 0.45, 0.6)  # of the schedule, from clean to noise: where a word changes an object and little else
-CHANGED = 0.4  # of the largest change: over all classes of the embedded world, nine tenths of an object and little else
+CHANGED = 0.4  # of the largest change: nine tenths of an object on average, see benchmarks/study/places.py
 BLUR = 1 / 16  # of the map's side, to each side
 SMALLEST, LARGEST = 0.03, 0.6  # share of the picture: regions beyond are not one object
 COMPACT = 0.45  # of its extent: scattered regions are none either

@@ -106,6 +106,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             continue
         for index, what in enumerate(("accuracy", "accuracy of the rest", "identity", "identity in company")):
             gaps = [found[subject, arm][index] - found[subject, other][index] for subject in others]
+            if np.isnan(gaps).any():  # rest accuracy was not measured before it was there
+                continue
             given = stats.mean_interval(gaps)
             lines.append(f"{arm} - {other}, {what}: {given.mean:+.3f} [{given.low:+.3f}, {given.high:+.3f}]")
     return lines
@@ -116,7 +118,7 @@ def _means(rows: Sequence[Row], subject: str, arm: str) -> np.ndarray:
     mine = [row for row in rows if (row["subject"], row["arm"]) == (subject, arm)]
     company = [row for row in mine if _in_company(row["prompt"])]
     columns = ((mine, "prompt accuracy"), (mine, "rest accuracy"), (mine, "identity"), (company, "identity"))
-    return np.array([np.mean([float(row[name]) for row in some]) for some, name in columns])
+    return np.array([np.mean([float(row.get(name) or "nan") for row in some]) for some, name in columns])
 
 
 def _in_company(prompt: str) -> bool:
@@ -126,7 +128,7 @@ def _in_company(prompt: str) -> bool:
 
 
 def _shown(values: np.ndarray) -> str:
-    return " / ".join(f"{value:.2f}".lstrip("0") for value in values)
+    return " / ".join("-" if np.isnan(value) else f"{value:.2f}".lstrip("0") for value in values)
 
 
 if __name__ == "__main__":

@@ -106,11 +106,12 @@ class Plan:
             "optimizer": chosen.optimizer,
             **({} if chosen.quantize is None else {"quantize": chosen.quantize}),
         }
-        sampling: dict[str, Any] = {"precision": "bf16", "batch_size": self.drawn}
-        tables: dict[str, dict[str, Any]] = {"lora": {"rank": chosen.rank}, "train": train, "sampling": sampling}
-        if self.offload:
-            return tables | {"sampling": sampling | {"offload": True}, "measure": {"device": "cpu"}}
-        return tables
+        return {
+            "lora": {"rank": chosen.rank},
+            "train": train,
+            "sampling": {"precision": "bf16", "batch_size": self.drawn, **({"offload": True} if self.offload else {})},
+            **({"measure": {"device": "cpu"}} if self.offload else {}),
+        }
 
     def lines(self) -> list[str]:
         """What was chosen, and what each choice saves and costs."""
@@ -145,10 +146,10 @@ class Plan:
             lines.append(f"  class images: {self.drawn} at once, in bf16; the base leaves the GPU before it trains")
         less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
         lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")
-        whole = _peaks(found, chosen, self.drawn, self.uses)[MEASURING]
         if self.measured:
             lines.append(f"  sampling: {self.drawn} picture(s) at once")
         if self.offload:
+            whole = _peaks(found, chosen, self.drawn, self.uses)[MEASURING]
             lines.append(
                 f"  offload, measure.device cpu: save {_gib(whole - self.stages[MEASURING])} while measuring; text "
                 "encoders, U-net and VAE take turns on the GPU, each moved there and back for every batch of pictures, "
@@ -301,7 +302,8 @@ def _cell(plan: Plan | None) -> str:
     words += ["adamw8bit"] if chosen.optimizer != "adamw" else []
     words += [chosen.quantize] if chosen.quantize is not None else []
     words += [f"rank {chosen.rank}"] if chosen.rank < RANK else []
-    words += ["measured with offload"] if plan.offload else [] if plan.measured else ["training alone"]
+    words += ["measured with offload"] if plan.offload else []
+    words += [] if plan.measured else ["training alone"]
     return f"{', '.join(words)}: {_gib(plan.peak)}"
 
 

@@ -156,8 +156,9 @@ def _facts(pipe: DiffusionPipeline, base: str, sampling: SamplingSettings) -> di
     import torch
 
     import adapters
+    from training.ranks import state
 
-    device = str(pipe._execution_device)  # where it computes, which is not where offloaded weights are
+    device = str(state().device)  # not the pipeline's, whose weights may be offloaded
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:

@@ -199,7 +199,7 @@ def _found(mask: Tensor, colors: Tensor) -> Found:
 
 
 def score_agreement(seen: Seen, said: Description, *, without: str | None = None) -> Score:
-    """How far ``seen`` keeps ``said``; ``without`` a class, with what stands where."""
+    """How far ``seen`` keeps ``said``; ``without`` a class, its object and the relation to it do not count."""
     nouns = [noun for noun in said.nouns if noun.name != without]
     there = [noun.name in seen.objects for noun in nouns]
     colored = [noun for noun in nouns if noun.color]

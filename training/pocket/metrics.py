@@ -70,6 +70,9 @@ def rest_accuracy(identifier: str, noun: str) -> Measure:
     Args:
         identifier: left out of prompts.
         noun: the subject's class, which is left out too.
+
+    Raises:
+        TrainingError: the judge does not know the class.
     """
     label_of(REST, noun)
 

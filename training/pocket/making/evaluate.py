@@ -100,11 +100,12 @@ def prompt_scores(pipe: DiffusionPipeline, prompts: Sequence[str], seed: int) ->
     """
     images = generate(pipe, prompts, [seed + i for i in range(len(prompts))])
     found = judge().scores(images, prompts)
+    objects = [score.objects for score in found if score.objects is not None]
     colors = [score.colors for score in found if score.colors is not None]
     backgrounds = [score.background for score in found if score.background is not None]
     return {
         "prompts": len(prompts),
-        "objects": round(float(np.mean([score.objects or 0.0 for score in found])), 3),
+        "objects": round(float(np.mean(objects)), 3),
         "all objects": round(float(np.mean([score.objects == 1 for score in found])), 3),
         "colors": round(float(np.mean(colors)), 3),
         "backgrounds": round(float(np.mean(backgrounds)), 3),

@@ -397,7 +397,9 @@ class _Run:
 
 
 def comparable(recipe: str, record: str) -> Any:
-    """A record with today's names and paths, without nulls, falses and empty lists: later settings spoil nothing.
+    """A record with today's names and paths, without nulls, falses and what is empty: later settings spoil nothing.
+
+    Paths in the study's folder are given from there, so that results may be continued in another one.
 
     Args:
         recipe: whose settings they are.
@@ -407,13 +409,14 @@ def comparable(recipe: str, record: str) -> Any:
     def filled(value: Any) -> Any:
         if isinstance(value, dict):
             value = {"early_stop": 0.2, **value} if "where_stop" in value else value  # of scopes
-            kept = {name: item for name, item in value.items() if item is not None and item is not False and item != []}
+            kept = {name: item for name, item in value.items() if item not in (None, [], {}) and item is not False}
             return {name: filled(item) for name, item in kept.items()}
         if isinstance(value, list):
             return [filled(item) for item in value]
-        return MOVED.get(value, value) if isinstance(value, str) else value
+        return MOVED.get(value, value.removeprefix(root)) if isinstance(value, str) else value
 
     kept = json.loads(record)
+    root = f"{Path(kept['settings'].get('out') or '.').parent}/"
     kept["settings"] = naming.current(_module(recipe).Settings, kept["settings"], say=lambda *names: None)
     for group, settings in LATER.items():
         if kept["settings"].get(group):

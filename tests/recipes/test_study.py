@@ -299,9 +299,16 @@ def test_pictures_are_borrowed_of_every_subject_and_none_is_overwritten(tmp_path
 
 
 def test_a_new_setting_that_is_null_spoils_no_result() -> None:
-    before, now = ({"a": 1, "b": [{"c": None, "d": 2}]}, {"a": 1, "b": [{"d": 2}], "new": None})
+    before, now = ({"a": 1, "b": [{"c": None, "d": 2}]}, {"a": 1, "b": [{"d": 2}], "new": None, "table": {}})
     assert comparable(before) == comparable(now)
     assert comparable(before) != comparable({**now, "new": 3})
+
+
+def test_results_of_another_folder_are_the_same_but_not_those_of_another_adapter() -> None:
+    there = {"out": "/tmp/old/subjects", "adapter": "/tmp/old/lora-{subject}/lora"}
+    here = {"out": "runs/study/subjects", "adapter": "runs/study/lora-{subject}/lora"}
+    assert comparable(there) == comparable(here)
+    assert comparable(there) != comparable({**here, "adapter": "/tmp/other/lora-{subject}/lora"})
 
 
 def test_a_name_of_before_spoils_no_result() -> None:

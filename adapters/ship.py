@@ -14,7 +14,7 @@ import torch
 
 from . import compose, files, signing
 from .adapter import Adapter
-from .card import Card, render_card, slug
+from .card import Card, escape, render_card, slug
 from .errors import AdapterError, FileError, FormatError
 from .measuring import report
 from .measuring.gains import FORMAT, Gains
@@ -102,7 +102,7 @@ def ship(
                 page = page or _report(gains, shots, card, made)
                 (stage / "report.html").write_text(page, "utf-8")
         told = {} if rule is None or rule.neutral else {"text": rule.to_config()}
-        _readme(stage, card, kinds, gains, [*notes, *_reading(rule, sdxl=bool(sdxl))])
+        _readme(stage, card, kinds, gains, [*notes, *_reading(rule, sdxl=bool(sdxl)), *_reach(guider, gains)])
         kind = kinds[0] if len(kinds) == 1 else "mixed"
         files.write_manifest(stage, {"format": 1, "kind": kind, "base": dict(base), "versions": versions(), **told})
         if key is not None:
@@ -132,6 +132,19 @@ def _reading(rule: TextRule | None, *, sdxl: bool) -> list[str]:
             "may move a word to the next chunk, so their pictures differ a little. Plain diffusers cuts long prompts."
         )
     return notes
+
+
+def _reach(guider: Mapping[str, Any] | None, gains: Gains | None) -> list[str]:
+    """What becomes of a scope in other programs, which have none, and which arm shows what to expect there."""
+    if not (guider or {}).get("scope"):
+        return []
+    said = "Measured with a scope, which `guider_config.json` holds and `adapters.load` follows: where, when and how "
+    said += "strongly the adapter acts. Other programs apply it with one weight, everywhere and in every step."
+    design = gains.design if gains is not None else None
+    measured = design.notes.get("guidance", {}) if design else {}
+    plain = [name for name, own in measured.items() if own["method"] == "cfg" and not own.get("scope")]
+    shown = next((name for name in plain if design and name != design.base), None)
+    return [f"{said} The arm {escape(shown)} above shows what to expect there." if shown else said]
 
 
 def _readme(stage: Path, card: Card, kinds: list[str], gains: Gains | None, notes: list[str]) -> None:

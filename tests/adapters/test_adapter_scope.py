@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -110,6 +111,32 @@ def test_in_the_first_steps_it_is_the_adapter_at_another_weight(pipe, make_adapt
         assert (pixels(pipe) == whole).all()
     with adapters.load(pipe, folder, weight=0.5, scope=Scope(early_weight=0.0, early_stop=1.0)):
         assert (pixels(pipe) == plain).all()
+
+
+def test_plain_diffusers_draws_the_same_with_a_callback(pipe, make_adapter, tmp_path):
+    """As docs/adapters.md says."""
+    file = save(tmp_path / "lora", make_adapter("lora"), "diffusers")
+    call = {"num_inference_steps": 7, "guidance_scale": 3.0, "output_type": "np"}
+
+    def draw(**more) -> np.ndarray:
+        return pipe("a dog", generator=torch.Generator().manual_seed(1), **call, **more).images
+
+    with adapters.load(pipe, file, scope=Scope(early_weight=0.7)):
+        expected = draw()
+    with adapters.load(pipe, file):
+        whole = draw()
+
+    def full_weight_later(pipe, step, timestep, values):
+        if step + 1 == math.ceil(0.2 * pipe.num_timesteps):
+            pipe.set_adapters("rex", 1.0)
+        return values
+
+    pipe.load_lora_weights(file, adapter_name="rex")
+    pipe.set_adapters("rex", 0.7)
+    found = draw(callback_on_step_end=full_weight_later)
+    pipe.unload_lora_weights()
+    assert np.abs(whole - expected).max() > 0.01
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def everywhere(value: float):

@@ -122,6 +122,21 @@ def test_a_compact_release_says_and_does_the_same(pipe, measured, tmp_path):
     assert all(map(np.array_equal, shoot(full), shoot(small)))
 
 
+def test_the_card_says_what_becomes_of_a_scope_in_other_programs(pipe, measured, tmp_path):
+    *others, result = measured
+    scope = adapters.Scope(early_weight=0.5).to_config()
+    arms = {"early": {"method": "cfg", "scope": {"early_weight": 0.5}}, "adapter": {"method": "cfg", "scope": None}}
+    noted = replace(result, design=replace(result.design, notes={"guidance": arms}))
+
+    def card(name, gains, **guider):
+        folder = release(tmp_path / name, pipe, (*others, gains), guider={"method": "scfg", **guider}, compact=True)
+        return (folder / "README.md").read_text()
+
+    assert "Other programs apply it with one weight" not in card("whole", noted)
+    assert "every step. The arm adapter above shows what" in card("scoped", noted, scope=scope)
+    assert "in every step.\n" in card("unknown", result, scope=scope)
+
+
 def test_no_alpha_tensors_in_the_diffusers_file_and_one_per_module_in_the_kohya_file(pipe, measured, tmp_path):
     folder = release(tmp_path / "mug", pipe, measured)
     plain, header = files.read_tensors(folder / "pytorch_lora_weights.safetensors")

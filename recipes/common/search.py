@@ -191,7 +191,10 @@ def _candidates(
     scopes: list[ScopeSettings | None],
     adapter: str | None,
 ) -> list[dict[str, Any]]:
-    """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales."""
+    """Every combination that is tried for one arm; the baseline gets as many as the arm does, by finer scales.
+
+    The arm's own scale comes first: it is taken where the search cannot tell the candidates apart.
+    """
     from recipes.common.guidance import guidance_of, guider_of
 
     arm = comparison.plan.arms[name]
@@ -201,6 +204,7 @@ def _candidates(
             low, high, count = min(scales), max(scales), len(scales) * len(grid) * len(scopes)
             scales = [round(low + (high - low) * i / (count - 1), 3) for i in range(count)]
         grid, scopes = [{}], [arm.scope]
+    scales = sorted(scales, key=lambda scale: scale != arm.guidance_scale)  # of equals the first is taken
     tried = [
         replace(arm, guidance_scale=scale, options={**arm.options, **more}, weight=weight, scope=scope)
         for weight in weights

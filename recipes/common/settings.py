@@ -295,7 +295,8 @@ class TuneSettings:
     seeds: list[int] = field(default_factory=lambda: [101, 102, 103])
     """Seeds to tune with. Successive halving gives better candidates more of them."""
     guidance_scales: list[float] = field(default_factory=lambda: [3.0, 5.0, 7.5], metadata={"was": "scales"})
-    """Guidance scales to try for every method."""
+    """Guidance scales to try for every method. An arm's own scale, if it is one of them, is kept unless another one
+    measures better."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Further options of the guidance and the values to try, such as {"stop": [0.6, 1.0]}. For `measure.arm` only."""
     weights: list[float] | None = None

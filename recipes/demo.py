@@ -34,7 +34,6 @@ QUICK = {
     "measure.seeds": [1],
     "measure.overlays": 1,
     "tune.guidance_scales": [4.0, 6.0],
-    "tune.weights": [1.0],
     "tune.seeds": [101],
     "sampling.steps": 8,
 }

@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "resolution": 64,
         "lora": {"rank": 16, "targets": "conv"},
         "train": {"steps": 600, "batch_size": 6, "learning_rate": 1e-3, "ema": 0.99},
-        "tune": {"guidance_scales": [1.5, 2.0], "weights": [1.0]},
+        "tune": {"guidance_scales": [1.25, 1.5, 1.75], "weights": [1.0], "scopes": []},
     },
     "sd": {"resolution": 512, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
     "sd21": {"resolution": 768, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
@@ -224,9 +224,7 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     if photos.masks:
         values["data"]["masks"] = str(photos.masks)
     if photos.masks and base == POCKET:
-        import yaml
-
-        shipped = yaml.safe_load((CONFIGS / "dreambooth_lora" / "pocket_dog.yaml").read_text("utf-8"))["dreambooth"]
+        shipped = _shipped()["dreambooth"]
         lines = CONFIGS.parent / "prompts" / Path(shipped["class_prompt_file"]).name
         values["dreambooth"] = shipped | {"identifier": identifier, "class_prompt": article(noun)}
         values["dreambooth"]["class_prompt_file"] = str(lines)
@@ -235,6 +233,14 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
     if base != POCKET:
         values["train"] |= {"precision": "bf16", "gradient_checkpointing": True}
         values["sampling"] = {"precision": "bf16"}
+    return values
+
+
+def _shipped() -> dict[str, Any]:
+    """The demo's config: what was found to be good for subjects on the pocket base."""
+    import yaml
+
+    values: dict[str, Any] = yaml.safe_load((CONFIGS / "dreambooth_lora" / "pocket_dog.yaml").read_text("utf-8"))
     return values
 
 
@@ -258,7 +264,10 @@ def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, 
     """The table `measure`; without it where nothing can be measured."""
     if base == POCKET:
         print(ON_POCKET)
-        return {"measure": pocket_measures(photos.folder, masks=photos.masks is not None)}
+        plan = pocket_measures(photos.folder, masks=photos.masks is not None)
+        if photos.masks:
+            plan |= {name: _shipped()["measure"][name] for name in ("arms", "minimum_effect")}
+        return {"measure": plan}
     plan = compared(photos.folder, networks)
     if plan is None:
         print("nothing is measured or tuned; the release will say so")

@@ -423,15 +423,15 @@ def test_a_whole_network_has_no_weight_and_is_not_trained_for_one(change: str, c
         ("--measure.primary=typo", "measure.primary 'typo' is none of the metrics"),
         ("--tune.metric=typo", "tune.metric 'typo' is none of joint"),
         (
-            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG scoped": {"options": {"gamma_maxx": 2}}}',
-            "measure.arms, 'S-CFG scoped'",
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_maxx": 2}}}',
+            "measure.arms, 'S-CFG'",
         ),
-        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG scoped'"),
+        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG'"),
         ("--ship.push=me", "ship.push must be owner/name"),
         ("--measure.metrics=['alignment (clip)']", "set measure.spaces.clip"),
         (
-            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG scoped": {"scope": {"where": "uniform"}}}',
-            "measure.arms, 'S-CFG scoped': scope.where: uniform is a control of a comparison and does not ship",
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {"scope": {"where": "uniform"}}}',
+            "measure.arms, 'S-CFG': scope.where: uniform is a control of a comparison and does not ship",
         ),
     ],
 )
@@ -453,11 +453,20 @@ def test_scopes_are_searched_for_the_arm_and_the_baseline_has_as_many_candidates
     given = [f"--config={config}", f"--adapter={TEAPOT}", f"--measure.subjects=['{DOG.parent / 'teapot'}']"]
     given += ["--tune.prompts=['a {} in the snow']", "--tune.guidance_scales=[2, 4]", "--tune.weights=[1]"]
     scopes = '--tune.scopes=[null, {"where": "subject", "where_stop": 0.3}]'
-    for more, count in ([], 2), ([scopes], 4):
-        said = call("tune", *given, *more, f"--out={tmp_path / 'out'}", "--dry_run=true")
+    for more, count in ("--tune.scopes=[]", 2), (scopes, 4):
+        said = call("tune", *given, more, f"--out={tmp_path / 'out'}", "--dry_run=true")
         assert said.code == 0, said.err
-        assert f"CFG: would try {count} candidates on 1 prompts" in said.out
-        assert f"S-CFG placed: would try {count} candidates on 1 prompts" in said.out
+        assert f"\nCFG: would try {count} candidates on 1 prompts" in said.out
+        assert f"S-CFG: would try {count} candidates on 1 prompts" in said.out
+
+
+def test_an_arm_s_own_scale_is_tried_first_so_that_it_is_kept_where_the_search_cannot_tell() -> None:
+    arms = {"CFG": GuidanceSettings(method="cfg", guidance_scale=3.0), "S-CFG": GuidanceSettings(guidance_scale=4.0)}
+    plan = MeasureSettings(subjects=[str(DOG.parent / "teapot")], seeds=[9], limit=2, arms=arms)
+    tune = TuneSettings(prompts=["a {} in the snow"], guidance_scales=[2.0, 3.0, 4.0], weights=[1.0], scopes=[])
+    found = resolve_search(tune, resolve(plan, base=POCKET, adapter=TEAPOT), adapter=TEAPOT).candidates
+    scales = {name: [one["guidance_scale"] for one in tried] for name, tried in found.items()}
+    assert scales == {"CFG": [3.0, 2.0, 4.0], "S-CFG": [4.0, 2.0, 3.0]}
 
 
 def test_a_subject_s_lora_is_tried_with_and_without_its_place_by_default() -> None:

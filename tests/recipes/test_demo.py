@@ -55,7 +55,7 @@ def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
         "Adapter: ",
         "Guidance: ",
         "S-CFG",
-        "S-CFG scoped",
+        "S-CFG early",
         "prompt accuracy",
         "subject similarity",
         "s in all",
@@ -70,7 +70,7 @@ def test_every_stage_leaves_what_the_next_one_reads(demo) -> None:
     assert {path.name for path in (out / "measured").iterdir()} == MEASURED
     assert {path.name for path in (out / "tuned").iterdir()} == {"guider_config.json", "tuned.json"}
     tuned = json.loads((out / "tuned" / "tuned.json").read_text())
-    assert set(tuned["best"]) == {"CFG", "S-CFG scoped"}
+    assert set(tuned["best"]) == {"CFG", "S-CFG"}
     assert tuned["adapter"] == str(out / "lora")
     assert Image.open(out / "measured" / "sheet.png").size[0] > 6 * 128
 
@@ -79,7 +79,7 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    assert drawn == {"cfg", "s-cfg", "s-cfg-scoped", "cfg-weight-0-7"}
+    assert drawn == {"cfg", "s-cfg", "cfg-early", "s-cfg-early"}
     base = list((out / "class_pictures").rglob("*.png"))
     assert len(rows) == len(list((out / "pictures").rglob("*.png"))) + len(base) == 5 * 2
     asked = {adapters.measuring.sample.read(file)[0].prompt for file in base}
@@ -89,7 +89,7 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     gains = json.loads((out / "measured" / "gains.json").read_text())
     assert gains["facts"]["base"] == "pocket"
     assert gains["format"] == 2
-    assert [one["arm"] for one in gains["plane"]["points"] if one["plain"]] == ["base", "CFG", "CFG, weight 0.7"]
+    assert [one["arm"] for one in gains["plane"]["points"] if one["plain"]] == ["base", "CFG"]
     assert "<h2>The subject</h2>" in (out / "measured" / "report.html").read_text("utf-8")
     text = (out / "measured" / "report.html").read_text("utf-8")
     assert figures.unexplained(text) == []
@@ -125,7 +125,7 @@ def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
 
 def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
-    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg", "s-cfg-scoped")]
+    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg", "cfg-early", "s-cfg-early")]
     adapted = [next(iter(adapters.measuring.sample.shots_in(place))) for place in places]
     assert len({shot.key for shot in adapted}) == 1
     base = list(adapters.measuring.sample.shots_in(out / "class_pictures" / "dog"))
@@ -137,7 +137,7 @@ def test_samples_of_every_arm_ship_the_base_s_too(demo) -> None:
     out, _ = demo
     samples = [adapters.measuring.sample.read(file)[0] for file in sorted((out / "release" / "samples").glob("*.png"))]
     arms = {shot.arm for shot in samples}
-    assert arms == {"base", "CFG", "S-CFG", "S-CFG scoped", "CFG, weight 0.7"}
+    assert arms == {"base", "CFG", "S-CFG", "CFG early", "S-CFG early"}
     assert len({shot.prompt for shot in samples if shot.arm == "base"}) == 2
     assert {shot.prompt for shot in samples if shot.arm == "base"} == {s.prompt for s in samples if s.arm == "CFG"}
 

@@ -30,7 +30,18 @@ from training.pocket.subjects import SUBJECTS
 __all__ = ["main"]
 
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
-BASE, PLAIN, SCOPED = "base", "CFG", "S-CFG scoped"
+BASE = "base"
+ARMS = (BASE, "CFG", "S-CFG", "CFG early", "S-CFG early", "S-CFG scoped")  # the last one in earlier results only
+CONTRASTS = (
+    ("CFG", BASE),
+    ("CFG early", BASE),
+    ("S-CFG early", BASE),
+    ("S-CFG scoped", BASE),
+    ("S-CFG", "CFG"),
+    ("CFG early", "CFG"),
+    ("S-CFG early", "CFG early"),
+    ("S-CFG scoped", "CFG"),
+)
 MEASURED = ("identity", "prompt accuracy", "rest accuracy")
 COLUMNS = ("subject", "arm", "prompt", "seed", *MEASURED)
 Row = dict[str, str]
@@ -51,13 +62,11 @@ def main() -> None:
 
 
 def run(subject: str, out: Path) -> None:
-    """The demo of one subject, with no more arms than the table has."""
+    """The demo of one subject, with no more metrics than the table has."""
     if (out / subject / "release").is_dir():
         return
     print(f"{subject} {time.strftime('%H:%M')}", flush=True)
-    arms = {PLAIN: {"method": "cfg"}, SCOPED: {"method": "semantic", "scope": {"where": "subject", "where_stop": 0.3}}}
-    lean = {"measure.arms": json.dumps(arms), "measure.weights": "null", "measure.metrics": json.dumps(MEASURED)}
-    dreambooth_lora.run(demo.settings_of(subject, out / subject, lean))
+    dreambooth_lora.run(demo.settings_of(subject, out / subject, {"measure.metrics": json.dumps(MEASURED)}))
 
 
 def collect(out: Path) -> list[Row]:
@@ -87,7 +96,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
     Then come means and differences.
     """
-    arms = [arm for arm in (BASE, PLAIN, SCOPED) if any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     lines = [
         "| subject (accuracy / of the rest / identity / in company) | " + " | ".join(arms) + " |",
@@ -101,7 +110,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         means = [_shown(np.mean([found[subject, arm] for subject in some], axis=0)) for arm in arms] if some else []
         lines.append(f"| **{name}** | " + " | ".join(means) + " |")
     lines.append("")
-    for arm, other in ((PLAIN, BASE), (SCOPED, BASE), (SCOPED, PLAIN)):
+    for arm, other in CONTRASTS:
         if len(others) < 2 or {arm, other} - set(arms):
             continue
         for index, what in enumerate(("accuracy", "accuracy of the rest", "identity", "identity in company")):

@@ -138,13 +138,13 @@ def _reach(guider: Mapping[str, Any] | None, gains: Gains | None) -> list[str]:
     """What becomes of a scope in other programs, which have none, and which arm shows what to expect there."""
     if not (guider or {}).get("scope"):
         return []
-    said = "Measured with a scope, which `guider_config.json` holds and `adapters.load` follows: where, when and how "
-    said += "strongly the adapter acts. Other programs apply it with one weight, everywhere and in every step."
-    design = gains.design if gains is not None else None
-    measured = design.notes.get("guidance", {}) if design else {}
+    said = (
+        "Measured with a scope, which `guider_config.json` holds and `adapters.load` follows: where, when and how "
+        "strongly the adapter acts. Other programs apply it with one weight, everywhere and in every step."
+    )
+    measured = gains.design.notes.get("guidance", {}) if gains is not None else {}
     plain = [name for name, own in measured.items() if own["method"] == "cfg" and not own.get("scope")]
-    shown = next((name for name in plain if design and name != design.base), None)
-    return [f"{said} The arm {escape(shown)} above shows what to expect there." if shown else said]
+    return [f"{said} The arm {escape(plain[0])} above shows what to expect there." if plain else said]
 
 
 def _readme(stage: Path, card: Card, kinds: list[str], gains: Gains | None, notes: list[str]) -> None:

@@ -264,10 +264,10 @@ def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, 
     """The table `measure`; without it where nothing can be measured."""
     if base == POCKET:
         print(ON_POCKET)
-        plan = pocket_measures(photos.folder, masks=photos.masks is not None)
+        values = pocket_measures(photos.folder, masks=photos.masks is not None)
         if photos.masks:
-            plan |= {name: _shipped()["measure"][name] for name in ("arms", "minimum_effect")}
-        return {"measure": plan}
+            values |= {name: _shipped()["measure"][name] for name in ("arms", "minimum_effect")}
+        return {"measure": values}
     plan = compared(photos.folder, networks)
     if plan is None:
         print("nothing is measured or tuned; the release will say so")

@@ -141,6 +141,12 @@ def test_wilcoxon_with_six_clusters_cannot_go_below_a_thirtysecond():
     assert stats.wilcoxon([0, 0, 0]) == 1
 
 
+@pytest.mark.parametrize("clusters", [5, 9, 14])
+def test_wilcoxon_is_scipys_with_ties_and_zeros(clusters):
+    values = np.random.default_rng(clusters).integers(-2, 4, clusters) / 8
+    assert stats.wilcoxon(values) == pytest.approx(scipy_stats.wilcoxon(values).pvalue, abs=1e-12)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     st.lists(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,23 @@ from .source import MODEL_FILE, Source, open_source, read_adapter, read_guider
 from .tokens import EMBEDS_FILE, write_tokens
 from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
+BASE = "pipeline folder, or with scfg-toolkit a single-file checkpoint"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 on an error that was explained on stderr."""
-    options = _parser().parse_args(arguments)
+Opener = Callable[[str], Any]
+
+
+def main(arguments: Sequence[str] | None = None, *, opener: Opener | None = None) -> int:
+    """Run one command; 0 on success, 1 on an error that was explained on stderr.
+
+    Args:
+        arguments: of the command line.
+        opener: gives the pipeline of a base that is no folder, such as a single-file checkpoint.
+    """
+    parser = _parser()
+    parser.set_defaults(opener=opener)
+    options = parser.parse_args(arguments)
     try:
         print(json.dumps(options.run(options), indent=2))
     except AdapterError as error:
@@ -57,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, help="file to write; for peft a folder")
     convert.add_argument("--to", choices=("peft", "diffusers", "kohya"), required=True)
     convert.add_argument("--rank", type=int, help="approximate by a plain LoRA of this rank first")
-    convert.add_argument("--base", type=Path, help="pipeline folder; needed with --rank for DoRA, LoHa and LoKr")
+    convert.add_argument("--base", help=f"{BASE}; needed with --rank for DoRA, LoHa and LoKr")
     convert.add_argument("--precision", choices=PRECISIONS, help="of the file; default: as it is")
     convert.set_defaults(run=_convert)
     merge = commands.add_parser("merge", help="into a base (--base) or, without it, several LoRAs into one")
@@ -68,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="folder (U-net; pipeline where text encoders change) or .safetensors",
     )
-    merge.add_argument("--base", type=Path, help="pipeline folder that takes the adapters")
+    merge.add_argument("--base", help=f"{BASE} that takes the adapters")
     merge.add_argument("--rank", type=int, help="without --base: cut the sum to this rank")
     merge.set_defaults(run=_merge)
     extract = commands.add_parser("extract", help="the LoRA nearest to the difference of two U-nets")
-    extract.add_argument("base", type=Path, help="U-net or pipeline folder")
-    extract.add_argument("tuned", type=Path, help="U-net or pipeline folder")
+    extract.add_argument("base", help=f"U-net folder, {BASE}")
+    extract.add_argument("tuned", help=f"U-net folder, {BASE}")
     extract.add_argument("--out", type=Path, required=True)
     extract.add_argument("--rank", type=int, required=True)
     extract.set_defaults(run=_extract)
@@ -115,7 +126,7 @@ def _summary(source: Source) -> dict[str, Any]:
 def _convert(options: argparse.Namespace) -> dict[str, Any]:
     adapter, summary = read_adapter(open_source(options.path)), {"written": str(options.out)}
     if options.rank is not None:
-        models = _models(options.base, adapter) if options.base is not None else None
+        models = _models(options, adapter) if options.base is not None else None
         found = (
             compose.rerank(adapter, options.rank) if models is None else compose.to_lora(adapter, models, options.rank)
         )
@@ -154,9 +165,9 @@ def _merge(options: argparse.Namespace) -> dict[str, Any]:
     parts = {part for adapter, _ in weighted for part in adapter.components}
     models: dict[str, torch.nn.Module]
     if parts == {"unet"}:
-        models, whole = {"unet": _unet(options.base)}, None
+        models, whole = {"unet": _unet(options.base, options.opener)}, None
     else:
-        whole = _pipeline(options.base)
+        whole = _pipeline(options.base, options.opener)
         models = modules_of(whole)
     for adapter, weight in weighted:
         compose.merge(_fitted(adapter, models), models, weight=weight)
@@ -189,29 +200,40 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _extract(options: argparse.Namespace) -> dict[str, Any]:
-    found = compose.extract({"unet": _unet(options.base)}, {"unet": _unet(options.tuned)}, options.rank)
+    base, tuned = ({"unet": _unet(place, options.opener)} for place in (options.base, options.tuned))
+    found = compose.extract(base, tuned, options.rank)
     _write(found.adapter, options.out, "diffusers")
     return {"written": str(options.out), "modules": len(found.adapter.modules), "relative_error": f"{found.error:.4g}"}
 
 
-def _unet(folder: Path) -> torch.nn.Module:
+def _unet(base: str, opener: Opener | None) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
+    if not (folder := Path(base).expanduser()).is_dir():
+        opened: torch.nn.Module = _pipeline(base, opener).unet
+        return opened
     place = folder / "unet" if (folder / "unet").is_dir() else folder
     files.read_header(place / MODEL_FILE)
     unet: torch.nn.Module = UNet2DConditionModel.from_pretrained(place, use_safetensors=True)
     return unet
 
 
-def _models(folder: Path, adapter: keys.Adapter) -> dict[str, torch.nn.Module]:
-    return {"unet": _unet(folder)} if adapter.components == ["unet"] else modules_of(_pipeline(folder))
+def _models(options: argparse.Namespace, adapter: keys.Adapter) -> dict[str, torch.nn.Module]:
+    if adapter.components == ["unet"]:
+        return {"unet": _unet(options.base, options.opener)}
+    return modules_of(_pipeline(options.base, options.opener))
 
 
-def _pipeline(folder: Path) -> Any:
+def _pipeline(base: str, opener: Opener | None) -> Any:
     from diffusers import DiffusionPipeline
 
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        if opener is None:
+            raise FileError(f"{base}: no folder; `scfg-toolkit` reads other bases, such as single-file checkpoints")
+        return opener(base)
     if not (folder / "model_index.json").is_file():
-        raise FileError(f"{folder}: no pipeline (model_index.json) in it; the adapter also changes text encoders")
+        raise FileError(f"{base}: no pipeline (model_index.json) in it; the adapter also changes text encoders")
     return DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
 
 

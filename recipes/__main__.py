@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"{PROGRAM} {metadata.version(PROGRAM)}")
     elif command in TOOLS:
-        return int(import_module("adapters.__main__").main([command, *rest]))
+        return _tool(words)
     elif command == "configs":
         from recipes.common.cli import shipped_configs
 
@@ -66,6 +66,17 @@ def _help() -> str:
         "--processes N runs a recipe in N processes; --launcher FILE takes a config of accelerate instead.",
     ]
     return "\n".join([f"usage: {PROGRAM} COMMAND [--config FILE] [--SETTING VALUE ...]", "", *rows, "", *more])
+
+
+def _tool(words: list[str]) -> int:
+    """Run a tool of `adapters`, with every kind of base that the recipes read."""
+    from adapters import __main__ as tools
+    from recipes.common import cli
+    from recipes.common.base import whole_pipeline
+    from training.errors import exit_on_error
+
+    with exit_on_error(cli.explained):
+        return tools.main(words, opener=whole_pipeline)
 
 
 def _recipe(command: str, words: list[str]) -> int:

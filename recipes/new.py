@@ -36,13 +36,6 @@ ON_POCKET = (
 )
 LORA = {"rank": 16, "targets": "attention+ff"}
 PRESETS: dict[str, dict[str, Any]] = {
-    # As for the demo's subjects: with attention layers alone they did not appear beside others.
-    POCKET: {
-        "resolution": 64,
-        "lora": {"rank": 16, "targets": "conv"},
-        "train": {"steps": 600, "batch_size": 6, "learning_rate": 1e-3, "ema": 0.99},
-        "tune": {"guidance_scales": [1.25, 1.5, 1.75], "weights": [1.0], "scopes": []},
-    },
     "sd": {"resolution": 512, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
     "sd21": {"resolution": 768, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
     "sdxl": {"resolution": 1024, "lora": LORA, "train": {"steps": 800, "batch_size": 1, "learning_rate": 1e-4}},
@@ -111,7 +104,7 @@ def prepare_subject(
     from adapters.files import write_text
 
     shape = base if base == POCKET else _configs(more) or base  # what the base's sizes are read from
-    calls, preset = f"{identifier} {noun}", PRESETS[_family(shape)]
+    calls, preset = f"{identifier} {noun}", _preset(_family(shape))
     prompt = f"a photo of {article(calls)}"
     photos = read_photos(folder, calls=calls, prompt=prompt, minimum=min(256, preset["resolution"]))
     file, config = folder / "subject.json", out / "config.yaml"
@@ -132,7 +125,7 @@ def prepare_subject(
             values[table] = values.get(table, {}) | chosen
     if "measure" in values:
         prompts = tuning(noun, pocket=base == POCKET)
-        values["tune"] = {"prompts": prompts, "seeds": [101, 102], **preset.get("tune", {})}
+        values["tune"] = {"seeds": [101, 102], **preset.get("tune", {}), "prompts": prompts}
     values, asked = given.merged(dreambooth_lora.Settings, values, more) if more else (values, None)
     text = f"# {_command(config)}\n{yaml.safe_dump(values, sort_keys=False)}"
     require(
@@ -219,7 +212,7 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
         "lora": preset["lora"],
         "dreambooth": {"identifier": identifier},
         "objective": {"caption_dropout": 0.1},
-        "train": preset["train"] | {"warmup": 20},
+        "train": {"warmup": 20} | preset["train"],
     }
     if photos.masks:
         values["data"]["masks"] = str(photos.masks)
@@ -234,6 +227,14 @@ def _values(photos: Photos, noun: str, base: str, out: Path, preset: dict[str, A
         values["train"] |= {"precision": "bf16", "gradient_checkpointing": True}
         values["sampling"] = {"precision": "bf16"}
     return values
+
+
+def _preset(family: str) -> dict[str, Any]:
+    """Resolution, adapter, training and tuning; for the pocket base those of the demo."""
+    if family != POCKET:
+        return PRESETS[family]
+    shipped = _shipped()
+    return {"resolution": shipped["data"]["resolution"], **{name: shipped[name] for name in ("lora", "train", "tune")}}
 
 
 def _shipped() -> dict[str, Any]:

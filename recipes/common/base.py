@@ -34,6 +34,7 @@ __all__ = [
     "sampled_as",
     "sampling_pipeline",
     "size_of",
+    "whole_pipeline",
     "without_control",
 ]
 
@@ -252,6 +253,25 @@ def around(parts: Parts, base: BaseSettings) -> Any:
         raise TrainingError(f"base {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     _follow(pipe, base)
     return pipe
+
+
+def whole_pipeline(path: str) -> Any:
+    """A base in float32, on the CPU: "pocket", a folder, a single-file checkpoint or a hub id.
+
+    Args:
+        path: as in `BaseSettings`.
+
+    Raises:
+        TrainingError: it cannot be loaded.
+    """
+    import torch
+
+    try:
+        return _opened(BaseSettings(path=path), torch.float32)
+    except TrainingError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"base {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def _opened(base: BaseSettings, dtype: Any, given: Mapping[str, Any] | None = None) -> Any:

@@ -55,7 +55,6 @@ def test_it_ships_a_verified_folder_and_says_what_to_open(demo) -> None:
         "Adapter: ",
         "Guidance: ",
         "S-CFG",
-        "S-CFG early",
         "prompt accuracy",
         "subject similarity",
         "s in all",
@@ -79,9 +78,9 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    assert drawn == {"cfg", "s-cfg", "cfg-early", "s-cfg-early"}
+    assert drawn == {"cfg", "s-cfg"}
     base = list((out / "class_pictures").rglob("*.png"))
-    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) + len(base) == 5 * 2
+    assert len(rows) == len(list((out / "pictures").rglob("*.png"))) + len(base) == 3 * 2
     asked = {adapters.measuring.sample.read(file)[0].prompt for file in base}
     named = {row["prompt"] for row in rows if row["arm"] == "base"}
     assert asked == {prompt.replace("sks ", "") for prompt in named}
@@ -125,7 +124,7 @@ def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
 
 def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
-    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg", "cfg-early", "s-cfg-early")]
+    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg")]
     adapted = [next(iter(adapters.measuring.sample.shots_in(place))) for place in places]
     assert len({shot.key for shot in adapted}) == 1
     base = list(adapters.measuring.sample.shots_in(out / "class_pictures" / "dog"))
@@ -137,7 +136,7 @@ def test_samples_of_every_arm_ship_the_base_s_too(demo) -> None:
     out, _ = demo
     samples = [adapters.measuring.sample.read(file)[0] for file in sorted((out / "release" / "samples").glob("*.png"))]
     arms = {shot.arm for shot in samples}
-    assert arms == {"base", "CFG", "S-CFG", "CFG early", "S-CFG early"}
+    assert arms == {"base", "CFG", "S-CFG"}
     assert len({shot.prompt for shot in samples if shot.arm == "base"}) == 2
     assert {shot.prompt for shot in samples if shot.arm == "base"} == {s.prompt for s in samples if s.arm == "CFG"}
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import adapters
+from adapters.__main__ import main as adapters_command
 from recipes.common.settings import MeasureSettings, SamplingSettings
 from training import config, dreambooth, loop, memory, models, single_file
 from training.data import crops, images
@@ -116,6 +117,36 @@ def test_a_file_draws_its_folder_s_pictures(folders: dict, files: dict) -> None:
     assert torch.equal(*drawn)
     with pytest.raises(TrainingError, match=r"sampling.scheduler pndm knows no noise schedule without signal"):
         sampling_pipeline(dataclasses.replace(settings, zero_snr=True), SamplingSettings(scheduler="pndm"))
+
+
+def test_the_tools_take_a_file_where_they_take_a_folder(
+    folders: dict, files: dict, pipes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from recipes.__main__ import main
+
+    (tmp_path / "sd1").symlink_to(folders["sd"])  # the configs of a family that is as small as the file
+    (tmp_path / "merges.xz").symlink_to(single_file.BUNDLED / "merges.xz")
+    monkeypatch.setattr(single_file, "BUNDLED", tmp_path)
+    monkeypatch.setattr(single_file, "FAMILIES", {pipes["sd"].unet.config.cross_attention_dim: "sd1"})
+    tuned = UNet2DConditionModel.from_pretrained(folders["sd"], subfolder="unet")
+    with torch.no_grad():
+        tuned.mid_block.attentions[0].transformer_blocks[0].attn2.to_q.weight += 0.01
+    tuned.save_pretrained(tmp_path / "tuned")
+    made: dict[str, list[bytes]] = {"lora": [], "unet": []}
+    for name, base in (("folder", folders["sd"]), ("file", files["sd"])):
+        lora, out = tmp_path / f"{name}.safetensors", tmp_path / name
+        assert main(["extract", str(base), str(tmp_path / "tuned"), "--out", str(lora), "--rank", "1"]) == 0
+        assert main(["merge", f"{lora}=0.5", "--base", str(base), "--out", str(out)]) == 0
+        made["lora"].append(lora.read_bytes())
+        made["unet"].append((out / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert len({*made["lora"]}) == len({*made["unet"]}) == 1
+    assert '"modules": 1' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["merge", str(lora), "--base", str(lora), "--out", str(tmp_path / "none")])
+    said = capsys.readouterr().err
+    assert f"error: base {lora} is an adapter" in said
+    assert adapters_command(["merge", str(lora), "--base", str(files["sd"]), "--out", str(tmp_path / "none")]) == 1
+    assert "`scfg-toolkit` reads other bases" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -30,7 +30,7 @@ Opener = Callable[[str], Any]
 
 
 def main(arguments: Sequence[str] | None = None, *, opener: Opener | None = None) -> int:
-    """Run one command; 0 on success, 1 on an error that was explained on stderr.
+    """Run one command; 0 on success, 2 on an error that was explained on stderr.
 
     Args:
         arguments: of the command line.
@@ -43,13 +43,13 @@ def main(arguments: Sequence[str] | None = None, *, opener: Opener | None = None
         print(json.dumps(options.run(options), indent=2))
     except AdapterError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     except Exception as error:
         line = explain(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

@@ -14,7 +14,7 @@ from .errors import AdapterError
 __all__ = ["BESIDE", "COMPONENTS", "KIND_OF", "Adapter", "Kind", "Module", "Tokens"]
 
 Kind = Literal["lora", "loha", "lokr", "full", "norm"]
-"""full: a whole difference of a layer's weight; norm: the same of a normalisation. Both in LyCORIS' words."""
+"""full: a whole difference of a layer's weight; norm: the same of a normalization. Both in LyCORIS' words."""
 Tokens = Mapping[str, Mapping[str, torch.Tensor]]
 """Learned token -> component -> vectors (n, width)."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

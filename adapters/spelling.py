@@ -148,7 +148,7 @@ def _prefixed(prefix: str, module: Module) -> dict[str, torch.Tensor]:
 
 
 def _old_text_keys(prefix: str, module: Module) -> dict[str, torch.Tensor]:
-    # diffusers' text-encoder reader expects its older spelling and recognises it by this infix; transformers, which it
+    # diffusers' text-encoder reader expects its older spelling and recognizes it by this infix; transformers, which it
     # hands the rest to, wants the magnitude's full parameter name.
     spelling = {
         "lora_A.weight": "lora_linear_layer.down.weight",

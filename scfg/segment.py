@@ -143,7 +143,7 @@ def token_maps(
     query, key, cross_key = projections.query[rows], projections.key[rows], projections.cross_key[rows]
     batch, positions, text = query.shape[0], query.shape[1], cross_key.shape[1]
     explicit = batch * positions * positions <= EXPLICIT_LIMIT
-    if block.joint:  # one softmax over [text | image], split without renormalising
+    if block.joint:  # one softmax over [text | image], split without renormalizing
         key = torch.cat([cross_key, key], dim=1)
         if explicit:
             both = mean_attention(query, key, heads=own.heads, scale=own.scale) + JOINT_EPS

@@ -135,9 +135,9 @@ def snr_weight(
 def error(
     predicted: Tensor, wanted: Tensor, *, kind: str = "mse", huber_c: float = 0.1, mask: Tensor | None = None
 ) -> Tensor:
-    """Error per sample (B,) float32; with `mask` (B, 1, h, w) the mean weighted by it, normalised per sample.
+    """Error per sample (B,) float32; with `mask` (B, 1, h, w) the mean weighted by it, normalized per sample.
 
-    Normalising per sample keeps a sample's loss the same in every batch, so that batches can be split at will.
+    Normalizing per sample keeps a sample's loss the same in every batch, so that batches can be split at will.
 
     Args:
         predicted: (B, C, h, w).

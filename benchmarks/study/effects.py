@@ -3,9 +3,9 @@
 python -m benchmarks.study.effects VARIANT... [--subject bird] [--out runs/effects]
 python -m benchmarks.study.effects --table [--out runs/effects]
 
-A variant is a name of VARIANTS, each one run. What lies in the output folder is not made again. Prompts, seeds and
-sampling are those of `preservation`. The intervals are over prompts: they say how far the pictures of two runs differ,
-not how far two runs of the same settings would.
+A variant is a name of VARIANTS, each one run of 400 steps. What lies in the output folder is not made again. Prompts,
+seeds and sampling are those of `preservation`, at the demo's guidance scale. The intervals are over prompts: they say
+how far the pictures of two runs differ, not how far two runs of the same settings would; for that, see "another seed".
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from training.pocket.captions import PHRASES, article
 
 __all__ = ["main"]
 
-PLAIN, TOGETHER, SCALE = "demo", "two subjects", 4.0
+PLAIN, TOGETHER, SCALE, STEPS = "demo", "two subjects", 1.25, 400
 PAIR = ("bird", "dog")
 TAGS = {"keep": 1, "shuffle": True, "drop": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
+    "another seed": {"train.seed": 1},
     "LoRA+": {"lora.plus_ratio": 16, "train.learning_rate": 2.5e-4},
     "ranks": {"lora.ranks": '{"mid_block": 32, "down_blocks": 8}'},
     # At ten times the optimizer's default rate, as AdamW's 1e-3 is in the demo.
@@ -52,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "max norm": {"lora.max_norm": 1.0},
     "tags": {},
     "tags, dropped": {"data.tags": json.dumps(TAGS)},
-    TOGETHER: {"train.steps": 800},  # as many samples of each subject as in a run of its own
+    TOGETHER: {"train.steps": 2 * STEPS},  # as many samples of each subject as in a run of its own
 }
 AGAINST = {"tags, dropped": "tags", "linear layers, PiSSA": "linear layers"}
 """Variants that have one more change than another one but the demo; the others are compared with the demo."""
@@ -94,7 +95,7 @@ def _folder(out: Path, variant: str, subject: str) -> Path:
 
 def _changes(variant: str, taught: Sequence[str], out: Path) -> dict[str, Any]:
     """Settings of a variant, those among them that name folders."""
-    changes = dict(VARIANTS[variant])
+    changes = {"train.steps": STEPS, **VARIANTS[variant]}
     if variant.startswith("tags"):
         changes["data.source"] = tagged(RECIPES / "subjects" / taught[0], out / "tagged" / taught[0])
     if len(taught) == 2:

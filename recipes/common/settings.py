@@ -241,7 +241,7 @@ class MeasureSettings:
     minimum_effect: float = 0.02
     """Smallest difference worth calling a gain, in units of the primary metric (for an adapter: of `identity`)."""
     identity: str | None = None
-    """The metric for how well the subject is recognised. Default: identity, or else a similarity, if one is measured.
+    """The metric for how well the subject is recognized. Default: identity, or else a similarity, if one is measured.
     Together with `accuracy` it decides the verdict on the adapter."""
     accuracy: str | None = None
     """The metric for how well the prompt is followed. Default: prompt accuracy or alignment (clip)."""

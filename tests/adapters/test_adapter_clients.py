@@ -81,7 +81,7 @@ def original_names() -> Iterator[str]:
 
 
 def original_norms() -> Iterator[str]:
-    """The normalisations beside them."""
+    """The normalizations beside them."""
     layers = list(original_names())
     for name in layers:
         for layer, norm in (("in_layers.2", "in_layers.0"), ("out_layers.3", "out_layers.0"), ("proj_in", "norm")):

@@ -109,12 +109,13 @@ COMMAND = "a command or page of its own, which trains and draws nothing before"
 LIBRARY = "for those who call the library; no recipe does"
 ELSEWHERE: dict[str, dict[str, int]] = {
     COMMAND: {
-        "adapters.__main__": 5,
+        "adapters.__main__": 6,
         "adapters.compose": 6,
         "adapters.measuring.archive": 4,
         "adapters.measuring.tune.recomputed_winner": 3,
         "adapters.measuring.verify": 7,
         "adapters.signing": 4,
+        "recipes.common.base.whole_pipeline": 1,
         "recipes.common.cli": 3,
         "recipes.common.foreign": 4,
         "recipes.common.given": 1,

@@ -118,7 +118,7 @@ def test_huber_is_quadratic_for_small_and_linear_for_large_errors() -> None:
     assert loss(100.0) == pytest.approx(0.2 * 100, rel=1e-2)
 
 
-def test_a_masked_loss_is_normalised_per_sample() -> None:
+def test_a_masked_loss_is_normalized_per_sample() -> None:
     predicted = torch.tensor([[[[1.0, 3.0]]], [[[2.0, 2.0]]]])
     mask = torch.tensor([[[[1.0, 0.0]]], [[[1.0, 1.0]]]])
     losses = objective.error(predicted, torch.zeros_like(predicted), mask=mask)

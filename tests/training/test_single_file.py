@@ -145,7 +145,7 @@ def test_the_tools_take_a_file_where_they_take_a_folder(
         main(["merge", str(lora), "--base", str(lora), "--out", str(tmp_path / "none")])
     said = capsys.readouterr().err
     assert f"error: base {lora} is an adapter" in said
-    assert adapters_command(["merge", str(lora), "--base", str(files["sd"]), "--out", str(tmp_path / "none")]) == 1
+    assert adapters_command(["merge", str(lora), "--base", str(files["sd"]), "--out", str(tmp_path / "none")]) == 2
     assert "`scfg-toolkit` reads other bases" in capsys.readouterr().err
 
 

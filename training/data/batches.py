@@ -297,7 +297,7 @@ def interleave(position: int, share: float) -> tuple[int, int]:
 
 
 def interleaved(position: int, shares: tuple[float, ...]) -> tuple[int, int]:
-    """The same for any number of streams, their shares not normalised."""
+    """The same for any number of streams, their shares not normalized."""
     if len(shares) == 1:
         return 0, position
     last, turn = interleave(position, shares[-1] / sum(shares))

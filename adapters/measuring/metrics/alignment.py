@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..sample import Shot
 from .networks import Clip, TextAlignment
-from .pretrained import Pretrained, batched, normalised
+from .pretrained import Pretrained, batched, normalized
 
 __all__ = ["PickScore", "Siglip"]
 
@@ -37,7 +37,7 @@ class Siglip(Pretrained):
         def encode(batch: Sequence[Image.Image]) -> torch.Tensor:
             small = [image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR) for image in batch]
             rows: torch.Tensor = self._model.vision_model(
-                pixel_values=normalised(small, HALF, HALF).to(self.device)
+                pixel_values=normalized(small, HALF, HALF).to(self.device)
             ).pooler_output
             return rows
 

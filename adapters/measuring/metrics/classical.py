@@ -56,7 +56,7 @@ def ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Multi-scale SSIM (Wang, Simoncelli, Bovik 2003) of two grey images in [0, 1].
 
     Scales are halved by 2x2 means as long as the 11-pixel Gaussian window fits; the published five weights are cut to
-    the scales used and renormalised. Negative contrast-structure terms count as 0.
+    the scales used and renormalized. Negative contrast-structure terms count as 0.
     """
     from skimage.metrics import structural_similarity
 

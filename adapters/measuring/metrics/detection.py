@@ -21,7 +21,7 @@ from ...errors import FileError
 from ...files import MAX_JSON, read_bytes
 from ..sample import Shot
 from .phrases import COLORS, Saying, Thing, said_in
-from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalised
+from .pretrained import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalized
 
 __all__ = ["Box", "Detector", "ObjectAccuracy", "lies", "read_objects"]
 
@@ -92,7 +92,7 @@ class Detector(Pretrained):
         side, size = max(image.size), self._model.config.vision_config.image_size
         square = Image.new("RGB", (side, side), (127, 127, 127))
         square.paste(image)
-        values = normalised([square.resize((size, size), Image.Resampling.BICUBIC)], CLIP_MEAN, CLIP_STD)
+        values = normalized([square.resize((size, size), Image.Resampling.BICUBIC)], CLIP_MEAN, CLIP_STD)
         length = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(
             f"a photo of a {noun}", padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -106,7 +106,7 @@ class Detector(Pretrained):
         """The same by Grounding DINO, whose prompt is small letters with a full stop."""
         scale = min(self.side / min(image.size), 1333 / 800 * self.side / max(image.size))
         small = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BILINEAR)
-        values = normalised([small], IMAGENET_MEAN, IMAGENET_STD).to(self.device)
+        values = normalized([small], IMAGENET_MEAN, IMAGENET_STD).to(self.device)
         tokens = self._tokenizer(f"{noun.lower()}.", return_tensors="pt").to(self.device)
         found = self._model(pixel_values=values, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         words = slice(1, tokens.input_ids.shape[1] - 2)  # without [CLS], the full stop and [SEP]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..sample import Shot
 from .detection import Box, Detector
-from .pretrained import IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalised
+from .pretrained import IMAGENET_MEAN, IMAGENET_STD, Pretrained, normalized
 
 __all__ = ["Depth", "DepthRmse", "Located", "Sam"]
 
@@ -34,9 +34,9 @@ class Sam(Pretrained):
         side = self._model.config.vision_config.image_size
         scale = side / max(image.size)
         width, height = (max(round(length * scale), 1) for length in image.size)
-        values = torch.zeros(1, 3, side, side)  # padded after it was normalised, as SAM was trained
+        values = torch.zeros(1, 3, side, side)  # padded after it was normalized, as SAM was trained
         small = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        values[..., :height, :width] = normalised([small], IMAGENET_MEAN, IMAGENET_STD)
+        values[..., :height, :width] = normalized([small], IMAGENET_MEAN, IMAGENET_STD)
         corners = torch.tensor([[[box.left, box.top, box.right, box.bottom]]]) * scale
         with torch.no_grad():
             found = self._model(pixel_values=values.to(self.device), input_boxes=corners.to(self.device))
@@ -88,7 +88,7 @@ class Depth(Pretrained):
     def __call__(self, image: Image.Image) -> np.ndarray:
         scale = self.side / min(image.size)
         size = [max(round(length * scale / self.step), 1) * self.step for length in image.size]
-        values = normalised([image.convert("RGB").resize(size, Image.Resampling.BICUBIC)], IMAGENET_MEAN, IMAGENET_STD)
+        values = normalized([image.convert("RGB").resize(size, Image.Resampling.BICUBIC)], IMAGENET_MEAN, IMAGENET_STD)
         with torch.no_grad():
             found = self._model(pixel_values=values.to(self.device)).predicted_depth
         full = torch.nn.functional.interpolate(found[None].float(), size=(image.height, image.width), mode="bicubic")

@@ -27,7 +27,7 @@ __all__ = [
     "Pretrained",
     "batched",
     "checked_config",
-    "normalised",
+    "normalized",
     "pixels",
 ]
 
@@ -109,7 +109,7 @@ def _named(name: str) -> Any:
 def pixels(
     images: Sequence[Image.Image], size: int, mean: Sequence[float], std: Sequence[float], *, resize: int | None = None
 ) -> torch.Tensor:
-    """(n, 3, size, size): shorter side to `resize` (default `size`), centre crop, normalised.
+    """(n, 3, size, size): shorter side to `resize` (default `size`), centre crop, normalized.
 
     Done here, with PIL's bicubic resize, because transformers' image processors change with whether torchvision is
     installed.
@@ -117,8 +117,8 @@ def pixels(
     Args:
         images: of any size.
         size: side of the crop in pixels.
-        mean: of the normalisation, a channel each, of values from 0 to 1.
-        std: of the normalisation, a channel each.
+        mean: of the normalization, a channel each, of values from 0 to 1.
+        std: of the normalization, a channel each.
         resize: shorter side in pixels before the crop.
     """
     rows = []
@@ -128,10 +128,10 @@ def pixels(
         left, top = (width - size) // 2, (height - size) // 2
         small = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         rows.append(small.crop((left, top, left + size, top + size)))
-    return normalised(rows, mean, std)
+    return normalized(rows, mean, std)
 
 
-def normalised(images: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalized(images: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """(n, 3, H, W) of pictures of one size.
 
     Args:

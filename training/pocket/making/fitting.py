@@ -105,7 +105,7 @@ class MuonAdamW(torch.optim.Optimizer):
         adam_ratio: AdamW's rate over Muon's.
         weight_decay: of the Muon part.
         keep_norm: put every weight of the Muon part back to the norm it began with after its step, so that a rate is an
-            angle and no path grows over the others (the forced normalisation of Karras et al. 2024, EDM2).
+            angle and no path grows over the others (the forced normalization of Karras et al. 2024, EDM2).
     """
 
     def __init__(

@@ -2,9 +2,11 @@
 
 python -m benchmarks.study.shipped [SUBJECT...] [--out runs/shipped]
 python -m benchmarks.study.shipped --table [--out runs/shipped | benchmarks/study/results/shipped.csv.gz]
+python -m benchmarks.study.shipped --ceiling
 
 Without a subject all sixteen run, one after the other. A subject whose release is there is not run again. The table has
-means over the subjects, and 95 % intervals over those that were not used to choose the training's settings.
+means over the subjects, and 95 % intervals over those that were not used to choose the training's settings. The
+ceiling is what the judge sees in the subjects' own pictures after the base's VAE: no adapter can draw them better.
 """
 
 from __future__ import annotations
@@ -19,16 +21,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
 
 import adapters
+from adapters.files import read_object
 from adapters.measuring import stats
+from adapters.scope import without_identifier
 from recipes import demo, dreambooth_lora
 from recipes.common.cli import explained, quiet
 from training.errors import TrainingError, exit_on_error
-from training.pocket.subjects import SUBJECTS
+from training.pocket import base_path, judge
+from training.pocket.judging import to_pixels
+from training.pocket.subjects import IDENTIFIER, SUBJECTS
 
 __all__ = ["main"]
 
+RECIPES = Path(demo.__file__).parent
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
 BASE = "base"
 ARMS = (BASE, "CFG", "S-CFG", "CFG early", "S-CFG early", "S-CFG scoped")  # the last one in earlier results only
@@ -52,8 +62,12 @@ def main() -> None:
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
+    parser.add_argument("--ceiling", action="store_true", help="judge the subjects' own pictures, and run nothing")
     options = parser.parse_args()
     quiet()
+    if options.ceiling:
+        print("\n".join(ceiling()))
+        return
     if not options.table:
         for subject in options.subjects or SUBJECTS:
             run(subject, options.out)
@@ -85,6 +99,26 @@ def collect(out: Path) -> list[Row]:
     with adapters.files.write_file(out / "shipped.csv.gz") as part:
         part.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     return rows
+
+
+def ceiling() -> list[str]:
+    """A line a subject: prompt accuracy of its own pictures, and how often its class is seen; as they are, decoded."""
+    vae = AutoencoderKL.from_pretrained(base_path(), subfolder="vae", use_safetensors=True)
+    lines = ["| subject (accuracy / class seen) | its pictures | after the VAE |", "|---|---|---|"]
+    for subject in SUBJECTS:
+        folder = RECIPES / "subjects" / subject
+        noun = read_object(folder / "subject.json")["class"]
+        files = sorted(folder.glob("[0-9].webp"))
+        said = [without_identifier(file.with_suffix(".txt").read_text("utf-8").strip(), IDENTIFIER) for file in files]
+        pictures = to_pixels([Image.open(file) for file in files])
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+        cells = []
+        for shown in (pictures, decoded):
+            accuracy = np.mean([score.mean for score in judge().scores(shown, said)])
+            cells.append(f"{accuracy:.2f} / {np.mean([noun in seen.objects for seen in judge().look(shown)]):.2f}")
+        lines.append(f"| {subject} | {' | '.join(cells)} |")
+    return lines
 
 
 def _kept(file: Path) -> list[Row]:

@@ -39,7 +39,7 @@ PAIR = ("bird", "dog")
 TAGS = {"keep": 1, "shuffle": True, "drop": 0.3}
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    "another seed": {"train.seed": 1},
+    "another seed": {"train.seed": 1, "dreambooth.class_folder": None},
     "LoRA+": {"lora.plus_ratio": 16, "train.learning_rate": 2.5e-4},
     "ranks": {"lora.ranks": '{"mid_block": 32, "down_blocks": 8}'},
     # At ten times the optimizer's default rate, as AdamW's 1e-3 is in the demo.

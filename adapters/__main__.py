@@ -22,7 +22,7 @@ from .source import MODEL_FILE, Source, open_source, read_adapter, read_guider
 from .tokens import EMBEDS_FILE, write_tokens
 from .writing import LORA_FILE, write_diffusers, write_kohya, write_peft
 
-BASE = "pipeline folder, or with scfg-toolkit a single-file checkpoint"
+BASE = "pipeline folder, or with scfg-toolkit also a single-file checkpoint or pocket"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -126,7 +126,7 @@ def sampling_pipeline(base: BaseSettings, sampling: SamplingSettings, *, control
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[_loaded_in(sampling)]
     half = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    try:
+    with _loading(f"base {base.path}" + (f" with ControlNet {controlnet}" if controlnet else "")):
         pipe = _opened(base, dtype)
         require(
             not (controlnet and paints_holes(pipe)),
@@ -144,11 +144,6 @@ def sampling_pipeline(base: BaseSettings, sampling: SamplingSettings, *, control
         if paints_holes(pipe) and "mask_image" not in signature(pipe.__call__).parameters:
             pipe = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
         _follow(pipe, base)
-    except TrainingError:
-        raise
-    except (OSError, ValueError) as error:
-        what = f"base {base.path}" + (f" with ControlNet {controlnet}" if controlnet else "")
-        raise TrainingError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     sampled_as(pipe, base, sampling)
     pipe.set_progress_bar_config(disable=True)
     if state().device.type == "cpu":  # convolutions then read their inputs as they lie: a sixth less time
@@ -212,11 +207,8 @@ def edges_of(controlnet: str) -> Any:
     from training.text import read_text
 
     place = controlnet_folder(controlnet)
-    try:
+    with _loading(f"controlnet {controlnet}"):
         config = diffusers.ControlNetModel.load_config(place)
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise TrainingError(f"controlnet {controlnet} cannot be loaded: {said}") from error
     if KEY not in config and (file := Path(place) / "settings.yaml").is_file():
         try:
             trained = yaml.safe_load(read_text(file))
@@ -247,10 +239,8 @@ def around(parts: Parts, base: BaseSettings) -> Any:
     given: dict[str, Any] = {"unet": parts.unet, "vae": parts.vae}
     for number, name in enumerate(("", "_2")[: len(parts.text_encoders)]):
         given |= {f"text_encoder{name}": parts.text_encoders[number], f"tokenizer{name}": parts.tokenizers[number]}
-    try:
+    with _loading(f"base {base.path}"):
         pipe = _opened(base, torch.float32, given)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"base {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     _follow(pipe, base)
     return pipe
 
@@ -266,12 +256,19 @@ def whole_pipeline(path: str) -> Any:
     """
     import torch
 
-    try:
+    with _loading(f"base {path}"):
         return _opened(BaseSettings(path=path), torch.float32)
-    except TrainingError:
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """What diffusers raises of files that are missing or no model becomes one line that says whose they are."""
+    try:
+        yield
+    except TrainingError:  # a ValueError too, and says it already
         raise
     except (OSError, ValueError) as error:
-        raise TrainingError(f"base {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise TrainingError(f"{what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def _opened(base: BaseSettings, dtype: Any, given: Mapping[str, Any] | None = None) -> Any:
@@ -301,15 +298,11 @@ def pipeline_arguments(base: BaseSettings, *, controlnet: str | None = None) -> 
     """The class of a base's pipeline and what it takes when it is called; no weights are read."""
     import diffusers
 
-    try:
+    with _loading(f"base {base.path}"):
         file = _single_file(base)
         index = (
             file.index if file else diffusers.DiffusionPipeline.load_config(base_folder(base), revision=base.revision)
         )
-    except TrainingError:
-        raise
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"base {base.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     name = str(index.get("_class_name"))
     if controlnet:
         name = name.replace("Pipeline", "ControlNetPipeline")

@@ -99,7 +99,7 @@ LATE: dict[str, dict[str, int]] = {
         "adapters.scope._Scoped": 1,  # trial; no pipeline of a base that trains guides so
         "adapters.scope._share": 2,  # comparison.check_scope
         "adapters.scope.scoped": 1,
-        "recipes.common.base.sampling_pipeline": 3,  # training.load_for_training
+        "recipes.common.base.sampling_pipeline": 2,  # training.load_for_training
         "recipes.common.draw.trial": 1,
         "scfg.visualize": 3,  # the report asks only where there is something to show
     },
@@ -115,7 +115,6 @@ ELSEWHERE: dict[str, dict[str, int]] = {
         "adapters.measuring.tune.recomputed_winner": 3,
         "adapters.measuring.verify": 7,
         "adapters.signing": 4,
-        "recipes.common.base.whole_pipeline": 1,
         "recipes.common.cli": 3,
         "recipes.common.foreign": 4,
         "recipes.common.given": 1,

@@ -154,7 +154,7 @@ def test_class_images_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch)
 def test_what_class_images_take_is_what_drawing_them_takes(
     dtype: torch.dtype, batch: int, models: Path, tmp_path: Path
 ) -> None:
-    from training import dreambooth
+    from training import class_images
     from training.models import load_parts
 
     parts, resolution = load_parts(models / "sd15"), 64
@@ -166,7 +166,7 @@ def test_what_class_images_take_is_what_drawing_them_takes(
     known = [one for network in networks for one in (*network.parameters(), *network.buffers())]
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     with memory.Peak(known) as seen:
-        dreambooth.class_images(
+        class_images.class_images(
             parts, ["a dog"], batch, tmp_path, resolution=resolution, steps=1, batch_size=batch, precision=precision
         )
     copies = 0 if dtype == torch.float32 else weights

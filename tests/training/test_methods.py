@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters.edges import Canny
-from training import config, controlnet, dreambooth, loop, lora, models, prepare
+from training import class_images, config, controlnet, dreambooth, loop, lora, models, prepare
 from training.data import crops, images
 from training.errors import TrainingError
 from training.estimate import Estimate
@@ -255,12 +255,12 @@ def test_class_images_are_drawn_in_the_precision_asked_for_and_the_base_is_as_it
     seen: set[torch.dtype] = set()
     handle = parts.unet.register_forward_pre_hook(lambda net, _: seen.add(net.dtype))
     plain = {"resolution": 32, "steps": 1, "batch_size": 2}
-    dreambooth.class_images(parts, ["dog"], 2, tmp_path / "fp32", **plain)
+    class_images.class_images(parts, ["dog"], 2, tmp_path / "fp32", **plain)
     assert seen == {torch.float32}
     seen.clear()
     known = [one for network in networks for one in (*network.parameters(), *network.buffers())]
     with Peak(known) as count:
-        dreambooth.class_images(parts, ["dog"], 2, tmp_path / "bf16", **plain, precision="bf16")
+        class_images.class_images(parts, ["dog"], 2, tmp_path / "bf16", **plain, precision="bf16")
         gc.collect()
     handle.remove()
     assert seen == {torch.bfloat16}
@@ -278,15 +278,15 @@ def test_class_images_are_drawn_in_the_precision_asked_for_and_the_base_is_as_it
 def test_batch_and_precision_matter_only_to_class_images_that_are_still_to_be_drawn(base: Path, tmp_path: Path) -> None:
     parts, folder = models.load_parts(base), tmp_path / "class"
     plain = {"resolution": 32, "steps": 1}
-    dreambooth.class_images(parts, ["dog"], 3, folder, **plain, batch_size=2)
+    class_images.class_images(parts, ["dog"], 3, folder, **plain, batch_size=2)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    dreambooth.class_images(parts, ["dog"], 3, folder, **plain, batch_size=1, precision="bf16")
+    class_images.class_images(parts, ["dog"], 3, folder, **plain, batch_size=1, precision="bf16")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(TrainingError, match=r"settings \(precision: fp32 -> bf16; batch_size: 2 -> 1\); delete"):
-        dreambooth.class_images(parts, ["dog"], 4, folder, **plain, batch_size=1, precision="bf16")
+        class_images.class_images(parts, ["dog"], 4, folder, **plain, batch_size=1, precision="bf16")
     (folder / "manifest.json").write_text(json.dumps(json.loads(before["manifest.json"]) | {"precision": "fp7"}))
     with pytest.raises(TrainingError, match=r"settings \(precision: fp7 -> fp32\); delete"):
-        dreambooth.class_images(parts, ["dog"], 3, folder, **plain, batch_size=2)
+        class_images.class_images(parts, ["dog"], 3, folder, **plain, batch_size=2)
 
 
 def test_fewer_class_images_than_there_are_are_used(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from adapters import text
 from adapters.text import TextRule
 from recipes.common.base import load_base, sampling_pipeline
 from recipes.common.settings import SamplingSettings
-from training import config, dreambooth, loop, lora, models
+from training import class_images, config, loop, lora, models
 from training.config import BaseSettings
 from training.data import cache, crops, images
 from training.errors import TrainingError
@@ -108,7 +108,7 @@ def test_a_text_encoder_trains_through_its_chunks(layered: dict, pictures: Path,
 def test_class_images_of_another_rule_are_refused(layered: dict, tmp_path: Path) -> None:
     def drawn(**rule: int) -> None:
         parts = load_base(BaseSettings(path=str(layered["sd"]), **rule))
-        dreambooth.class_images(parts, ["a dog"], 2, tmp_path, resolution=32, steps=1, batch_size=2)
+        class_images.class_images(parts, ["a dog"], 2, tmp_path, resolution=32, steps=1, batch_size=2)
 
     drawn(clip_skip=2)
     drawn(clip_skip=2)

@@ -22,6 +22,10 @@ __all__ = ["Both", "Whole", "with_layers"]
 class Both(Protocol):
     """The adapted network and the base's, as one."""
 
+    @property
+    def base(self) -> torch.nn.Module:
+        """The network that computes the base's prediction."""
+
     def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
         """The adapted prediction; the first `rows` of the batch take `share` of the change, None: all of it."""
 
@@ -95,6 +99,10 @@ class _Beside:
         self.whole: dict[torch.nn.Parameter, Tensor] = {}
         self.rows, self.share = 0, None  # type: int, float | None
         self.kept: dict[BaseTunerLayer, Tensor] = {}
+
+    @property
+    def base(self) -> torch.nn.Module:
+        return self.unet
 
     @property
     def taken(self) -> bool:

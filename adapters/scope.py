@@ -26,7 +26,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -48,12 +48,12 @@ class Call:
     """One U-net call under guidance, as a `Where` is told of it.
 
     Attributes:
-        unet: the network that is about to run, adapted.
+        unet: the network that is about to run, as the base has it.
         sample: its input, (2 B, C, h, w): the unconditional half, then the conditional one.
         timestep: the scheduler's t.
-        context: the text it attends to, (2 B, T, D).
+        context: the text it attends to, (2 B, T, D): what the base is asked.
         images: B.
-        prompts: of the images, repeated where a prompt has several; None: the pipeline was given embeddings.
+        prompts: the same as texts, repeated where a prompt has several images; None: the pipeline was given embeddings.
     """
 
     unet: torch.nn.Module
@@ -65,7 +65,7 @@ class Call:
 
 
 class Where(Protocol):
-    """Finds the subject: entered around the adapted U-net's forward, after which what it gave returns the map.
+    """Finds the place of the subject: entered around the base's forward, after which what it gave returns the map.
 
     The map is (B, 1, h, w) in [0, 1] at the latents' size: 1 where the adapter's prediction is taken.
     """
@@ -88,6 +88,14 @@ class Subject:
 
     identifier: str
     noun: str
+
+    def to_config(self, stop: float) -> dict[str, Any]:
+        """What a file keeps of a place. An earlier version, which looked for it in the adapted network, said `noun`.
+
+        Args:
+            stop: the scope's `where_stop`.
+        """
+        return {"identifier": self.identifier, "class": self.noun, "stop": stop}
 
 
 def renamed(prompt: str, names: Mapping[str, str]) -> str:
@@ -132,7 +140,8 @@ class Scope:
             decide what stands where, so that less of the adapter there leaves the rest of the prompt to the base.
             Values as for `uncond_weight`, with which it does not combine.
         early_stop: fraction of the sampling steps until which `early_weight` counts.
-        where: gives a map of the subject in each image; outside of it the base's prediction is taken.
+        where: gives a map of the subject's place in each image; outside of it the base's prediction is taken. It
+            watches the base, which knows how its class stands beside other objects.
         where_stop: fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere. The
             first steps decide what stands where, the others may then draw the picture in one piece.
         elsewhere: from a prompt to what the base is asked outside of `where`, such as the prompt with the class's name
@@ -177,7 +186,7 @@ class Scope:
 
     @classmethod
     def of_subject(cls, place: Place, subject: Subject, **fields: Any) -> Scope:
-        """A scope whose `where` is the place of the subject's words; outside it the base is asked for the class.
+        """A scope whose `where` is the place of the class; outside it the base is asked for the class.
 
         Args:
             place: such as `functools.partial(scfg.place_of, pipe)`.
@@ -185,7 +194,7 @@ class Scope:
             **fields: the other fields.
         """
         return cls(
-            where=place(f"{subject.identifier} {subject.noun}"),
+            where=place(subject.noun),
             elsewhere=functools.partial(without_identifier, identifier=subject.identifier),
             subject=subject,
             **fields,
@@ -204,7 +213,7 @@ class Scope:
             return config
         if self.subject is None:
             raise AdapterError("scope: your own `where` cannot be written to a file; make it with Scope.of_subject")
-        return config | {"where": {**asdict(self.subject), "stop": self.where_stop}}
+        return config | {"where": self.subject.to_config(self.where_stop)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], place: Place | None = None) -> Scope:
@@ -220,7 +229,7 @@ class Scope:
         values = dict(config)
         where = values.pop("where", None)
         known = {"uncond_weight", "early_weight", "early_stop", "start", "stop"}
-        texts = {"identifier", "noun"}
+        texts = {"identifier", "class"}
         understood = values.pop("format", None) == FORMAT and set(values) <= known
         if where is not None:
             understood &= isinstance(where, dict) and set(where) == texts | {"stop"}
@@ -228,17 +237,18 @@ class Scope:
         if not understood:
             raise AdapterError(
                 f"scope {str(config)[:200]}: this version knows format {FORMAT} with {', '.join(sorted(known))} and "
-                "where; update the toolkit, or remove the scope from the file to sample without it"
+                "where (identifier, class, stop); update the toolkit, or remove the scope from the file to sample "
+                "without it"
             )
         try:
             if where is None:
                 return cls(**values)
             if place is None:
                 raise AdapterError(
-                    f"scope: this adapter acts in the place of {where['identifier']} {where['noun']} only; pass "
+                    f"scope: this adapter acts in the place of {where['identifier']} {where['class']} only; pass "
                     "place=scfg.place_of to adapters.load, or scope=adapters.Scope() to let it act everywhere"
                 )
-            subject = Subject(identifier=where["identifier"], noun=where["noun"])
+            subject = Subject(identifier=where["identifier"], noun=where["class"])
             return cls.of_subject(place, subject, where_stop=where["stop"], **values)
         except TypeError as error:
             raise AdapterError(f"scope {str(config)[:200]}: {error}") from error
@@ -285,7 +295,7 @@ def scoped(
             network = Whole(tuned=unet.forward, base=base)
         texts = undo.enter_context(_heard(pipe, scope.elsewhere)) if scope.where else _Texts()
         own = unet.__dict__.get("forward")
-        unet.forward = _Scoped(pipe, scope, unet, network, share, early, texts)  # type: ignore[method-assign]
+        unet.forward = _Scoped(pipe, scope, network, share, early, texts)  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -312,13 +322,12 @@ class _Scoped:
         self,
         pipe: DiffusionPipeline,
         scope: Scope,
-        unet: torch.nn.Module,
         network: Both,
         share: float | None,
         early: float | None,
         texts: _Texts,
     ) -> None:
-        self.pipe, self.scope, self.unet, self.network, self.texts = pipe, scope, unet, network, texts
+        self.pipe, self.scope, self.network, self.texts = pipe, scope, network, texts
         self.share, self.early = share, early
 
     def __call__(
@@ -340,19 +349,19 @@ class _Scoped:
         shared = (rows, self.share) if early is None else (2 * rows, early)
         if self.scope.where is None or fraction >= self.scope.where_stop:
             return self.network.adapted(*shared, *given, **kwargs)
+        adapted = self.network.adapted(*shared, *given, **kwargs)  # first, for it is what a guidance watches
+        context, kwargs = _elsewhere(self.texts, encoder_hidden_states, kwargs)
         call = Call(
-            unet=self.unet,
+            unet=self.network.base,
             sample=sample,
             timestep=timestep,
-            context=encoder_hidden_states,
+            context=context,
             images=rows,
             prompts=self.texts.repeated(rows),
         )
         with self.scope.where(call) as found:
-            adapted = self.network.adapted(*shared, *given, **kwargs)
-            place = found().to(adapted[0])
-        context, kwargs = _elsewhere(self.texts, encoder_hidden_states, kwargs)
-        plain = self.network.plain(sample, timestep, context, *args, **kwargs)[0]
+            plain = self.network.plain(sample, timestep, context, *args, **kwargs)[0]
+            place = found().to(plain)
         mixed = torch.lerp(plain, adapted[0], torch.cat([place, place]))
         return (mixed, *adapted[1:]) if isinstance(adapted, tuple) else type(adapted)(sample=mixed)
 
@@ -372,8 +381,8 @@ class _Texts:
     """What a pipeline was last told, and the same as the base is asked it.
 
     Attributes:
-        prompts: as given; None: embeddings were given.
-        embeds: (B, T, D) of what the base is asked; None: the same as the adapted network.
+        prompts: what the base is asked; None: embeddings were given.
+        embeds: (B, T, D) of the same; None: it is what the adapted network is asked.
         pooled: (B, P) of SDXL.
     """
 
@@ -403,6 +412,7 @@ def _heard(pipe: DiffusionPipeline, elsewhere: Callable[[str], str] | None) -> I
         texts.prompts = [prompt] if isinstance(prompt, str) else prompt
         texts.embeds = texts.pooled = None
         if elsewhere is not None and prompt is not None and bound.arguments.get("prompt_embeds") is None:
+            texts.prompts = [elsewhere(one) for one in texts.prompts or ()]
             for name in ("prompt", "prompt_2"):
                 if (given := bound.arguments.get(name)) is not None:
                     bound.arguments[name] = _asked(given, elsewhere)

@@ -33,11 +33,11 @@ from .text import read_text
 
 __all__ = [
     "MANIFEST",
+    "base_drawing",
     "check_class_images",
     "class_images",
     "class_prompts",
     "class_views",
-    "drawing",
     "manifest_precision",
 ]
 
@@ -199,13 +199,13 @@ def class_images(
     if mine := batches[ranks.process_index :: ranks.num_processes]:
         say = print if ranks.is_main_process else _silent
         say(f"drawing class images: {len(missing)} of {count} are missing or damaged in {folder}")
-        with drawing(parts, wanted.get("precision", "fp32")):
+        with base_drawing(parts, wanted.get("precision", "fp32")):
             _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
     ranks.wait_for_everyone()
 
 
 @contextlib.contextmanager
-def drawing(parts: Parts, precision: str) -> Iterator[None]:
+def base_drawing(parts: Parts, precision: str) -> Iterator[None]:
     """Within the context the base is on the device, in this precision; afterwards it is where and as it was.
 
     So a GPU that cannot hold it beside what trains is free again, and training begins with the weights as loaded.

@@ -13,7 +13,7 @@ from adapters.files import write_json, write_tensors
 from adapters.scope import renamed
 
 from . import company, single_file
-from .class_images import check_class_images, class_prompts, class_views, drawing, manifest_precision
+from .class_images import base_drawing, check_class_images, class_prompts, class_views, manifest_precision
 from .config import DreamBoothSettings, ObjectiveSettings
 from .data.crops import Views
 from .errors import TrainingError
@@ -167,7 +167,7 @@ def prior(
     placed = None
     if settings.company:
         assert settings.identifier is not None
-        with drawing(parts, manifest_precision(Path(settings.class_folder or folder))):
+        with base_drawing(parts, manifest_precision(Path(settings.class_folder or folder))):
             lines = class_prompts(settings, "{}")
             placed = company.placed(parts, data, views, lines, identifier=settings.identifier)
         own = placed.renamed(rename)  # the same picture under both captions shows what the identifier is

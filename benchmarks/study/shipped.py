@@ -2,10 +2,12 @@
 
 python -m benchmarks.study.shipped [SUBJECT...] [--out runs/shipped]
 python -m benchmarks.study.shipped --table [--out runs/shipped | benchmarks/study/results/shipped.csv.gz]
+python -m benchmarks.study.shipped --placed [SUBJECT...] [--out runs/shipped]
 python -m benchmarks.study.shipped --ceiling
 
 Without a subject all sixteen run, one after the other. A subject whose release is there is not run again. The table has
-means over the subjects, and 95 % intervals over those that were not used to choose the training's settings. The
+means over the subjects, and 95 % intervals over those that were not used to choose the training's settings. `--placed`
+measures the LoRAs that are there in the scope of their place, beside controls, into `placed` in the folder of each. The
 ceiling is what the judge sees in the subjects' own pictures after the base's VAE: no adapter can draw them better.
 """
 
@@ -19,6 +21,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +32,9 @@ import adapters
 from adapters.files import read_object
 from adapters.measuring import stats
 from adapters.scope import without_identifier
-from recipes import demo, dreambooth_lora
+from recipes import demo, dreambooth_lora, measure
 from recipes.common.cli import explained, quiet
+from training.command_line import parse
 from training.errors import TrainingError, exit_on_error
 from training.pocket import base_path, judge
 from training.pocket.judging import to_pixels
@@ -41,9 +45,13 @@ __all__ = ["main"]
 RECIPES = Path(demo.__file__).parent
 CHOSEN_ON = ("dog", "bird", "teapot", "butterfly")
 BASE = "base"
-ARMS = (BASE, "CFG", "S-CFG", "CFG early", "S-CFG early", "S-CFG scoped")  # the last one in earlier results only
+# Those from "CFG early" to "S-CFG scoped" in earlier results only.
+ARMS = (BASE, "CFG", "S-CFG", "CFG early", "S-CFG early", "S-CFG scoped", "CFG placed", "S-CFG placed")
+CONTROLS = ("S-CFG evenly", "S-CFG elsewhere")
 CONTRASTS = (
     ("CFG", BASE),
+    ("CFG placed", BASE),
+    ("S-CFG placed", BASE),
     ("CFG early", BASE),
     ("S-CFG early", BASE),
     ("S-CFG scoped", BASE),
@@ -51,7 +59,14 @@ CONTRASTS = (
     ("CFG early", "CFG"),
     ("S-CFG early", "CFG early"),
     ("S-CFG scoped", "CFG"),
+    ("CFG placed", "CFG"),
+    ("S-CFG placed", "CFG"),
+    ("S-CFG placed", "S-CFG"),
+    ("S-CFG placed", "CFG placed"),
+    ("S-CFG placed", "S-CFG evenly"),
+    ("S-CFG placed", "S-CFG elsewhere"),
 )
+WHERE = {"placed": "subject", "evenly": "uniform", "elsewhere": "elsewhere"}
 MEASURED = ("identity", "prompt accuracy", "rest accuracy")
 COLUMNS = ("subject", "arm", "prompt", "seed", *MEASURED)
 Row = dict[str, str]
@@ -62,6 +77,7 @@ def main() -> None:
     parser.add_argument("subjects", nargs="*", metavar="SUBJECT", help=", ".join(SUBJECTS))
     parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
     parser.add_argument("--table", action="store_true", help="print the table, and run nothing")
+    parser.add_argument("--placed", action="store_true", help="measure the LoRAs that are there, within scopes")
     parser.add_argument("--ceiling", action="store_true", help="judge the subjects' own pictures, and run nothing")
     options = parser.parse_args()
     quiet()
@@ -70,8 +86,9 @@ def main() -> None:
         return
     if not options.table:
         for subject in options.subjects or SUBJECTS:
-            run(subject, options.out)
-    rows = _kept(options.out) if options.out.suffix == ".gz" else collect(options.out)
+            (place if options.placed else run)(subject, options.out)
+    placed = "placed" if options.placed else ""
+    rows = _kept(options.out) if options.out.suffix == ".gz" else collect(options.out, placed)
     print("\n".join(table(rows)))
 
 
@@ -83,11 +100,38 @@ def run(subject: str, out: Path) -> None:
     dreambooth_lora.run(demo.settings_of(subject, out / subject, {"measure.metrics": json.dumps(MEASURED)}))
 
 
-def collect(out: Path) -> list[Row]:
-    """The measured pictures of all subjects, which are also written to `out/shipped.csv.gz`."""
+def place(subject: str, out: Path) -> None:
+    """The subject's LoRA everywhere, in its place and in the controls' places, with the demo's scales."""
+    if (out / subject / "placed" / "measured").is_dir():
+        return
+    print(f"{subject} {time.strftime('%H:%M')}", flush=True)
+    arms: dict[str, Any] = {}
+    for name in (*ARMS, *CONTROLS):
+        method, _, where = name.partition(" ")
+        if method == BASE or where not in ("", *WHERE):
+            continue
+        arms[name] = {"method": "cfg", "guidance_scale": 1.25} if method == "CFG" else {"guidance_scale": 1.75}
+        if where:
+            arms[name]["scope"] = {"where": WHERE[where], "where_stop": 0.3}
+    words = [
+        f"--config={RECIPES / 'configs' / 'measure' / 'pocket_subject.yaml'}",
+        f"--adapter={out / subject / 'lora'}",
+    ]
+    words += [f"--measure.subjects=[{RECIPES / 'subjects' / subject}]", f"--measure.arms={json.dumps(arms)}"]
+    words += [f"--measure.metrics={json.dumps(MEASURED)}", f"--out={out / subject / 'placed'}"]
+    measure.run(parse(measure.Settings, words))
+
+
+def collect(out: Path, folder: str = "") -> list[Row]:
+    """The measured pictures of all subjects, which are also written to one file in `out`.
+
+    Args:
+        out: a folder for each subject.
+        folder: in the subject's, where they were measured.
+    """
     rows: list[Row] = []
     for subject in SUBJECTS:
-        file = out / subject / "measured" / "per_image.csv"
+        file = out / subject / folder / "measured" / "per_image.csv"
         if file.is_file():
             rows += list(csv.DictReader(file.read_text("utf-8").splitlines()))
     if not rows:
@@ -96,7 +140,7 @@ def collect(out: Path) -> list[Row]:
     written = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     written.writeheader()
     written.writerows(rows)
-    with adapters.files.write_file(out / "shipped.csv.gz") as part:
+    with adapters.files.write_file(out / f"{folder or 'shipped'}.csv.gz") as part:
         part.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
     return rows
 
@@ -130,7 +174,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
     Then come means and differences.
     """
-    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    arms = [arm for arm in (*ARMS, *CONTROLS) if any(row["arm"] == arm for row in rows)]
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     lines = [
         "| subject (accuracy / of the rest / identity / in company) | " + " | ".join(arms) + " |",

@@ -359,12 +359,12 @@ def check_scope(
         return
     for case in units:
         require(bool(case.identifier), f"{flag}.where {scope.where}: no subject is given; set measure.subjects")
-        words = _words(case.calls)
+        words = _words(case.noun)
         for prompt in case.prompts:
             require(
                 bool(words & _words(prompt)),
-                f"{flag}.where {scope.where}: none of the words {case.calls!r} is in the prompt {prompt!r}, so its "
-                "place cannot be found",
+                f"{flag}.where {scope.where}: the class {case.noun!r} is not in the prompt {prompt!r}, so its place "
+                "cannot be found",
             )
 
 

@@ -69,6 +69,7 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
     """
     import adapters
     import scfg
+    from adapters.scope import Subject
 
     config = scfg.to_config(
         guidance_of(settings), guidance_scale=settings.guidance_scale, guidance_rescale=settings.rescale or 0.0
@@ -81,7 +82,7 @@ def guider_of(settings: GuidanceSettings, identifier: str = "", noun: str = "") 
         f"scope.where: {scope.where} is a control of a comparison and does not ship; set subject or null",
     )
     require(scope.where is None or bool(identifier), "scope.where: subject: no subject is given; set measure.subjects")
-    where = {"identifier": identifier, "noun": noun, "stop": scope.where_stop}
+    where = Subject(identifier=identifier, noun=noun).to_config(scope.where_stop)
     reach = adapters.Scope(**scope.steps()).to_config()
     return config | {"scope": reach if scope.where is None else reach | {"where": where}}
 

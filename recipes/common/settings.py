@@ -40,9 +40,9 @@ class ScopeSettings:
     stop: float = 1.0
     """Fraction of the sampling steps at which it is switched off again."""
     where: Literal["subject", "uniform", "elsewhere"] | None = None
-    """Where the adapter acts. subject: only where the U-net attends to the subject's words, which doubles the U-net's
-    work. Two controls: uniform acts everywhere but weaker, by the subject's share of the picture; elsewhere acts in a
-    wrong place of the same shape. null: everywhere."""
+    """Where the adapter acts. subject: only where the base, asked for the class instead of the subject, attends to the
+    class, which doubles the U-net's work. Two controls: uniform acts everywhere but weaker, by the class's share of the
+    picture; elsewhere acts in a wrong place of the same shape. null: everywhere."""
     where_stop: float = 1.0
     """Fraction of the sampling steps at which `where` ends; from then on the adapter acts everywhere."""
 

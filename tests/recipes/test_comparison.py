@@ -541,7 +541,7 @@ def test_a_scope_ships_with_the_guider_where_a_file_can_say_it() -> None:
     assert guider_of(late)["scope"] == {"format": 1, "uncond_weight": 0.0, "start": 0.2, "stop": 1.0}
     placed = GuidanceSettings(method="cfg", scope=ScopeSettings(where="subject", where_stop=0.3))
     shipped = guider_of(placed, "sks", "dog")["scope"]
-    assert shipped["where"] == {"identifier": "sks", "noun": "dog", "stop": 0.3}
+    assert shipped["where"] == {"identifier": "sks", "class": "dog", "stop": 0.3}
     assert Scope.from_config(shipped, lambda words: lambda call: contextlib.nullcontext()).where_stop == 0.3
     with pytest.raises(TrainingError, match=r"scope.where: subject: no subject is given"):
         guider_of(placed)

@@ -225,7 +225,7 @@ CASES = {
     ),
     "place": (
         [arms(scope={"where": "subject"}), "--measure.prompts=['a cat in the sea', 'a sks dog at night']"],
-        "none of the words 'sks dog' is in the prompt 'a cat in the sea'",
+        "the class 'dog' is not in the prompt 'a cat in the sea'",
     ),
     "reference": (
         ["--measure.frechet=color", "--measure.reference={one}"],

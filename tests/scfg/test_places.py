@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +79,30 @@ def test_what_has_no_place_is_refused(recorded):
     call.prompts = PROMPTS
     with place_of(pipe, "red")(call) as found, pytest.raises(ScfgError, match="no maps"):
         found()  # the U-net did not run
+
+
+def test_an_adapter_is_placed_where_the_base_has_its_class():
+    """The map is that of the base, asked for the class, whatever the adapter makes of it."""
+    maps, latents = [], []
+    for starts_as_base in (True, False):
+        pipe = tiny.sd(**tiny.text_parts())
+        torch.manual_seed(0)
+        layers = ["to_q", "to_k", "to_v"]
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights=starts_as_base))
+        place, found = place_of(pipe, "green"), []
+
+        @contextmanager
+        def where(call, place=place, found=found):
+            with place(call) as read:
+                yield lambda: found.append(read()) or found[-1]
+
+        scope = adapters.Scope(where=where, elsewhere=lambda prompt: prompt.replace("red", "green"))
+        with adapters.scope.scoped(pipe, scope, unet=pipe.unet, name="default", weight=1.0):
+            latents.append(tiny.run_latents(pipe, prompt=PROMPTS, latents=tiny.noise(2), **tiny.SIZE))
+        maps.append(found[0])
+    assert 0 < maps[0].mean() < 1
+    assert torch.equal(*maps)
+    assert not torch.equal(*latents)
 
 
 def test_an_adapter_is_placed_by_its_word_under_semantic_guidance():

@@ -9,7 +9,7 @@ With b the base's prediction and t the adapted one, for a prompt c or the empty 
 | `uncond_weight=w` | t_w(0) + s (t(c) - t_w(0)), adapter at weight w | personalization guidance (2508.00319) |
 | `early_weight` | t at that weight in the first steps, t at its own in the others | they decide the layout |
 | `start`, `stop` | b outside these fractions of the steps, t inside | PersonGenSampler (2502.05895) |
-| `where` | m t + (1 - m) b in both halves, m a map of the subject's place | masked sampling (2502.05895) |
+| `where` | m t + (1 - m) b in both halves, m a map of the place of b's class | masked sampling (2502.05895) |
 | `where_stop` | the same in the first steps, then t everywhere | they decide the layout; see benchmarks/study |
 
 `uncond_weight`, `early_weight`, `start` and `stop` need no further pass through the U-net: a LoRA's first factor gives
@@ -347,9 +347,9 @@ class _Scoped:
             )
         rows = sample.shape[0] // 2
         shared = (rows, self.share) if early is None else (2 * rows, early)
+        adapted = self.network.adapted(*shared, *given, **kwargs)  # first: it is what a guidance watches
         if self.scope.where is None or fraction >= self.scope.where_stop:
-            return self.network.adapted(*shared, *given, **kwargs)
-        adapted = self.network.adapted(*shared, *given, **kwargs)  # first, for it is what a guidance watches
+            return adapted
         context, kwargs = _elsewhere(self.texts, encoder_hidden_states, kwargs)
         call = Call(
             unet=self.network.base,

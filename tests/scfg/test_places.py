@@ -69,6 +69,23 @@ def test_the_map_is_that_of_the_network_as_it_is(recorded):
     pipe.unet.delete_adapters("default")
 
 
+def test_a_place_reaches_a_little_beyond_its_words(recorded):
+    pipe, sample, timestep, context, _ = recorded
+    call = SimpleNamespace(unet=pipe.unet, sample=sample, context=context, images=2, prompts=PROMPTS)
+    found = {}
+    for name, more in (("none", {"margin": 0}), ("near", {"margin": 1 / 8}), ("all", {"margin": 1})):
+        with torch.no_grad(), place_of(pipe, "red", **more)(call) as read:
+            pipe.unet(sample, timestep, context)
+            found[name] = read()
+    assert torch.equal(found["none"], watched(recorded, "red"))
+    rows, columns = found["none"][0, 0].nonzero(as_tuple=True)
+    near = torch.zeros(SIZE)
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        near[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = 1
+    assert torch.equal(found["near"][0, 0], near)
+    assert found["all"].all()
+
+
 def test_what_has_no_place_is_refused(recorded):
     pipe, sample, _, context, _ = recorded
     with pytest.raises(ScfgError, match=r"'cat'.*'dog , red'"):

@@ -69,7 +69,7 @@ def test_every_stage_leaves_what_the_next_one_reads(demo) -> None:
     assert {path.name for path in (out / "measured").iterdir()} == MEASURED
     assert {path.name for path in (out / "tuned").iterdir()} == {"guider_config.json", "tuned.json"}
     tuned = json.loads((out / "tuned" / "tuned.json").read_text())
-    assert set(tuned["best"]) == {"CFG", "S-CFG"}
+    assert set(tuned["best"]) == {"CFG", "S-CFG placed"}
     assert tuned["adapter"] == str(out / "lora")
     assert Image.open(out / "measured" / "sheet.png").size[0] > 6 * 128
 
@@ -78,7 +78,7 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     out, _ = demo
     rows = list(csv.DictReader((out / "measured" / "per_image.csv").open()))
     drawn = {path.parent.name for path in (out / "pictures" / "dog").rglob("*.png")}
-    assert drawn == {"cfg", "s-cfg"}
+    assert drawn == {"cfg", "s-cfg-placed"}
     base = list((out / "class_pictures").rglob("*.png"))
     assert len(rows) == len(list((out / "pictures").rglob("*.png"))) + len(base) == 3 * 2
     asked = {adapters.measuring.sample.read(file)[0].prompt for file in base}
@@ -124,7 +124,7 @@ def test_plain_diffusers_makes_the_shipped_pictures(demo) -> None:
 
 def test_arms_differ_where_they_should(demo) -> None:
     out, _ = demo
-    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg")]
+    places = [out / "pictures" / "dog" / name for name in ("cfg", "s-cfg-placed")]
     adapted = [next(iter(adapters.measuring.sample.shots_in(place))) for place in places]
     assert len({shot.key for shot in adapted}) == 1
     base = list(adapters.measuring.sample.shots_in(out / "class_pictures" / "dog"))
@@ -136,7 +136,7 @@ def test_samples_of_every_arm_ship_the_base_s_too(demo) -> None:
     out, _ = demo
     samples = [adapters.measuring.sample.read(file)[0] for file in sorted((out / "release" / "samples").glob("*.png"))]
     arms = {shot.arm for shot in samples}
-    assert arms == {"base", "CFG", "S-CFG"}
+    assert arms == {"base", "CFG", "S-CFG placed"}
     assert len({shot.prompt for shot in samples if shot.arm == "base"}) == 2
     assert {shot.prompt for shot in samples if shot.arm == "base"} == {s.prompt for s in samples if s.arm == "CFG"}
 
@@ -212,7 +212,7 @@ def test_files_of_a_release_that_were_changed_are_named(refused, demo, tmp_path:
     changed = tmp_path / "release"
     shutil.copytree(out / "release", changed)
     table = changed / "per_image.csv"
-    table.write_text(table.read_text().replace("S-CFG", "S+CFG"))
+    table.write_text(table.read_text().replace("S-CFG placed", "S+CFG placed"))
     said = refused("sample", "--base.path=pocket", "--prompts=[a dog]", f"--adapter={changed}")
     assert "per_image.csv" in said
 

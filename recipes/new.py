@@ -267,7 +267,7 @@ def _measured(photos: Photos, base: str, networks: dict[str, str]) -> dict[str, 
         print(ON_POCKET)
         values = pocket_measures(photos.folder, masks=photos.masks is not None)
         if photos.masks:
-            values |= {name: _shipped()["measure"][name] for name in ("arms", "minimum_effect")}
+            values |= {name: _shipped()["measure"][name] for name in ("arms", "arm", "minimum_effect")}
         return {"measure": values}
     plan = compared(photos.folder, networks)
     if plan is None:

@@ -272,8 +272,9 @@ class MeasureSettings:
         require(self.arm != self.baseline, f"measure.arm and measure.baseline are both {self.arm!r}")
         for prompt in self.drift_prompts:
             require("{}" not in prompt, f"measure.drift_prompts: {prompt!r} names the subject; give unrelated prompts")
-        for name in (self.arm, self.baseline):
-            require(name in self.arms, f"measure: {name!r} is none of the arms {', '.join(self.arms)}")
+        for flag, name in (("arm", self.arm), ("baseline", self.baseline)):
+            known = ", ".join(self.arms)
+            require(name in self.arms, f"measure.{flag} {name!r} is none of measure.arms; set it to one of {known}")
         require(
             (self.targets is None) == (self.control is None),
             "measure.targets and measure.control belong together: the pictures, and how they become conditions",

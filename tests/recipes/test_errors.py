@@ -91,7 +91,7 @@ def test_a_folder_that_is_no_controlnet_is_named(refused, photos: Path, models: 
         ("--measure.referee=beauty", "measure.referee 'beauty' is none of the metrics prompt accuracy"),
         ("--measure.frechet=judge", "measure.frechet needs measure.reference"),
         ("--measure.limit=1", "at least two prompts"),
-        ("--measure.arm=SCFG", "measure: 'SCFG' is none of the arms CFG, S-CFG"),
+        ("--measure.arm=SCFG", "measure.arm 'SCFG' is none of measure.arms; set it to one of CFG, S-CFG"),
         ("--measure.prompts=['a {}', a dog]", "prompt 'a {}' has a {} but no subject is given"),
         ("--measure.subjects=[gone/*]", "measure.subjects: gone/* is no folder"),
         ("--controlnet=pocket-canny", "controlnet and measure.targets belong together"),

@@ -209,10 +209,10 @@ def test_most_refusals_come_early(sites: Mapping[str, int], ways: Mapping[str, t
 
 def arms(**changed: object) -> str:
     plain = {"guidance_scale": 2.5}
-    return "--measure.arms=" + json.dumps({"CFG": plain | {"method": "cfg"}, "S-CFG": plain | changed})
+    return "--measure.arms=" + json.dumps({"CFG": plain | {"method": "cfg"}, "S-CFG placed": plain | changed})
 
 
-POCKET = ["--config=recipes/configs/dreambooth_lora/pocket_dog.yaml", "--tune=null", "--measure.arm=S-CFG"]
+POCKET = ["--config=recipes/configs/dreambooth_lora/pocket_dog.yaml", "--tune=null"]
 TRAINING = [*POCKET, "--train.dry_run=true"]
 CASES = {
     "latent ratio": ([arms(options={"latent_ratio": 16})], "latent_ratio=16: this U-net attends to text"),
@@ -266,6 +266,7 @@ def test_a_training_refuses_it_before_it_begins(name: str, call: Callable, tmp_p
 
 DRAWN = ["--base.path=pocket", "--measure.prompts=['a dog at night', 'a cat in the sea']", "--measure.seeds=[1]"]
 QUICK = ["--sampling.steps=2", "--measure.overlays=0", "--measure.base_arm=false", "--measure.metrics=[contrast]"]
+QUICK += ["--measure.arm=S-CFG placed"]
 
 
 def test_pictures_of_other_settings_are_found_before_any_is_drawn(
@@ -276,7 +277,7 @@ def test_pictures_of_other_settings_are_found_before_any_is_drawn(
     done("measure", *DRAWN, *QUICK, arms(), out)
     found = call("measure", *DRAWN, *QUICK, arms(options={"stop": 0.5}), "--dry_run=true", out)
     assert found.code == 2
-    assert "measure.arms, 'S-CFG': " in found.err
+    assert "measure.arms, 'S-CFG placed': " in found.err
     assert "was sampled with other settings (guidance)" in found.err
     done("measure", *DRAWN, *QUICK, arms(), "--dry_run=true", out)
 
@@ -291,7 +292,7 @@ def test_a_training_is_measured_anew_in_the_folder_of_an_earlier_one(
     given += ["--train.steps=1", "--train.batch_size=1", "--train.resume=null", "--measure.weights=null"]
     out = f"--out={tmp_path}"
     done("dreambooth_lora", *given, out)
-    picture = next((tmp_path / "pictures" / "dog" / "s-cfg").glob("*.png"))
+    picture = next((tmp_path / "pictures" / "dog" / "s-cfg-placed").glob("*.png"))
     first = picture.read_bytes()
     done("dreambooth_lora", *given, "--train.learning_rate=0.01", out)
     assert picture.read_bytes() != first

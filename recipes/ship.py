@@ -20,11 +20,7 @@ from training.config import BaseSettings, require
 from training.errors import TrainingError
 from training.text import read_text
 
-MYPY = False  # see recipes.common.training
-if MYPY:
-    from adapters.measuring.gains import Gains
-
-__all__ = ["Settings", "guidance_to_ship", "run"]
+__all__ = ["Settings", "run"]
 
 
 MAX_PAGE = 2**29  # bytes; the pictures are in it
@@ -115,7 +111,7 @@ def _measured(folder: Path | None) -> tuple[Any, ...]:
     gains, stored = adapters.measuring.verify.checked_gains(folder)
     guidance: Any = gains.design.notes.get("guidance")
     facts = stored.get("facts")
-    arm = guidance_to_ship(gains)
+    arm = gains.ships
     require(
         isinstance(guidance, dict) and isinstance(guidance.get(arm), dict) and isinstance(facts, dict),
         f"measured {folder}: gains.json lacks facts or the guidance of {arm}; run recipes/measure.py again",
@@ -134,17 +130,6 @@ def _page(measured: Path) -> str:
         return read_bytes(measured / "report.html", MAX_PAGE).decode()
     except UnicodeDecodeError as error:
         raise TrainingError(f"{measured / 'report.html'} is damaged ({error}); run recipes/measure.py again") from error
-
-
-def guidance_to_ship(gains: Gains) -> str:
-    """The arm whose guidance ships: `measure.arm` where it showed a gain, otherwise plain CFG as it was compared.
-
-    For a subject it is also a gain to lie above the front of plain CFG over weights and scales: as much identity with
-    more accuracy, or the reverse, than plain CFG has at any of them.
-    """
-    arm, above = gains.design.arm, gains.plane["above"] if gains.plane else []
-    gained = gains.verdict.word == "gain" or {"above"} == {one["word"] for one in above if one["arm"] == arm}
-    return arm if gained else gains.design.baseline
 
 
 def _shots(out: Path, plan: MeasureSettings, arms: Sequence[str]) -> dict[str, list[Any]]:

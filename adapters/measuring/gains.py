@@ -66,6 +66,17 @@ class Gains:
         d = self.design
         return next(c for c in self.contrasts if (c.arm, c.metric) == (d.arm, d.primary))
 
+    @property
+    def ships(self) -> str:
+        """The arm whose guidance ships: the design's arm where it showed a gain, otherwise the baseline.
+
+        For a subject it is also a gain to lie above the front of plain guidance over weights and scales: as much
+        identity with more accuracy, or the reverse, than plain guidance has at any of them.
+        """
+        d = self.design
+        words = {one["word"] for one in (self.plane["above"] if self.plane else []) if one["arm"] == d.arm}
+        return d.arm if self.verdict.word == "gain" or words == {"above"} else d.baseline
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
         values: dict[str, Any] = json.loads(json.dumps(_plain(asdict(self))))

@@ -100,9 +100,9 @@ _METHODS = {
     "interval": "plain guidance in a part of the steps only",
 }
 _PLACES = {
-    "subject": "the adapter acts only where the subject is",
-    "uniform": "control: the adapter acts everywhere, but less, by the subject's share of the picture",
-    "elsewhere": "control: the adapter acts in a wrong place of the subject's shape",
+    "subject": "the adapter acts only where the base puts its own thing of the class",
+    "uniform": "control: the adapter acts everywhere, but less, by that place's share of the picture",
+    "elsewhere": "control: the adapter acts in a wrong place of the same shape",
 }
 
 
@@ -121,7 +121,11 @@ def adapter(gains: Gains) -> str:
         f"{name} {format_mean(name, before[name])} without it, {format_mean(name, after[name])} with it"
         for name in names
     ]
-    return f"{said} {_sentence('; '.join(told))}"
+    said = f"{said} {_sentence('; '.join(told))}"
+    if design.identity is None or gains.ships == design.baseline:
+        return said
+    shipped = "; ".join(f"{name} {format_mean(name, means[gains.ships][name])}" for name in names)
+    return f"{said} {_sentence(f'with {gains.ships}, which measured better: {shipped}')}"
 
 
 def guidance(gains: Gains) -> str:

@@ -190,7 +190,8 @@ def test_every_way_to_sample_is_explained_with_what_makes_it_differ():
     del before["guidance_scale"]
     assert words._arm(before) == words._arm(plain)
     assert words._arm({**plain, "scope": placed}) == (
-        f"{words._arm(plain)}, the adapter acts only where the subject is, in the first 30 % of the steps"
+        f"{words._arm(plain)}, the adapter acts only where the base puts its own thing of the class, "
+        "in the first 30 % of the steps"
     )
     assert words._arm({**plain, "scope": early}) == (
         f"{words._arm(plain)}, the adapter acts from 0 to 50 % of the steps, adapter weight 0 in what guidance pushes "

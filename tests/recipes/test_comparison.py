@@ -423,15 +423,15 @@ def test_a_whole_network_has_no_weight_and_is_not_trained_for_one(change: str, c
         ("--measure.primary=typo", "measure.primary 'typo' is none of the metrics"),
         ("--tune.metric=typo", "tune.metric 'typo' is none of joint"),
         (
-            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {"options": {"gamma_maxx": 2}}}',
-            "measure.arms, 'S-CFG'",
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG placed": {"options": {"gamma_maxx": 2}}}',
+            "measure.arms, 'S-CFG placed'",
         ),
-        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG'"),
+        ("--tune.grid={'stopp': [1]}", "tune.grid, for 'S-CFG placed'"),
         ("--ship.push=me", "ship.push must be owner/name"),
         ("--measure.metrics=['alignment (clip)']", "set measure.spaces.clip"),
         (
-            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG": {"scope": {"where": "uniform"}}}',
-            "measure.arms, 'S-CFG': scope.where: uniform is a control of a comparison and does not ship",
+            '--measure.arms={"CFG": {"method": "cfg"}, "S-CFG placed": {"scope": {"where": "uniform"}}}',
+            "measure.arms, 'S-CFG placed': scope.where: uniform is a control of a comparison and does not ship",
         ),
     ],
 )
@@ -457,7 +457,7 @@ def test_scopes_are_searched_for_the_arm_and_the_baseline_has_as_many_candidates
         said = call("tune", *given, more, f"--out={tmp_path / 'out'}", "--dry_run=true")
         assert said.code == 0, said.err
         assert f"\nCFG: would try {count} candidates on 1 prompts" in said.out
-        assert f"S-CFG: would try {count} candidates on 1 prompts" in said.out
+        assert f"S-CFG placed: would try {count} candidates on 1 prompts" in said.out
 
 
 def test_an_arm_s_own_scale_is_tried_first_so_that_it_is_kept_where_the_search_cannot_tell() -> None:

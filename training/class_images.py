@@ -32,7 +32,6 @@ from .ranks import state
 from .text import read_text
 
 __all__ = [
-    "MANIFEST",
     "base_drawing",
     "check_class_images",
     "class_images",

@@ -307,6 +307,16 @@ def test_a_whole_unet_is_asked_beside_the_bases(pipe, tmp_path):
             mixed = both_halves(pipe)
         assert all(torch.equal(mixed[i], halves[i]) for i in range(2)), scope
     assert torch.equal(both_halves(pipe), plain)
+    base, watched = pipe.unet, []
+
+    def where(call: adapters.scope.Call):
+        watched.append(call.unet)
+        return everywhere(0.5)(call)
+
+    with adapters.load(pipe, tmp_path / "unet", scope=Scope(where=where)):
+        both_halves(pipe)
+        assert pipe.unet is not base
+    assert watched == [base]
     with pytest.raises(AdapterError, match=r"uncond_weight=0.5: a whole U-net"):
         adapters.load(pipe, tmp_path / "unet", scope=Scope(uncond_weight=0.5))
 

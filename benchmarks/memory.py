@@ -47,6 +47,7 @@ ARMS = {
     "bf16, checkpointing": Choice(batch=1, rank=RANK, checkpointing=True),
     "int8": Choice(batch=1, rank=RANK, quantize="int8"),
     "int8, checkpointing": Choice(batch=1, rank=RANK, quantize="int8", checkpointing=True),
+    "blocks in main memory": Choice(batch=1, rank=RANK, offload=True),
     "nf4": Choice(batch=1, rank=RANK, quantize="nf4"),
     "nf4, checkpointing": Choice(batch=1, rank=RANK, quantize="nf4", checkpointing=True),
 }
@@ -112,11 +113,16 @@ def training_step(
         vae_scale_factor=2 ** (len(base.vae["block_out_channels"]) - 1), identity="random weights",
     )  # fmt: skip
     lora.inject(unet, LoraSettings(rank=RANK, targets=TARGETS))
-    settings = TrainSettings(precision="bf16", attention="sdpa", gradient_checkpointing=chosen.checkpointing)
+    settings = TrainSettings(
+        precision="bf16",
+        attention="sdpa",
+        gradient_checkpointing=chosen.checkpointing,
+        offload=chosen.offload,
+    )
     if chosen.quantize is not None:
         quantize.quantize_networks([unet], chosen.quantize, HALF, device)
     only: Any = _Networks(unet)
-    networks.cast(only, device, HALF)
+    networks.cast(only, device, HALF, move=not chosen.offload)
     side = resolution // parts.vae_scale_factor
     networks.configure_networks(only, settings, device, tokens=side**2)
     trained = [one for one in unet.parameters() if one.requires_grad]

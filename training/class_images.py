@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from PIL import Image
+from torch import nn
 
 from adapters.errors import FileError
 from adapters.files import read_json, write_file, write_json, write_text
@@ -55,7 +58,7 @@ def class_views(
         settings: what they are of, and how many.
         data: the subject's views.
         folder: where they lie.
-        manner: `seed`, `batch_size` and `precision`, see `class_images`.
+        manner: `seed`, `batch_size`, `precision` and `offload`, see `class_images`.
 
     Raises:
         TrainingError: see `class_images`.
@@ -158,6 +161,7 @@ def class_images(
     seed: int = 0,
     batch_size: int = 4,
     precision: str = "fp32",
+    offload: bool = False,
 ) -> None:
     """Fills `folder` up to `count` images of the prompts in turn, each process its share; image i has its own seed.
 
@@ -180,6 +184,7 @@ def class_images(
         batch_size: images drawn at once.
         precision: "fp32", "bf16" or "fp16", of the base's weights while it draws; afterwards they are as they were,
             and off the device if they were off it.
+        offload: the parts of the base take turns on the device; the images are the same.
 
     Raises:
         TrainingError: the folder's manifest names other prompts, base, sampler or size, or images lack one.
@@ -198,27 +203,50 @@ def class_images(
     if mine := batches[ranks.process_index :: ranks.num_processes]:
         say = print if ranks.is_main_process else _silent
         say(f"drawing class images: {len(missing)} of {count} are missing or damaged in {folder}")
-        with base_drawing(parts, wanted.get("precision", "fp32")):
+        with base_drawing(parts, wanted.get("precision", "fp32"), offload=offload):
             _generate(parts, wanted, folder, mine, missing, Progress("drawing class images", say))
     ranks.wait_for_everyone()
 
 
 @contextlib.contextmanager
-def base_drawing(parts: Parts, precision: str) -> Iterator[None]:
+def base_drawing(parts: Parts, precision: str, *, offload: bool = False) -> Iterator[None]:
     """Within the context the base is on the device, in this precision; afterwards it is where and as it was.
 
     So a GPU that cannot hold it beside what trains is free again, and training begins with the weights as loaded.
+
+    Args:
+        parts: the base.
+        precision: "fp32", "bf16" or "fp16".
+        offload: its parts are in main memory, and each is on the device only while it computes.
     """
-    networks = [parts.unet, parts.vae, *parts.text_encoders]
+    networks = [*parts.text_encoders, parts.unet, parts.vae]
     homes = [network.device for network in networks]
     try:
         with lowered(networks, DTYPES[precision], trained=True):  # which keeps the weights themselves where they are
-            for network in networks:
-                network.to(state().device)
-            yield
+            if offload:
+                with _taking_turns(networks):
+                    yield
+            else:
+                for network in networks:
+                    network.to(state().device)
+                yield
     finally:
         for network, home in zip(networks, homes, strict=True):
             network.to(home)  # its buffers
+
+
+@contextlib.contextmanager
+def _taking_turns(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context, each network gets to the device when it is called, and the one before it leaves."""
+    before = None
+    try:
+        for network in networks:
+            _, before = cpu_offload_with_hook(network, state().device, prev_module_hook=before)
+        yield
+    finally:
+        for network in networks:
+            remove_hook_from_module(network)
+            vars(network).pop("forward", None)  # the class's own, which accelerate leaves on the network
 
 
 def _missing(folder: Path, count: int) -> set[int]:

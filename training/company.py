@@ -97,14 +97,16 @@ def drawn_object(parts: Parts, entry: EntryTensors, caption: str, without: str) 
     """
     unet: Any = parts.unet
     text = tensors(encode_text(parts, tokenize_captions(parts, [caption, without])))
-    there = cast(CaptionTensors, {name: value.to(unet.device) for name, value in text.items()})
-    conditions = conditions_of(there, entry["frame"].to(unet.device).expand(2, -1), unet.dtype)
-    mean = entry["mean"][None].to(unet.device)
+    # Where parts of the base take turns, they lie elsewhere between their passes.
+    device = getattr(getattr(unet, "_hf_hook", None), "execution_device", unet.device)
+    there = cast(CaptionTensors, {name: value.to(device) for name, value in text.items()})
+    conditions = conditions_of(there, entry["frame"].to(device).expand(2, -1), unet.dtype)
+    mean = entry["mean"][None].to(device)
     products = alphas_cumprod(parts.scheduler).to(mean)
     random = torch.Generator().manual_seed(0)
     change = torch.zeros(mean.shape[-2:])
     for fraction in FRACTIONS:
-        timestep = torch.tensor([int(fraction * len(products))], device=mean.device)
+        timestep = torch.tensor([int(fraction * len(products))], device=device)
         noise = torch.randn(mean.shape, generator=random).to(mean)
         noisy = add_noise(mean, noise, *alpha_sigma(products, timestep)).expand(2, -1, -1, -1)
         said, unsaid = unet(noisy.to(unet.dtype), timestep, **conditions).sample

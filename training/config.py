@@ -476,6 +476,9 @@ class TrainSettings:
     quantize: Literal["int8", "nf4"] | None = None
     """Keeps the frozen linear layers in 8 (int8) or 4 (nf4) bits, beside which a LoRA trains. Saves memory, costs time
     and some exactness; convolutions stay in the compute precision. nf4 needs bitsandbytes. null: not rounded."""
+    offload: bool = False
+    """Keeps the frozen weights of the U-net's blocks in main memory and brings each block to the GPU as it computes.
+    Includes gradient checkpointing. Saves most of the memory of the weights, costs time."""
     attention: Literal["auto", "sdpa", "plain"] = "auto"
     """Attention kernel. auto: plain on a CPU up to 1024 latents, where it is faster; otherwise sdpa."""
     gradient_checkpointing: bool = False

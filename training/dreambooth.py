@@ -137,6 +137,7 @@ def prior(
     seed: int = 0,
     batch_size: int = 4,
     precision: str = "fp32",
+    offload: bool = False,
 ) -> Prior | None:
     """The prior that the settings ask for, with missing class images generated; None where nothing is preserved.
 
@@ -149,6 +150,7 @@ def prior(
         seed: of the class images.
         batch_size: class images drawn at once.
         precision: "fp32", "bf16" or "fp16", that they are drawn in, and looked at for `company`.
+        offload: the parts of the base take turns on the device for both.
 
     Raises:
         TrainingError: see `check_prior`; or the class is found in none of the class images.
@@ -160,14 +162,15 @@ def prior(
     rename = partial(class_caption, identifier=settings.identifier, words=words or {})
     own = data.renamed(rename) if _named(settings, words) else None
     if settings.class_prompt is not None:
-        views = class_views(parts, settings, data, Path(settings.class_folder or folder), manner)
+        place = Path(settings.class_folder or folder)
+        views = class_views(parts, settings, data, place, {**manner, "offload": offload})
     else:
         assert own is not None  # see check
         views, own = own, None
     placed = None
     if settings.company:
         assert settings.identifier is not None
-        with base_drawing(parts, manifest_precision(Path(settings.class_folder or folder))):
+        with base_drawing(parts, manifest_precision(Path(settings.class_folder or folder)), offload=offload):
             lines = class_prompts(settings, "{}")
             placed = company.placed(parts, data, views, lines, identifier=settings.identifier)
         own = placed.renamed(rename)  # the same picture under both captions shows what the identifier is

@@ -13,6 +13,7 @@ from .config import TrainSettings
 from .kernels.prepack import prepacked_bytes
 from .memory import Peak
 from .method import Method
+from .offload import kept_numel, waiting_bytes
 from .optim import state_bytes
 from .quantize import scale_bytes, unrounded_numel
 from .sharding import local
@@ -33,6 +34,8 @@ class Estimate:
     caching_seconds: float = 0.0
     sample_seconds: float = 0.0
     """Of one sample through the network, without gradients: half a guided sampling step."""
+    waiting: int = 0
+    """Frozen weights in main memory, see `train.offload`; none of them is in `weights`."""
     untried: int = 0
     """Of the activations, those that the trial did not have, as its pictures were smaller than the run's."""
 
@@ -48,9 +51,10 @@ class Estimate:
             if getattr(self, name)
         )
         minutes = (self.caching_seconds + settings.steps * self.step_seconds) / 60
+        waiting = f"; {_size(self.waiting)} of weights wait in main memory" if self.waiting else ""
         caching = f" ({self.caching_seconds / 60:.1f} of it caching)" if self.caching_seconds else ""
         return [
-            f"tensors of a training step: {parts}",
+            f"tensors of a training step: {parts}{waiting}",
             f"time: about {minutes:.1f} min{caching}, {self.step_seconds:.3g} s per step",
         ]
 
@@ -64,7 +68,7 @@ def trained_table(method: Method) -> list[str]:
     lines = []
     for name, module in method.models.items():
         trained = sum(item.numel() for item in module.parameters() if item.requires_grad)
-        total = sum(unrounded_numel(item) for item in module.parameters())
+        total = kept_numel(module) + sum(unrounded_numel(item) for item in module.parameters())
         lines.append(f"  {name:16} {trained:>13,} of {total:>13,} parameters train")
     return [*lines, *method.chosen]
 
@@ -176,5 +180,6 @@ def estimate(
         step_seconds=area * seconds * settings.accumulation,
         caching_seconds=caching_seconds,
         sample_seconds=area * sample_seconds,
+        waiting=sum(waiting_bytes(module) for module in method.networks()),
         untried=round((area - 1) * activations),
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adapters import files
 from adapters.errors import FileError
 
-from . import checkpoint, config, launcher, lock, optim, precision, quantize, sharding, validate
+from . import checkpoint, config, launcher, lock, offload, optim, precision, quantize, sharding, validate
 from .batch import Batch, DrawnBatch, tensors
 from .config import TrainSettings
 from .data.batches import seed_of
@@ -117,12 +117,10 @@ def train(
     """
     out, settings = Path(out), launcher.adopted(settings)
     optim.check_optimizer(settings)
-    quantize.check_quantization(
-        settings.quantize,
-        whole=method.whole and "unet" in method.models,
-        adapter=method.name,
-        dora=any(".lora_magnitude_vector." in name for name in method.trainable()),
-    )
+    whole = method.whole and "unet" in method.models
+    dora = any(".lora_magnitude_vector." in name for name in method.trainable())
+    quantize.check_quantization(settings.quantize, whole=whole, adapter=method.name, dora=dora)
+    offload.check_offload(settings, whole=whole)
     with contextlib.ExitStack() as alone:
         if not settings.dry_run and state().is_main_process:
             alone.enter_context(lock.held(out))

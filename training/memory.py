@@ -26,6 +26,7 @@ from .architectures import FAMILIES, Architecture
 from .config import LoraSettings
 from .errors import TrainingError
 from .hub import offline_if_unreachable
+from .offload import BLOCKS
 from .quantize import linear_bytes
 from .sharding import local
 
@@ -80,6 +81,10 @@ class Needs:
     """The same with linear layers in 8 bits, see `train.quantize`."""
     nf4: int
     """The same with linear layers in 4 bits."""
+    outside: int
+    """The U-net's frozen weights outside the blocks that `train.offload` keeps in main memory, in bfloat16."""
+    brought: int
+    """The two largest of these blocks, which may be on the GPU at once."""
     encoders: int
     """The text encoders' weights, in float32."""
     vae: int
@@ -96,14 +101,18 @@ class Needs:
     """Peak of the U-net on a guided step of sampling."""
     decoding: int
     """Peak of the VAE's decoder, in bfloat16."""
-    taught: int
-    """The larger of the two for a picture of the training's size, as class images have it."""
+    guided: int
+    """Peak of the U-net on a guided step for a picture of the training's size, as class images have it."""
+    decoded: int
+    """The same of the VAE's decoder, in bfloat16."""
     previewing: int
-    """The same for a sample of validation, whose decoder is in float32: autocast rounds less of it than one may count
-    on, a GPU's norms for example stay as they are."""
+    """The larger of the two for a sample of validation, whose decoder is in float32: autocast rounds less of it than one
+    may count on, a GPU's norms for example stay as they are."""
 
-    def frozen(self, quantize: str | None) -> int:
-        """The U-net's frozen weights as they are kept while training."""
+    def frozen(self, quantize: str | None, *, offload: bool = False) -> int:
+        """The U-net's frozen weights as they are kept while training; with `offload`, they are not rounded."""
+        if offload:
+            return self.outside + self.brought
         return self.unet if quantize is None else self.int8 if quantize == "int8" else self.nf4
 
 
@@ -175,6 +184,7 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
     shown = _peak(vae.decoder, torch.float32, lambda net: _decode(net, vae, side=taught, dtype=torch.float32))
     frozen = _count(unet)
     int8, nf4 = (2 * frozen + _saved(unet, kind) for kind in ("int8", "nf4"))
+    blocks = sorted(2 * _count(module) for module in unet.modules() if isinstance(module, BLOCKS))
     inject(unet, LoraSettings(rank=RANK, targets=targets))  # type: ignore[arg-type]
     trained = _count(unet) - frozen
     peaks = []
@@ -187,6 +197,8 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
         unet=2 * frozen,
         int8=int8,
         nf4=nf4,
+        outside=2 * frozen - sum(blocks),
+        brought=sum(blocks[-2:]),
         encoders=4 * sum(map(_count, encoders)),
         vae=4 * _count(vae),
         trained=trained // RANK,
@@ -195,7 +207,8 @@ def needs(base: Architecture, resolution: int, targets: str) -> Needs:
         encoding=encoding,
         predicting=predicting,
         decoding=decoding,
-        taught=max(guided, decoded),
+        guided=guided,
+        decoded=decoded,
         previewing=max(guided, shown),
     )
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.upsampling import Upsample2D
 
-from . import quantize, sharding
+from . import offload, quantize, sharding
 from .config import TrainSettings
 from .kernels import fused, prepack
 from .method import Method
@@ -28,42 +28,45 @@ def lay_ready(method: Method, settings: TrainSettings, accelerator: Accelerator,
 
     Args:
         method: whose networks are changed in place.
-        settings: precision, quantization, attention, gradient checkpointing and compilation.
+        settings: precision, quantization, offload, attention, gradient checkpointing and compilation.
         accelerator: its device and processes.
         resolution: of the training pictures, pixels.
     """
     device, dtype = accelerator.device, DTYPES[settings.precision]
     if settings.quantize:
-        quantize.quantize_networks(method.networks(), settings.quantize, dtype, device)
-    cast(method, device, dtype)
+        place = torch.device("cpu") if settings.offload else device
+        quantize.quantize_networks(method.networks(), settings.quantize, dtype, place)
+    cast(method, device, dtype, move=not settings.offload)
     tokens = resolution**2 // method.parts.vae_scale_factor**2
     configure_networks(method, settings, device, tokens=tokens, divided=sharding.asked(accelerator))
 
 
-def cast(method: Method, device: torch.device, dtype: torch.dtype) -> None:
+def cast(method: Method, device: torch.device, dtype: torch.dtype, *, move: bool = True) -> None:
     """Frozen networks that run in every step get the compute precision; whatever trains stays float32.
 
     Args:
         method: whose networks are moved and cast in place.
         device: where they run.
         dtype: compute precision.
+        move: whether the networks get there at once; otherwise they are only cast.
     """
     for module in method.networks():
         for parameter in module.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():  # what is quantized is no such number
                 parameter.data = parameter.data.to(dtype)
-        module.to(device)  # not before: the device might not have the room for float32
+        if move:
+            module.to(device)  # not before: the device might not have the room for float32
         module.train()
 
 
 def configure_networks(
     method: Method, settings: TrainSettings, device: torch.device, *, tokens: int, divided: bool = False
 ) -> None:
-    """Attention kernel, memory layout, gradient checkpointing and compilation of the networks of every step.
+    """Attention kernel, memory layout, offload, gradient checkpointing and compilation of the networks of every step.
 
     Args:
         method: whose networks are changed in place.
-        settings: attention, gradient checkpointing and compilation.
+        settings: attention, offload, gradient checkpointing and compilation.
         device: where they run.
         tokens: latents of an image, the longest sequence that attention sees.
         divided: weights will be divided over the processes (FSDP), which takes contiguous ones only.
@@ -75,7 +78,9 @@ def configure_networks(
             network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         if device.type == "cpu" and not divided:
             _lay_out(network)
-        if settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+        if settings.offload:
+            offload.keep_blocks(network, device)  # which are recomputed as they come
+        elif settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         if settings.compile:
             compile_network(network)
@@ -97,10 +102,11 @@ def kernels(method: Method, settings: TrainSettings, accelerator: Accelerator) -
 
     Args:
         method: whose networks are changed while the context lasts.
-        settings: `fuse`, `prepack` and `compile`.
+        settings: `fuse`, `prepack`, `compile` and `offload`.
         accelerator: its device and processes.
     """
-    ours = method.networks() if not settings.compile and not sharding.asked(accelerator) else []
+    left = settings.compile or settings.offload or sharding.asked(accelerator)
+    ours = [] if left else method.networks()
     packs = settings.prepack and accelerator.device.type == "cpu" and prepack.possible()
     with fused.fused(ours if settings.fuse else []), prepack.prepacked(ours if packs else []):
         yield

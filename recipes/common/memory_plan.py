@@ -40,10 +40,13 @@ class Choice:
     checkpointing: bool = False
     optimizer: str = "adamw"
     quantize: str | None = None
+    offload: bool = False
+    """Whether the U-net's blocks wait in main memory, see `train.offload`; they are recomputed either way."""
     rank: int = RANK
 
 
-# What costs only time, in the order in which it is given up; then bits of the base's weights, then the rank.
+# What costs little time, in the order in which it is given up; then bits of the base's weights; then much time, as the
+# weights travel twice a step; then the rank. 4 bits take more memory than weights that travel, and cost exactness.
 TIME = (
     Choice(),
     Choice(batch=1),
@@ -52,9 +55,9 @@ TIME = (
     Choice(batch=1, checkpointing=True, optimizer="adamw8bit"),
 )
 LADDER = (
-    *(replace(chosen, quantize=kind) for kind in (None, "int8", "nf4") for chosen in TIME),
-    replace(TIME[-1], quantize="nf4", rank=8),
-    replace(TIME[-1], quantize="nf4", rank=4),
+    *(replace(chosen, quantize=kind) for kind in (None, "int8") for chosen in TIME),
+    *(replace(chosen, offload=True) for chosen in TIME[2:]),
+    *(replace(TIME[-1], offload=True, rank=rank) for rank in (8, 4)),
 )
 BATCHES = (4, 2, 1)  # of sampling
 
@@ -83,7 +86,7 @@ class Plan:
     needs: Needs
     uses: Uses = Uses()
     offload: bool = False
-    """Whether the parts of the base take turns on the GPU while it is measured, and metrics are computed on the CPU."""
+    """Whether the parts of the base take turns on the GPU while it draws, and metrics are computed on the CPU."""
 
     @property
     def peak(self) -> float:
@@ -105,12 +108,13 @@ class Plan:
             "accumulation": SAMPLES // chosen.batch,
             "optimizer": chosen.optimizer,
             **({} if chosen.quantize is None else {"quantize": chosen.quantize}),
+            **({"offload": True} if chosen.offload else {}),
         }
         return {
             "lora": {"rank": chosen.rank},
             "train": train,
             "sampling": {"precision": "bf16", "batch_size": self.drawn, **({"offload": True} if self.offload else {})},
-            **({"measure": {"device": "cpu"}} if self.offload else {}),
+            **({"measure": {"device": "cpu"}} if self.offload and self.measured else {}),
         }
 
     def lines(self) -> list[str]:
@@ -136,19 +140,27 @@ class Plan:
         else:
             lines.append("  optimizer adamw: nothing is given up")
         if chosen.quantize is not None:
-            saved, bits = found.unet - found.frozen(chosen.quantize), {"int8": 8, "nf4": 4}[chosen.quantize]
-            package = "; needs pip install bitsandbytes" if chosen.quantize == "nf4" else ""
+            saved = found.unet - found.frozen(chosen.quantize)
             lines.append(
                 f"  quantize {chosen.quantize}: saves {_gib(saved)} of frozen weights; linear layers are rounded to "
-                f"{bits} bits, and a step is slower{package}"
+                "8 bits, and a step is slower"
+            )
+        if chosen.offload:
+            saved = found.unet - found.frozen(None, offload=True)
+            lines.append(
+                f"  train.offload: saves {_gib(saved)} of frozen weights, which wait in main memory; "
+                f"{_gib(found.unet - found.outside)} travel to the GPU twice a picture"
             )
         if CLASSES in self.stages:
-            lines.append(f"  class images: {self.drawn} at once, in bf16; the base leaves the GPU before it trains")
+            turns = "; its parts take turns there while it draws" if self.offload else ""
+            lines.append(
+                f"  class images: {self.drawn} at once, in bf16; the base leaves the GPU before it trains{turns}"
+            )
         less = "" if chosen.rank == RANK else f"; less than {RANK}, so the subject may be less like itself"
         lines.append(f"  rank {chosen.rank}: {found.trained * chosen.rank / 1e6:.1f} million numbers train{less}")
         if self.measured:
             lines.append(f"  sampling: {self.drawn} picture(s) at once")
-        if self.offload:
+        if self.offload and self.measured:
             whole = _peaks(found, chosen, self.drawn, self.uses)[MEASURING]
             lines.append(
                 f"  offload, measure.device cpu: save {_gib(whole - self.stages[MEASURING])} while measuring; text "
@@ -171,9 +183,10 @@ def _gib(size: float) -> str:
 def training_bytes(found: Needs, chosen: Choice) -> int:
     """What the tensors of a training step take at most, without what a GPU takes besides."""
     numbers = found.trained * chosen.rank
-    activations = found.recomputed if chosen.checkpointing else found.kept
+    activations = found.recomputed if chosen.checkpointing or chosen.offload else found.kept
     state = 4 + 4 + STATE[chosen.optimizer]  # the adapter, its gradients, the optimizer's
-    return found.frozen(chosen.quantize) + state * numbers + chosen.batch * activations
+    frozen = found.frozen(chosen.quantize, offload=chosen.offload)
+    return frozen + state * numbers + chosen.batch * activations
 
 
 def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses, *, offload: bool = False) -> dict[str, float]:
@@ -184,11 +197,12 @@ def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses, *, offload: boo
         chosen: what training depends on.
         drawn: pictures at once.
         uses: what the run does besides.
-        offload: the parts of the base take turns while it is measured, and metrics are computed on the CPU.
+        offload: the parts of the base take turns while it draws, and metrics are computed on the CPU.
     """
     numbers = found.trained * chosen.rank
     adapter = 4 * numbers
-    frozen, pipeline = found.frozen(chosen.quantize), found.unet + (found.encoders + found.vae) / 2
+    frozen = found.frozen(chosen.quantize, offload=chosen.offload)
+    pipeline = found.unet + (found.encoders + found.vae) / 2
     caching = found.vae + max(found.encoding, found.encoders) + (frozen + adapter if uses.region else 0)
     # The VAE stays for samples. While they are drawn there are no gradients; the optimizer's state is there.
     training = training_bytes(found, chosen) + (found.vae if uses.validates else 0)
@@ -197,11 +211,14 @@ def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses, *, offload: boo
     # in all published bases: SD-1.5 0.38 against 0.25 GiB, SD-2.1 0.84 against 0.57, SDXL 1.5 against 0.62.
     predicting, decoding = drawn * 2 * found.predicting, drawn * found.decoding
     drawing = pipeline + adapter + METRICS + max(predicting, decoding)
+    classes = pipeline + drawn * max(found.guided, found.decoded)
     if offload:
+        steps = max(found.unet + drawn * found.guided, found.encoders / 2)
+        classes = found.vae / 2 + max(steps, drawn * found.decoded)  # the VAE stays beside the encoders
         drawing = max(found.unet + adapter + predicting, found.vae / 2 + decoding, found.encoders / 2)
     sizes = {
         # `dreambooth.company` then looks at them one by one with the same weights, which takes less.
-        **({CLASSES: pipeline + drawn * found.taught} if uses.classes else {}),
+        **({CLASSES: classes} if uses.classes else {}),
         "caching": caching,
         "training": training,
         **({"validating": validating} if uses.validates else {}),
@@ -213,11 +230,11 @@ def _peaks(found: Needs, chosen: Choice, drawn: int, uses: Uses, *, offload: boo
 def choose(found: Needs, memory: float, uses: Uses | None = None) -> Plan | None:
     """The first choice of the ladder that fits into a GPU of `memory` bytes; None: none does.
 
-    Where no choice leaves room to measure with the whole base on the GPU, its parts take turns there; and where that
-    does not fit either, it is the first that trains.
+    Where no choice leaves room to draw with the whole base on the GPU, its parts take turns there; and where that does
+    not leave room to measure either, it is the first that trains.
     """
     uses = uses or Uses()
-    for measured, offload in ((True, False), (True, True), (False, False)):
+    for measured, offload in ((True, False), (True, True), (False, False), (False, True)):
         for chosen in LADDER:
             for drawn in BATCHES if measured or uses.classes else BATCHES[-1:]:
                 stages = _peaks(found, chosen, drawn, uses, offload=offload)
@@ -250,7 +267,8 @@ def plan_for(base: str, memory: int, resolution: int, targets: str, uses: Uses |
     plan = choose(found, memory * GIB, uses)
     if plan is not None:
         return plan
-    least = {name: size for name, size in _peaks(found, LADDER[-1], BATCHES[-1], uses).items() if name != MEASURING}
+    least = _peaks(found, LADDER[-1], BATCHES[-1], uses, offload=True)
+    del least[MEASURING]
     stage, size = max(least.items(), key=lambda item: item[1])
     larger = next((size for size in MEMORIES if size > memory and choose(found, size * GIB, uses)), None)
     other = _smaller(base, memory, uses)
@@ -301,8 +319,9 @@ def _cell(plan: Plan | None) -> str:
     words += ["checkpointing"] if chosen.checkpointing else []
     words += ["adamw8bit"] if chosen.optimizer != "adamw" else []
     words += [chosen.quantize] if chosen.quantize is not None else []
+    words += ["blocks in main memory"] if chosen.offload else []
     words += [f"rank {chosen.rank}"] if chosen.rank < RANK else []
-    words += ["measured with offload"] if plan.offload else []
+    words += ["measured with offload"] if plan.offload and plan.measured else []
     words += [] if plan.measured else ["training alone"]
     return f"{', '.join(words)}: {_gib(plan.peak)}"
 

@@ -123,12 +123,13 @@ def check_stages(settings: Training, *, controlnet: bool = False, whole: bool = 
     """
     import adapters
     from recipes.common import scorers, spaces
-    from training import optim, quantize
+    from training import offload, optim, quantize
 
     optim.check_optimizer(settings.train)
     lora = getattr(settings, "lora", None)
     kind = {} if lora is None else {"adapter": lora.kind, "dora": lora.dora}
     quantize.check_quantization(settings.train.quantize, whole=whole, **kind)
+    offload.check_offload(settings.train, whole=whole)
     if settings.ship is not None and settings.ship.sign:
         adapters.signing.check_key(settings.ship.sign)
     if settings.measure is None:
@@ -315,7 +316,15 @@ def _class_prior(
             views=pictures, to_base=chosen.preserve == "base", ratio=chosen.prior_ratio, weight=chosen.prior_weight
         )
     with took("class pictures") if chosen.class_prompt and chosen.preserve != "off" else nullcontext():
-        return dreambooth.prior(parts, chosen, pictures, words=words, folder=folder, **_manner(settings))
+        return dreambooth.prior(
+            parts,
+            chosen,
+            pictures,
+            words=words,
+            folder=folder,
+            offload=settings.sampling.offload,
+            **_manner(settings),
+        )
 
 
 def _manner(settings: SubjectTraining) -> dict[str, Any]:

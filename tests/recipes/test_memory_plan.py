@@ -21,6 +21,8 @@ XL = Needs(
     unet=int(4.78 * GIB),
     int8=int(2.71 * GIB),
     nf4=int(1.70 * GIB),
+    outside=int(0.10 * GIB),
+    brought=int(0.18 * GIB),
     encoders=int(3.04 * GIB),
     vae=int(0.31 * GIB),
     trained=2_616_320,
@@ -29,7 +31,8 @@ XL = Needs(
     encoding=int(2.51 * GIB),
     predicting=int(0.31 * GIB),
     decoding=int(1.5 * GIB),
-    taught=int(1.5 * GIB),
+    guided=int(0.31 * GIB),
+    decoded=int(1.5 * GIB),
     previewing=int(3.0 * GIB),
 )
 
@@ -94,8 +97,10 @@ def test_a_small_gpu_trains_beside_fewer_bits_and_measures_nothing() -> None:
     assert "measuring, tuning and shipping are left out: they need 6.9 GiB" in said
     least = choose(XL, 5 * GIB)
     assert least is not None
-    assert least.choice.quantize == "nf4"
-    assert "pip install bitsandbytes" in "\n".join(least.lines())
+    assert (least.choice.quantize, least.choice.offload, least.choice.rank) == (None, True, RANK)
+    assert least.settings()["train"]["offload"] is True
+    said = "\n".join(least.lines())
+    assert "train.offload: saves 4.5 GiB of frozen weights, which wait in main memory; 4.7 GiB travel" in said
 
 
 def test_where_the_base_does_not_fit_whole_its_parts_take_turns_while_it_is_measured() -> None:
@@ -123,14 +128,20 @@ def test_class_images_samples_and_regions_are_stages_of_their_own() -> None:
     assert everything is not None
     assert set(everything.stages) == {"class images", "caching", "training", "validating", "measuring"}
     # Weights of all networks in bfloat16, and four pictures in the decoder at once; with a tenth and CUDA's own.
-    wanted = 1.1 * (XL.unet + (XL.encoders + XL.vae) / 2 + everything.drawn * XL.taught) + 0.8 * GIB
+    wanted = 1.1 * (XL.unet + (XL.encoders + XL.vae) / 2 + everything.drawn * XL.decoded) + 0.8 * GIB
     assert everything.stages["class images"] == pytest.approx(wanted)
+    assert not everything.offload
     assert everything.drawn == everything.settings()["sampling"]["batch_size"]
     assert f"class images: {everything.drawn} at once, in bf16" in "\n".join(everything.lines())
     small = choose(XL, 12 * GIB, Uses(classes=True))
     assert small is not None
     assert small.drawn < everything.drawn  # fewer at once fit
-    assert choose(XL, 8 * GIB, Uses(classes=True)) is None  # 8 GB train, as the table says, and cannot draw
+    turns = choose(XL, 8 * GIB, Uses(classes=True))
+    assert turns is not None
+    assert turns.offload
+    assert turns.stages["class images"] < 1.1 * (XL.unet + XL.encoders / 2) + 0.8 * GIB  # never there together
+    assert "its parts take turns there while it draws" in "\n".join(turns.lines())
+    assert choose(XL, 6 * GIB, Uses(classes=True)) is None  # 6 GB train, as the table says, and cannot draw
     peaks = [memory_plan._peaks(XL, Choice(), 1, uses) for uses in (Uses(), Uses(region=True), Uses(validates=True))]
     assert peaks[1]["caching"] > peaks[0]["caching"] + XL.unet
     assert peaks[2]["training"] == pytest.approx(peaks[0]["training"] + 1.1 * XL.vae)
@@ -146,7 +157,7 @@ def test_samples_can_be_the_peak_of_a_small_gpu() -> None:
 def test_class_images_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "needs", lambda *_: XL)
     with pytest.raises(TrainingError, match=r"for class images at least.*fits: no dreambooth.class_prompt or --memory"):
-        plan_for("stabilityai/stable-diffusion-xl-base-1.0", 8, 1024, "attention+ff", Uses(classes=True))
+        plan_for("stabilityai/stable-diffusion-xl-base-1.0", 6, 1024, "attention+ff", Uses(classes=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

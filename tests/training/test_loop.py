@@ -208,9 +208,11 @@ def test_faster_kernels_change_no_result(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiling_changes_no_result(base: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_compiling_changes_no_result(bits: str | None, base: Path, pictures: Path, tmp_path: Path) -> None:
     plain, compiled = (
-        train(base, pictures, tmp_path / str(how), small_lora, settings(compile=how)) for how in (False, True)
+        train(base, pictures, tmp_path / str(how), small_lora, settings(compile=how, quantize=bits))
+        for how in (False, True)
     )
     torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-4, atol=1e-5)
     ours, theirs = weights(plain), weights(compiled)

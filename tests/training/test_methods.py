@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adapters.edges import Canny
+from adapters.placement import is_moved
 from training import class_images, config, controlnet, dreambooth, loop, lora, models, prepare
 from training.data import crops, images
 from training.errors import TrainingError
@@ -273,6 +274,23 @@ def test_class_images_are_drawn_in_the_precision_asked_for_and_the_base_is_as_it
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("fp32", "bf16")]
     assert manifests[1] == {**manifests[0], "precision": "bf16"}
     assert "precision" not in manifests[0]  # as before there was a choice
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_class_images_are_the_same_where_the_parts_of_the_base_take_turns(
+    precision: str, base: Path, tmp_path: Path
+) -> None:
+    parts = models.load_parts(base)
+    networks = [parts.unet, parts.vae, *parts.text_encoders]
+    plain = {"resolution": 32, "steps": 1, "batch_size": 2, "precision": precision}
+    class_images.class_images(parts, ["dog"], 2, tmp_path / "whole", **plain)
+    with class_images.base_drawing(parts, precision, offload=True):
+        assert all(map(is_moved, networks))
+    class_images.class_images(parts, ["dog"], 2, tmp_path / "turns", **plain, offload=True)
+    whole, turns = ({file.name: file.read_bytes() for file in (tmp_path / way).iterdir()} for way in ("whole", "turns"))
+    assert whole == turns
+    assert not any(map(is_moved, networks))
+    assert not any("forward" in vars(network) for network in networks)
 
 
 def test_batch_and_precision_matter_only_to_class_images_that_are_still_to_be_drawn(base: Path, tmp_path: Path) -> None:

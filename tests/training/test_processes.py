@@ -35,13 +35,23 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "bits"), [("lora", None), ("controlnet", None), ("lora", "int8"), ("lora", "nf4")])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {}),
+        ("controlnet", {}),
+        ("lora", {"quantize": "int8"}),
+        ("lora", {"quantize": "nf4"}),
+        ("lora", {"offload": True}),
+    ],
+    ids=str,
+)
 def test_two_processes_train_like_one(
-    method: str, bits: str | None, base: Path, pictures: Path, tmp_path: Path
+    method: str, options: dict[str, Any], base: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    if bits == "nf4":
+    if options.get("quantize") == "nf4":
         pytest.importorskip("bitsandbytes")
-    train = {"quantize": bits, "steps": STEPS, "learning_rate": RATE, "save_every": 10, "clip": None}
+    train = {**options, "steps": STEPS, "learning_rate": RATE, "save_every": 10, "clip": None}
     asked = {"base": str(base), "pictures": str(pictures), "method": method}
     one, two = tmp_path / "one", tmp_path / "two"
     training_driver.train({**asked, "out": one, "train": {**train, "batch_size": 4}}, say=lambda line: None)

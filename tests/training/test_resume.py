@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "schedule-free": ("lora", {"optimizer": "schedulefree", "warmup": 2}, False),
     "rates": ("lora", {"rates": {"lora_A": 0, "attn2": 3}, "optimizer": "adafactor"}, False),
     "8 bits": ("lora", {"quantize": "int8", "gradient_checkpointing": True}, True),
+    "blocks in main memory": ("dropout", {"offload": True, "ema": 0.9}, True),
     "4 bits": ("dora", {"quantize": "nf4"}, False),
     "prior": ("lora", {}, True),
     "full with prior": ("full", {}, True),

@@ -106,8 +106,8 @@ class Needs:
     decoded: int
     """The same of the VAE's decoder, in bfloat16."""
     previewing: int
-    """The larger of the two for a sample of validation, whose decoder is in float32: autocast rounds less of it than one
-    may count on, a GPU's norms for example stay as they are."""
+    """The larger of the two for a sample of validation, whose decoder is in float32: autocast rounds less of it than
+    one may count on, a GPU's norms for example stay as they are."""
 
     def frozen(self, quantize: str | None, *, offload: bool = False) -> int:
         """The U-net's frozen weights as they are kept while training; with `offload`, they are not rounded."""

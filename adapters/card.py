@@ -118,9 +118,9 @@ def render_card(
 
 def _harm(gains: Gains | None) -> list[str]:
     """What a reader must know first: this adapter was measured, and makes pictures worse."""
-    if gains is None or gains.adapter is None or gains.adapter.word != "harm":
+    if gains is None or gains.released is None or gains.released.word != "harm":
         return []
-    return [f"**It does harm by its own measure.** {escape(gains.adapter.sentence)}"]
+    return [f"**It does harm by its own measure.** {escape(gains.released.sentence)}"]
 
 
 def _head(card: Card, kinds: Sequence[str], gains: Gains | None) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _gains_section(gains: Gains | None, has: Sequence[str]) -> str:
             cells.append(f"{words.format_mean(metric, value)} ({words.format_interval(metric, value)})")
         table.append(f"| {escape(arm['name'])} | " + " | ".join(cells) + f" | {arm['seconds']:.3g} |")
     counts = gains.counts
-    verdicts = [*([gains.adapter] if gains.adapter else []), gains.verdict]
+    verdicts = filter(None, (gains.shipped, gains.adapter, gains.verdict))
     how = (
         f"{counts['pairs']} pairs: {counts['prompts']} prompts, {counts['seeds']} seeds, {counts['subjects']} "
         f"subject(s); intervals ({design.confidence:.0%}) over {counts['clusters']} {counts['cluster']}s. Primary "

@@ -59,8 +59,8 @@ def _ship(settings: Settings) -> Path | None:
         adapters.signing.check_key(settings.ship.sign)
     measured = Path(settings.measured) if settings.measured else None
     plan, gains, rows, shots, best, facts = _measured(measured)
-    if gains is not None and gains.adapter is not None and gains.adapter.word in ("harm", "no detectable change"):
-        say(f"note: what ships does not help by its own measure, and its card says so. {gains.adapter.sentence}")
+    if gains is not None and gains.released is not None and gains.released.word in ("harm", "no detectable change"):
+        say(f"note: what ships does not help by its own measure, and its card says so. {gains.released.sentence}")
     pipe = sampling_pipeline(settings.base, SamplingSettings())
     check_text(pipe, settings.adapter)
     weights = Path(settings.adapter).expanduser()

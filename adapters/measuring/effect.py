@@ -31,10 +31,12 @@ def confidence(design: Design) -> float:
 
 
 def adapter_verdict(effects: Sequence[ArmContrast], design: Design) -> Verdict:
-    """The word and the sentence; `effects` are the baseline against the base on `effect_metrics(design)`."""
+    """The word and the sentence; `effects` are an arm against the base on `effect_metrics(design)`."""
     word, why = (_alone if design.identity is None else _subject)(effects, design)
     said = "; ".join(_said(contrast) for contrast in effects[: 1 if design.identity is None else 2])
-    return Verdict(word=word, sentence=f"{word.capitalize()}: {why}. {design.baseline} against {design.base}: {said}.")
+    return Verdict(
+        word=word, sentence=f"{word.capitalize()}: {why}. {effects[0].arm} against {effects[0].baseline}: {said}."
+    )
 
 
 def _alone(effects: Sequence[ArmContrast], design: Design) -> tuple[str, str]:

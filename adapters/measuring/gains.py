@@ -35,8 +35,8 @@ from .table import Row
 
 __all__ = ["FORMAT", "ArmContrast", "Design", "Gains", "Verdict", "compare"]
 
-FORMAT = 2
-"""Of gains.json: 1 had the verdict on the guidance alone, and no plane."""
+FORMAT = 3
+"""Of gains.json: 1 had the verdict on the guidance alone, and no plane; 2 had none on the adapter as it ships."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,17 @@ class Gains:
     """Everything `gains.json` says about the comparison."""
 
     adapter: Verdict | None
-    """What the adapter does to its base; None where the base alone was not drawn, or nothing stands on it."""
+    """What the adapter does to its base with plain guidance; None where the base alone was not drawn."""
+    shipped: Verdict | None
+    """The same with the guidance that ships, where that is not plain guidance; None where it is."""
     verdict: Verdict
     """What the guidance adds to plain guidance."""
     design: Design
     arms: list[dict[str, Any]]
     effects: list[ArmContrast]
     """The baseline against the base alone, on the metrics that decide about the adapter."""
+    shipped_effects: list[ArmContrast]
+    """The same of what ships; empty where that is the baseline."""
     contrasts: list[ArmContrast]
     plane: dict[str, Any] | None
     """Every arm as a point of identity and accuracy, and the front of plain guidance; see `plane.plane_values`."""
@@ -77,6 +81,11 @@ class Gains:
         words = {one["word"] for one in (self.plane["above"] if self.plane else []) if one["arm"] == d.arm}
         return d.arm if self.verdict.word == "gain" or words == {"above"} else d.baseline
 
+    @property
+    def released(self) -> Verdict | None:
+        """What the adapter as it ships does to its base; None where the base was not drawn."""
+        return self.shipped or self.adapter
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN becomes None."""
         values: dict[str, Any] = json.loads(json.dumps(_plain(asdict(self))))
@@ -92,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 
 def compare(rows: Sequence[Row], design: Design) -> Gains:
-    """Compare the baseline with the base, and every arm with the baseline, and give the verdicts on both.
+    """Compare the baseline and what ships with the base, and every arm with the baseline, and give the verdicts.
 
     Raises `GainsError` where arms do not join on (subject, prompt, seed, hash of the initial latents), or a metric is
     missing.
@@ -112,16 +121,18 @@ def compare(rows: Sequence[Row], design: Design) -> Gains:
         if name != design.baseline
         for metric in design.higher_is_better
     ]
-    effects = _effects(tables, design, cluster)
+    effects = _effects(tables, design, cluster, design.baseline)
     contrasts = with_holm(contrasts, design)
     curves = {method: curve(rows, sweep, design) for method, sweep in design.sweeps.items()}
     primary = next(c for c in contrasts if (c.arm, c.metric) == (design.arm, design.primary))
-    return Gains(
+    found = Gains(
         adapter=effect.adapter_verdict(effects, design) if effects else None,
+        shipped=None,
         design=design,
         verdict=added.guidance_verdict(primary, contrasts, design),
         arms=arms,
         effects=effects,
+        shipped_effects=[],
         contrasts=contrasts,
         plane=_plane(tables, arms, design, cluster),
         curves=curves,
@@ -136,15 +147,19 @@ def compare(rows: Sequence[Row], design: Design) -> Gains:
             "subjects": len({key[0] for key in reference}),
         },
     )
+    if design.base is None or found.ships == design.baseline:
+        return found
+    shipped = _effects(tables, design, cluster, found.ships)
+    return replace(found, shipped=effect.adapter_verdict(shipped, design), shipped_effects=shipped)
 
 
-def _effects(tables: Mapping[str, Mapping[Any, Row]], design: Design, cluster: str) -> list[ArmContrast]:
-    """The adapter with plain guidance against the base; none where the base was not drawn."""
+def _effects(tables: Mapping[str, Mapping[Any, Row]], design: Design, cluster: str, arm: str) -> list[ArmContrast]:
+    """The adapter in an arm against the base; none where the base was not drawn."""
     if design.base is None:
         return []
-    ours, theirs = tables[design.baseline], tables[design.base]
+    ours, theirs = tables[arm], tables[design.base]
     level = replace(design, confidence=effect.confidence(design))
-    names = (design.baseline, design.base)
+    names = (arm, design.base)
     return [contrast(ours, theirs, names, metric, level, cluster) for metric in effect.effect_metrics(design)]
 
 

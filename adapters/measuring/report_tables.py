@@ -32,9 +32,10 @@ def table_of_arms(gains: Gains) -> str:
 
 def statistics(gains: Gains) -> str:
     """Verdicts in numbers, what was declared, and every difference: for readers who want to check."""
-    verdicts = [*([gains.adapter] if gains.adapter else []), gains.verdict]
+    verdicts = filter(None, (gains.shipped, gains.adapter, gains.verdict))
     said = "".join(f"<p>{escape(verdict.sentence)}</p>" for verdict in verdicts)
-    effects = "<h3>The adapter against its base</h3>" + _contrasts(gains.effects) if gains.effects else ""
+    against = [*gains.shipped_effects, *gains.effects]
+    effects = "<h3>The adapter against its base</h3>" + _contrasts(against) if against else ""
     return (
         f"<details><summary>Verdicts in numbers, and every difference with its interval</summary>{said}"
         f"<p>{escape(_design(gains))}</p>{effects}<h3>Every arm against {escape(gains.design.baseline)}</h3>"

@@ -16,10 +16,11 @@ from .table import read_csv
 
 __all__ = ["checked_gains", "json_difference", "recompute", "verify"]
 
-_SINCE_2 = {  # fields that format 2 of gains.json added
-    "gains": {"adapter", "effects", "plane", "best"},
-    "design": {"base", "identity", "accuracy", "tolerance", "plain"},
+_SINCE = {  # fields of gains.json by the format that added them
+    2: {"adapter", "effects", "plane", "best"},
+    3: {"shipped", "shipped_effects"},
 }
+_DESIGN_SINCE_2 = {"base", "identity", "accuracy", "tolerance", "plain"}
 TOLERANCE = 1e-9  # relative; sums may be ordered differently by another numpy
 
 
@@ -50,8 +51,8 @@ def _figures(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     if "gains.json" in manifest["files"]:
         gains, stored = checked_gains(path)
         _check_identity(path, manifest, stored.get("identity"))
-        if gains.adapter is not None:
-            summary["adapter"] = gains.adapter.sentence
+        if gains.released is not None:
+            summary["adapter"] = gains.released.sentence
         summary["verdict"] = gains.verdict.sentence
         summary["numbers"] = _count(_as_stored(gains.to_dict(), stored))
     if "tuned.json" in manifest["files"]:
@@ -61,10 +62,12 @@ def _figures(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _as_stored(ours: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Ours without what an older format does not say."""
-    if stored.get("format") != 1:
-        return ours
-    design = {name: value for name, value in ours["design"].items() if name not in _SINCE_2["design"]}
-    return {name: value for name, value in ours.items() if name not in _SINCE_2["gains"]} | {"design": design}
+    known = stored.get("format")
+    later = {name for since, names in _SINCE.items() if known in (1, 2) and since > known for name in names}
+    kept = {name: value for name, value in ours.items() if name not in later}
+    if known == 1:
+        kept["design"] = {name: value for name, value in ours["design"].items() if name not in _DESIGN_SINCE_2}
+    return kept
 
 
 def _check_identity(folder: Path, manifest: dict[str, Any], identity: Any) -> None:
@@ -118,7 +121,7 @@ def recompute(folder: Path) -> Gains:
     """The comparison, from `per_image.csv` and the design in `gains.json`."""
     design = files.read_object(folder / "gains.json").get("design")
     names = {f.name for f in fields(Design)}
-    if not isinstance(design, dict) or set(design) not in (names, names - _SINCE_2["design"]):
+    if not isinstance(design, dict) or set(design) not in (names, names - _DESIGN_SINCE_2):
         raise FileError(f"{folder / 'gains.json'}: no complete design in it")
     rows = read_csv(folder / "per_image.csv")
     try:

@@ -107,11 +107,11 @@ _PLACES = {
 
 
 def adapter(gains: Gains) -> str:
-    """What the adapter does to its base, with the means of what decides; empty where it was not compared."""
-    if gains.adapter is None:
+    """What the adapter as it ships does to its base, with the means of what decides; empty if not compared."""
+    if gains.released is None:
         return ""
     design, means = gains.design, {arm["name"]: arm["metrics"] for arm in gains.arms}
-    before, after, word = means[str(design.base)], means[design.baseline], gains.adapter.word
+    before, after, word = means[str(design.base)], means[gains.ships], gains.released.word
     if word == "trade-off" and design.identity is not None:
         moved = after[design.identity]["mean"] - before[design.identity]["mean"]
         word = word if (moved > 0) == design.higher_is_better[design.identity] else "lost"
@@ -122,10 +122,10 @@ def adapter(gains: Gains) -> str:
         for name in names
     ]
     said = f"{said} {_sentence('; '.join(told))}"
-    if design.identity is None or gains.ships == design.baseline:
+    if gains.ships == design.baseline:
         return said
-    shipped = "; ".join(f"{name} {format_mean(name, means[gains.ships][name])}" for name in names)
-    return f"{said} {_sentence(f'with {gains.ships}, which measured better: {shipped}')}"
+    plain = "; ".join(f"{name} {format_mean(name, means[design.baseline][name])}" for name in names)
+    return f"{said} This is with {gains.ships}, the guidance that ships. With {design.baseline}: {plain}."
 
 
 def guidance(gains: Gains) -> str:

@@ -45,7 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # At ten times the optimizer's default rate, as AdamW's 1e-3 is in the demo.
     "adafactor": {"train.optimizer": "adafactor", "train.learning_rate": 1e-3},
     "lion": {"train.optimizer": "lion", "train.learning_rate": 3e-4},
-    "came": {"train.optimizer": "came", "train.learning_rate": 1e-3},
+    "came": {"train.optimizer": "came", "train.learning_rate": 3e-4},
+    "came, 1e-3": {"train.optimizer": "came", "train.learning_rate": 1e-3},
     "prodigy": {"train.optimizer": "prodigy", "train.learning_rate": None},
     "schedulefree": {"train.optimizer": "schedulefree", "train.learning_rate": 3e-3, "train.ema": None},
     "linear layers": {"lora.targets": "attention+ff"},

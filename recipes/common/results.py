@@ -97,7 +97,7 @@ def headlines(gains: Gains) -> list[str]:
     """What the adapter does to its base, what the guidance adds, and what lies above the front of plain guidance."""
     from adapters.measuring import plane
 
-    first = [f"Adapter: {gains.adapter.sentence}"] if gains.adapter else []
+    first = [f"Adapter: {verdict.sentence}" for verdict in (gains.shipped, gains.adapter) if verdict]
     return [*first, f"Guidance: {gains.verdict.sentence}", *plane.sentences(gains.plane)]
 
 

@@ -222,9 +222,9 @@ def test_both_verdicts_and_the_front_are_recomputed_from_the_table(tmp_path):
         files.write_manifest(tmp_path, {"format": 1, "kind": "results"})
         return verify.verify(tmp_path)
 
-    assert list(json.loads(json.dumps(found.to_dict())))[:2] == ["adapter", "verdict"]  # what heads the file
+    assert list(json.loads(json.dumps(found.to_dict())))[:3] == ["adapter", "shipped", "verdict"]  # what heads the file
     summary = verified()
-    assert summary["adapter"] == found.adapter.sentence
+    assert summary["adapter"] == found.released.sentence
     for change in (
         lambda stored: stored["adapter"].update(word="harm"),
         lambda stored: stored["plane"]["above"][0].update(gap=1.0),
@@ -238,7 +238,7 @@ def test_both_verdicts_and_the_front_are_recomputed_from_the_table(tmp_path):
 def test_a_file_of_the_first_format_still_verifies(tmp_path):
     made = rows(MEANS)
     stored = {"format": 1, **gains.compare(made, replace(DESIGN, identity=None, accuracy=None, base=None)).to_dict()}
-    for name in ("adapter", "effects", "plane", "best"):
+    for name in ("adapter", "effects", "plane", "best", "shipped", "shipped_effects"):
         del stored[name]
     for name in ("base", "identity", "accuracy", "tolerance", "plain"):
         del stored["design"][name]
@@ -246,6 +246,55 @@ def test_a_file_of_the_first_format_still_verifies(tmp_path):
     (tmp_path / "gains.json").write_text(json.dumps(stored), "utf-8")
     files.write_manifest(tmp_path, {"format": 1, "kind": "results"})
     assert "adapter" not in verify.verify(tmp_path)
+
+
+def test_a_file_of_the_second_format_still_verifies_and_is_told_as_it_ships(tmp_path):
+    made = rows({"base": (0.0, 0.9), "CFG": (0.5, 0.5), "S-CFG": (0.9, 0.9)})
+    found = gains.compare(made, DESIGN)
+    stored = {"format": 2, **found.to_dict()}
+    del stored["shipped"], stored["shipped_effects"]
+    (tmp_path / "per_image.csv").write_text(write_csv(made), "utf-8")
+
+    def verified():
+        (tmp_path / "gains.json").write_text(json.dumps(stored), "utf-8")
+        files.write_manifest(tmp_path, {"format": 1, "kind": "results"})
+        return verify.verify(tmp_path)
+
+    assert verified()["adapter"] == found.shipped.sentence
+    stored["effects"][0]["low"] = 0.0
+    with pytest.raises(GainsError, match="does not follow from"):
+        verified()
+
+
+def test_the_adapter_is_judged_with_the_guidance_that_ships():
+    """Plain guidance pays with accuracy and the arm does not: it ships, and the first sentence is about it."""
+    means = {"base": (0.0, 0.9), "CFG": (0.5, 0.5), "S-CFG": (0.9, 0.9)}
+    found = gains.compare(rows(means), DESIGN)
+    assert found.ships == "S-CFG"
+    assert (found.adapter.word, found.shipped.word) == ("trade-off", "gain")
+    assert found.released is found.shipped
+    assert found.shipped.sentence.startswith("Gain: the subject is there, and a loss of prompt accuracy beyond 0.1 is")
+    assert "S-CFG against base: identity +0.9" in found.shipped.sentence
+    assert [(one.arm, one.baseline, one.metric) for one in found.shipped_effects] == [
+        ("S-CFG", "base", "identity"),
+        ("S-CFG", "base", "prompt accuracy"),
+    ]
+    assert words.adapter(found) == (
+        "The adapter draws its subject, and its pictures follow their prompts as well as the base's do. "
+        "Identity 0 % without it, 90 % with it; prompt accuracy 90 % without it, 90 % with it. "
+        "This is with S-CFG, the guidance that ships. With CFG: identity 50 %; prompt accuracy 50 %."
+    )
+    # An arm that is no better does not ship, and plain guidance is judged, as it would be alone.
+    plain = gains.compare(rows(means | {"S-CFG": (0.2, 0.4)}), DESIGN)
+    assert plain.ships == "CFG"
+    assert plain.shipped is None
+    assert plain.shipped_effects == []
+    assert plain.released is plain.adapter
+    assert "ships" not in words.adapter(plain)
+    # Without the base there is nothing to judge by.
+    alone = gains.compare(rows(means), replace(DESIGN, base=None))
+    assert alone.ships == "S-CFG"
+    assert alone.released is None
 
 
 def test_a_reader_in_a_hurry_is_told_in_words_and_a_harmful_adapter_says_so_in_its_card():

@@ -87,7 +87,7 @@ def test_the_table_has_every_picture_once_and_the_report_says_where_gamma_was(de
     assert named == {row["prompt"] for row in rows if row["arm"] == "CFG"}
     gains = json.loads((out / "measured" / "gains.json").read_text())
     assert gains["facts"]["base"] == "pocket"
-    assert gains["format"] == 2
+    assert gains["format"] == 3
     assert [one["arm"] for one in gains["plane"]["points"] if one["plain"]] == ["base", "CFG"]
     assert "<h2>The subject</h2>" in (out / "measured" / "report.html").read_text("utf-8")
     text = (out / "measured" / "report.html").read_text("utf-8")

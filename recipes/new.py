@@ -6,6 +6,7 @@ scfg-toolkit new FOLDER --class dog [--base stable-diffusion-v1-5/stable-diffusi
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def _gigabytes(text: str) -> int:
+    """ "12", "12GB" or "12 GiB"; a GPU that is sold with 12 GB has 12 GiB."""
+    found = re.fullmatch(r"(\d+)\s*(gi?b?)?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be the GPU's memory in GB, such as 12, got {text!r}")
+    return int(found[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -55,7 +64,7 @@ def main() -> None:
     parser.add_argument("--identifier", default=IDENTIFIER, help="a rare word that names the subject in prompts")
     parser.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME")
     parser.add_argument(
-        "--memory", type=int, metavar="GB", help="memory of the GPU, such as 8, 12, 16 or 24: fit into it"
+        "--memory", type=_gigabytes, metavar="GB", help="memory of the GPU, such as 8, 12, 16 or 24: fit into it"
     )
     parser.add_argument("--clip", default=NETWORKS["clip"], help="folder or hub id of the CLIP that measures")
     parser.add_argument("--dino", default=NETWORKS["dino"], help="folder or hub id of the DINO that measures")

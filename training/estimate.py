@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -16,9 +17,12 @@ from .method import Method
 from .offload import kept_numel, waiting_bytes
 from .optim import state_bytes
 from .quantize import scale_bytes, unrounded_numel
+from .ranks import state
 from .sharding import local
 
 __all__ = ["Estimate", "clock", "estimate", "kept_bytes", "peak_bytes", "trained_table"]
+
+STEPS, PATIENCE = 5, 3.0  # timed at most, and seconds after which no further one begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,17 @@ def _since(began: float) -> float:
     return clock() - began
 
 
+def _step_seconds(model: nn.Module, batch: Batch) -> float:
+    """The median of several steps, forward and backward: one alone may meet other work on the machine."""
+    times: list[float] = []
+    several = state().num_processes == 1  # several processes must take equally many, or they wait for each other
+    while len(times) < (STEPS if several and sum(times) < PATIENCE else 1):
+        began = clock()
+        model(batch).mean().backward()
+        times.append(_since(began))
+    return statistics.median(times)
+
+
 def _base_seconds(method: Method, batch: Batch, dtype: torch.dtype) -> float:
     """Of the base's own prediction of a whole micro-batch."""
     if method.base is None:
@@ -138,7 +153,7 @@ def estimate(
     caching_seconds: float = 0.0,
     area: float = 1.0,
 ) -> Estimate:
-    """Tries one micro-batch: twice forward and backward (the first warms up), once forward; leaves no gradient behind.
+    """Tries one micro-batch: forward and backward (the first warms up), once forward; leaves no gradient behind.
 
     Args:
         method: what trains.
@@ -159,9 +174,7 @@ def estimate(
         losses.mean().backward()
     else:
         activations = peak_bytes(method, model, batch)
-    began = time.perf_counter()
-    model(batch).mean().backward()
-    seconds = _since(began) + asked * _base_seconds(method, batch, dtype)
+    seconds = _step_seconds(model, batch) + asked * _base_seconds(method, batch, dtype)
     began = time.perf_counter()
     with torch.no_grad():
         model(batch)

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from .errors import TrainingError
 __all__ = ["Log"]
 
 MAX_LOG = 2**30
+BEGAN, RECENT = 10, 50  # steps over which the loss is averaged at the beginning and now; single steps scatter much
+GROWN = 3.0  # times the loss at the beginning: no training that learns gets there
 
 
 class Log:
@@ -49,8 +51,12 @@ class Log:
         self._path = path if accelerator.is_main_process else None
         self.validated = False
         """Whether the file has the validation loss of `step`; the main process knows."""
+        self._history: list[tuple[int, float]] = []  # steps and their mean loss
+        self._told = False
         if self._path is not None:
-            self.validated = any(row["step"] == step and "validation_loss" in row for row in _reopened(path, step))
+            rows = _reopened(path, step)
+            self.validated = any(row["step"] == step and "validation_loss" in row for row in rows)
+            self._history = _history(rows)
         # Into a file or pipe the lines say it all; a bar would fill it with itself.
         self._bar = tqdm(total=steps, initial=step, unit="step", leave=False, disable=not sys.stderr.isatty())
 
@@ -81,6 +87,7 @@ class Log:
                 "Lower train.learning_rate, or use train.precision fp32 or bf16"
             )
         self.losses.append(loss)
+        self._history.append((self._count, loss))
         seconds = (time.perf_counter() - self._since) / self._count
         speed = self.per_step / seconds
         self.note(step, {"loss": loss, "images_per_second": speed, "learning_rate": rate})
@@ -89,7 +96,19 @@ class Log:
         self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         with self._bar.external_write_mode():
             self.say(f"step {step}/{self.steps}  loss {loss:.4f}  {speed:.1f} images/s  {left:.1f} min left{memory}")
+            self._tell_growth(rate)
         self._sum, self._count, self._since = None, 0, time.perf_counter()
+
+    def _tell_growth(self, rate: float) -> None:
+        """Says once that the loss is far above what it began with: finite, so nothing stops such a training."""
+        began, now = _mean(self._history, BEGAN), _mean(reversed(self._history), RECENT)
+        if self._told or began is None or now is None or now <= GROWN * began:
+            return
+        self._told = True
+        self.say(
+            f"note: the loss is {now:.3f} over the last {RECENT} steps, and was {began:.3f} over the first {BEGAN}. "
+            f"The training diverges: stop it, and lower train.learning_rate, now {rate:.3g}"
+        )
 
     def note(self, step: int, values: dict[str, float]) -> None:
         """Writes values of a step to the file and the trackers."""
@@ -131,6 +150,26 @@ def _reopened(path: Path, step: int) -> list[dict[str, Any]]:
     except OSError as error:
         raise TrainingError(f"cannot write {path}: {machine.explain(error) or error}") from error
     return [row for _, row in rows]
+
+
+def _history(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """Steps and their mean loss, from a file's lines."""
+    found, before = [], 0
+    for row in rows:
+        if type(row.get("loss")) is float and row["step"] > before:
+            found.append((row["step"] - before, row["loss"]))
+            before = row["step"]
+    return found
+
+
+def _mean(history: Iterable[tuple[int, float]], steps: int) -> float | None:
+    """Mean loss of the first so many steps at least; None where there are fewer."""
+    total, count = 0.0, 0
+    for some, loss in history:
+        total, count = total + some * loss, count + some
+        if count >= steps:
+            return total / count
+    return None
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear layers": {"lora.targets": "attention+ff"},
     "linear layers, PiSSA": {"lora.targets": "attention+ff", "lora.start": "pissa"},
     "max norm": {"lora.max_norm": 1.0},
+    "int8": {"train.quantize": "int8"},
+    "nf4": {"train.quantize": "nf4"},
     "tags": {},
     "tags, dropped": {"data.tags": json.dumps(TAGS)},
     TOGETHER: {"train.steps": 2 * STEPS},  # as many samples of each subject as in a run of its own

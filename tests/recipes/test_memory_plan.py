@@ -236,6 +236,29 @@ def test_bases_that_no_plan_is_for_are_refused(tmp_path: Path) -> None:
         plan_for(str(tmp_path), 8, 512, "attention")
 
 
+@pytest.mark.parametrize("said", ["12", "12GB", "12 gb", "12GiB", "12G"])
+def test_memory_is_said_as_on_the_box(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes import new
+
+    asked: list[int] = []
+    monkeypatch.setattr(new, "prepare_subject", lambda *given: asked.append(given[6]))
+    monkeypatch.setattr("sys.argv", ["new", "photos", "--class", "dog", "--no-trial", "--memory", said])
+    new.main()
+    assert asked == [12]
+
+
+@pytest.mark.parametrize("said", ["12MB", "much", "-12", "1.5"])
+def test_other_sizes_are_refused_before_anything_is_read(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes import new
+
+    monkeypatch.setattr("sys.argv", ["new", "photos", "--class", "dog", f"--memory={said}"])
+    with pytest.raises(SystemExit):
+        new.main()
+    assert "argument --memory: must be the GPU's memory in GB, such as 12, got " in capsys.readouterr().err
+
+
 def test_new_writes_what_fits_into_the_config(models: Path, photos: Path, tmp_path: Path) -> None:
     import yaml
 

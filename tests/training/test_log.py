@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 from test_adapter_whole import room
 
@@ -52,3 +53,27 @@ def test_a_log_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
     reopened(path, 5)
     assert path.read_bytes() == b"".join(map(line, range(1, 6)))
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize(("end", "told"), [(0.29, False), (0.6, True)])
+def test_a_loss_that_grows_is_said_once_also_after_an_interruption(
+    every: int, end: float, told: bool, tmp_path: Path
+) -> None:
+    """It doubles and falls in between, as the losses of single steps do."""
+    said: list[str] = []
+    path, step = tmp_path / "log.jsonl", 0
+    for stop in (70, 200):  # the second part begins where the loss has grown already
+        log = Log(path, Accelerator(cpu=True), said.append, step=step, steps=200, per_step=1)
+        while step < stop:
+            step += 1
+            usual = 0.1 if step <= 20 else end
+            log.add(torch.tensor(usual * (1.5 if step % 2 else 0.5)))
+            if step % every == 0:
+                log.write(step, 1e-3, None)
+        log.close()
+    notes = [line for line in said if line.startswith("note: ")]
+    assert len(notes) == (2 if told else 0)  # once for each time that it is started
+    for note in notes:
+        assert "over the last 50 steps, and was 0.1" in note
+        assert note.endswith("The training diverges: stop it, and lower train.learning_rate, now 0.001")

@@ -84,6 +84,11 @@ def read_adapter(source: Source) -> Adapter:
     tokens = tokens_of(source)
     found = _weight_files(source)
     if not found and not tokens:
+        if source.file("model_index.json") is not None:
+            raise FileError(
+                f"{source.path} is a whole pipeline, not an adapter; give its folder unet ({source.path / 'unet'}), or "
+                "the pipeline itself as the base (base.path)"
+            )
         names = sorted(p.name for p in source.path.glob("*.safetensors"))
         raise FileError(
             f"{source.path}: neither {LORA_FILE} nor {PEFT_FILE} in it, nor in a folder unet of it; "

@@ -28,7 +28,7 @@ from adapters import files, loading, ship
 from adapters.card import Card
 from adapters.errors import AdapterError, FileError, GainsError
 from adapters.measuring import archive, gains, table, verify
-from adapters.source import open_source
+from adapters.source import open_source, read_adapter
 
 TUNED = {
     "higher is better": True,
@@ -379,3 +379,10 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line() -> None:
         FileError, match=r"^nobody/no-adapter: there is no such folder here .* the hub does not give it"
     ):
         open_source("nobody/no-adapter")
+
+
+def test_a_whole_pipeline_is_told_from_an_adapter(_pipe, tmp_path: Path) -> None:
+    folder = tmp_path / "dreambooth"
+    _pipe.save_pretrained(folder)
+    with pytest.raises(FileError, match=r"dreambooth is a whole pipeline, not an adapter; give its folder unet \(.*unet"):
+        read_adapter(open_source(folder))

@@ -47,7 +47,7 @@ LATE: dict[str, dict[str, int]] = {
         "adapters.beside.with_layers": 2,
         "adapters.seat": 1,
         "adapters.ship": 2,
-        "adapters.source": 3,
+        "adapters.source": 4,
         "adapters.spelling": 4,
         "adapters.text": 1,
         "adapters.tokens": 7,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterError
-from .placement import is_moved
+from .placement import is_hooked, is_moved
 from .seat import switched_off
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class _Beside:
 
     def __init__(self, unet: torch.nn.Module, layers: list[BaseTunerLayer]) -> None:
         self.unet, self.forward, self.layers = unet, unet.forward, layers
+        self.modules = list(unet.modules())  # asked in every step, and slow to walk
         self.whole: dict[torch.nn.Parameter, Tensor] = {}
         self.rows, self.share = 0, None  # type: int, float | None
         self.kept: dict[BaseTunerLayer, Tensor] = {}
@@ -107,7 +108,7 @@ class _Beside:
     @property
     def taken(self) -> bool:
         """Whether the weights are another's meanwhile: fused with an adapter, or offloaded."""
-        return any(layer.merged for layer in self.layers) or is_moved(self.unet)
+        return any(layer.merged for layer in self.layers) or any(map(is_hooked, self.modules))
 
     def adapted(self, rows: int, share: float | None, *args: Any, **kwargs: Any) -> Any:
         if share is None and self.whole and not self.taken:

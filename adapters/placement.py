@@ -14,7 +14,7 @@ import torch
 
 from .errors import AdapterError
 
-__all__ = ["computing_device", "is_moved", "is_offloaded", "named_values", "offload_like", "stored", "unwrapped"]
+__all__ = ["computing_device", "is_hooked", "is_moved", "is_offloaded", "named_values", "offload_like", "stored", "unwrapped"]
 
 
 def unwrapped(model: Any) -> Any:
@@ -29,7 +29,13 @@ def is_offloaded(layer: torch.nn.Module) -> bool:
 
 def is_moved(model: torch.nn.Module) -> bool:
     """Whether a hook of accelerate or diffusers puts the model's weights in place before its layers run."""
-    return any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in model.modules())
+    return any(map(is_hooked, model.modules()))
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """The same of one module alone."""
+    own = module.__dict__
+    return "_hf_hook" in own or "_diffusers_hook" in own
 
 
 def stored(layer: torch.nn.Module, name: str = "weight", *, writable: bool = False) -> torch.Tensor:

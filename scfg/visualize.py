@@ -133,18 +133,30 @@ def step_images(run: Run, pipe: Any, *, image: int = 0) -> list[list[Image.Image
     Raises:
         ScfgError: a map was not recorded, or there is no such image.
     """
+    return _rows(run, pipe, image, _shown(run))
+
+
+def _shown(run: Run) -> list[Step]:
+    """The recorded steps."""
     steps = [step for step in run.trace if step.gamma is not None]
     if not steps:
         raise ScfgError(NOTHING)
+    return steps
+
+
+def _rows(run: Run, pipe: Any, image: int, chosen: Sequence[Step]) -> list[list[Image.Image]]:
+    """See `step_images`, of chosen steps only, in the colors of all."""
+    steps = _shown(run)
     if not 0 <= image < len(steps[0].effective_scale):
         raise ScfgError(f"image={image}: the batch has {len(steps[0].effective_scale)} images")
     maps = [_recorded(step.gamma)[image, 0] for step in steps]
     limits = (min(0.99, *(float(m.min()) for m in maps)), max(1.01, *(float(m.max()) for m in maps)))
     rows = []
-    for step, gamma in zip(steps, maps, strict=True):
+    for step in chosen:
         clean = latents_to_images(pipe, _recorded(step.prediction)[image : image + 1])[0]
         overlay = region_overlay(clean, _recorded(step.regions)[image], _names(run, step, image))
-        rows.append([_fit(clean), overlay, gamma_heat_map(gamma, limits=limits)])
+        heat = gamma_heat_map(_recorded(step.gamma)[image, 0], limits=limits)
+        rows.append([_fit(clean), overlay, heat])
     return rows
 
 
@@ -157,18 +169,19 @@ def strip(run: Run, pipe: Any, *, image: int = 0, columns: int = 6) -> Image.Ima
         image: which image of the batch.
         columns: most steps shown.
     """
-    steps = [step for step in run.trace if step.gamma is not None]
-    rows = step_images(run, pipe, image=image)
-    chosen = sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(columns, len(rows)))})
-    width = max(picture.width for i in chosen for picture in rows[i])
-    heights = [max(rows[i][row].height for i in chosen) for row in range(3)]
-    canvas = Image.new("RGB", (len(chosen) * (width + 8), sum(heights) + 4 * 8 + 14), "white")
+    steps = _shown(run)
+    places = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(columns, len(steps)))})
+    chosen = [steps[place] for place in places]
+    rows = _rows(run, pipe, image, chosen)
+    width = max(picture.width for row in rows for picture in row)
+    heights = [max(row[kind].height for row in rows) for kind in range(3)]
+    canvas = Image.new("RGB", (len(rows) * (width + 8), sum(heights) + 4 * 8 + 14), "white")
     draw = ImageDraw.Draw(canvas)
-    for column, i in enumerate(chosen):
+    for column, (step, row) in enumerate(zip(chosen, rows, strict=True)):
         left, top = column * (width + 8), 18
-        scale = float(steps[i].effective_scale[image])
-        draw.text((left, 2), f"step {steps[i].index}, effective scale x{scale:.2f}", fill="black")
-        for picture, height in zip(rows[i], heights, strict=True):
+        scale = float(step.effective_scale[image])
+        draw.text((left, 2), f"step {step.index}, effective scale x{scale:.2f}", fill="black")
+        for picture, height in zip(row, heights, strict=True):
             canvas.paste(picture, (left, top))
             top += height + 8
     return canvas

@@ -220,7 +220,7 @@ def of_training(
         with lowered(method.networks(), dtype):
             cast(method, device, dtype)
             # What trains is laid out here too; compiling would take longer than what is to be decided.
-            configure_networks(method, replace(settings, compile=False), device, tokens=tokens)
+            configure_networks(method, replace(settings, compile=False, offload=False), device, tokens=tokens)
             step = Stepper(method, dtype, device)
             with kernels(method, settings, accelerator), torch.random.fork_rng(devices=[]):
                 yield lambda: step(batch).mean().backward()

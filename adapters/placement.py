@@ -14,7 +14,16 @@ import torch
 
 from .errors import AdapterError
 
-__all__ = ["computing_device", "is_hooked", "is_moved", "is_offloaded", "named_values", "offload_like", "stored", "unwrapped"]
+__all__ = [
+    "computing_device",
+    "is_hooked",
+    "is_moved",
+    "is_offloaded",
+    "named_values",
+    "offload_like",
+    "stored",
+    "unwrapped",
+]
 
 
 def unwrapped(model: Any) -> Any:

@@ -486,7 +486,7 @@ class TrainSettings:
     compile: bool = False
     """Uses torch.compile: takes minutes before the first step, and pays off after thousands of steps."""
     fuse: bool = True
-    """Computes each plain LoRA layer in one operation, if the compute precision is that of the LoRA."""
+    """Computes each plain LoRA layer in fewer operations, if the compute precision is that of the LoRA."""
     prepack: bool = True
     """On a CPU in float32: reorders the weights of large frozen convolutions. Faster, but keeps two more copies."""
     tf32: bool = True

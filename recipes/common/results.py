@@ -97,7 +97,8 @@ def headlines(gains: Gains) -> list[str]:
     """What the adapter does to its base, what the guidance adds, and what lies above the front of plain guidance."""
     from adapters.measuring import plane
 
-    first = [f"Adapter: {verdict.sentence}" for verdict in (gains.shipped, gains.adapter) if verdict]
+    first = [f"Adapter: {gains.released.sentence}"] if gains.released else []
+    first += [f"Adapter with plain guidance: {gains.adapter.sentence}"] if gains.shipped and gains.adapter else []
     return [*first, f"Guidance: {gains.verdict.sentence}", *plane.sentences(gains.plane)]
 
 

@@ -111,3 +111,71 @@ def test_an_exception_restores_peft() -> None:
     with pytest.raises(KeyError), fused([made]):
         raise KeyError
     assert touched(made) == 0
+
+
+def convolutions(**settings) -> nn.Sequential:
+    """A plain, a strided and a 1 x 1 convolution with adapters that do something, channels-last as in a U-net."""
+    torch.manual_seed(0)
+    kinds = [nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 10, 3, stride=2, padding=1, bias=False), nn.Conv2d(10, 4, 1)]
+    made = nn.Sequential(*kinds).requires_grad_(False)
+    made = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=["0", "1", "2"], **settings), made)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return made.double().to(memory_format=torch.channels_last)
+
+
+def latents(*, channels_last: bool = True) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    drawn = torch.randn(2, 6, 8, 7, dtype=torch.float64, generator=random)
+    return drawn.to(memory_format=torch.channels_last) if channels_last else drawn
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_of_convolutions_too(rslora: bool) -> None:
+    made, x = convolutions(use_rslora=rslora), latents()
+    wanted = everything(made, x)
+    assert len(wanted) == 8
+    with fused([made]):
+        assert touched(made) == 3
+        torch.testing.assert_close(everything(made, x), wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(made(x), wanted["out"])
+        made.requires_grad_(False)
+        torch.testing.assert_close(made(x), wanted["out"])  # nothing needs a gradient
+    assert touched(made) == 0
+
+
+def test_latents_in_another_order_and_without_gradient() -> None:
+    made = convolutions()
+    wanted = everything(made, latents())
+    with fused([made]):
+        torch.testing.assert_close(everything(made, latents(channels_last=False)), wanted)
+        made(latents()).sum().backward()
+        assert all(value.grad is not None for value in made.parameters() if value.requires_grad)
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
+def test_convolutions_that_are_not_plain_stay_with_peft(settings: dict) -> None:
+    made = convolutions(**settings)
+    with fused([made]):
+        assert touched(made) == 0
+
+
+def test_a_convolution_that_is_disabled_merged_or_watched_is_peft_s() -> None:
+    made, x = convolutions(), latents()
+    plain = nn.Sequential(*(layer.base_layer for layer in made))
+    with fused([made]):
+        for layer in made:
+            layer.enable_adapters(False)
+        assert torch.equal(made(x), plain(x))
+        for layer in made:
+            layer.enable_adapters(True)
+        wanted = made(x)
+        for layer in made:
+            layer.merge()
+        torch.testing.assert_close(made(x), wanted)
+    watched = convolutions()
+    watched[1].base_layer.register_forward_hook(lambda *_: None)  # would keep what is written into
+    with fused([watched]):
+        assert touched(watched) == 2

@@ -94,9 +94,10 @@ class _FusedConvolution(_Fused):
             low = down(x)
         out: Tensor = module.base_layer(x)
         if not _is_channels_last(out) or not _is_channels_last(low):
-            return out + module.lora_B[name](low) * module.scaling[name]
-        added: Tensor = _Up.apply(out, low, up.flatten(1), module.scaling[name])
-        return added
+            out = out + module.lora_B[name](low) * module.scaling[name]
+        else:
+            out = _Up.apply(out, low, up.flatten(1), module.scaling[name])
+        return out
 
 
 def _is_channels_last(x: Tensor) -> bool:

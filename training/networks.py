@@ -78,9 +78,8 @@ def configure_networks(
             network.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
         if device.type == "cpu" and not divided:
             _lay_out(network)
-        if settings.offload:
-            offload.keep_blocks(network, device)  # which are recomputed as they come
-        elif settings.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
+        waits = settings.offload and offload.keep_blocks(network, device)  # such blocks are recomputed as they come
+        if settings.gradient_checkpointing and not waits and hasattr(network, "enable_gradient_checkpointing"):
             network.enable_gradient_checkpointing()
         if settings.compile:
             compile_network(network)

@@ -56,7 +56,7 @@ def check_offload(settings: TrainSettings, *, whole: bool = False) -> None:
         raise TrainingError("train.offload does not go with --use_fsdp; use --multi_gpu (DDP), or leave it out")
 
 
-def keep_blocks(network: nn.Module, device: torch.device) -> None:
+def keep_blocks(network: nn.Module, device: torch.device) -> bool:
     """Moves a network to the device, but for the frozen weights of its blocks, which come there as a block computes.
 
     Between two passes the blocks have no such weights: `named_parameters` lists them no more, so that nothing moves
@@ -65,6 +65,9 @@ def keep_blocks(network: nn.Module, device: torch.device) -> None:
     Args:
         network: changed in place; its blocks are in main memory.
         device: where it computes.
+
+    Returns:
+        Whether there are such blocks; a ControlNet that trains has none.
     """
     belt = _Belt(device)
     for module in network.modules():
@@ -73,6 +76,7 @@ def keep_blocks(network: nn.Module, device: torch.device) -> None:
             if kept:
                 module.forward = _Block(module, kept, belt)  # type: ignore[method-assign]
     network.to(device)
+    return bool(_blocks(network))
 
 
 def kept_numel(network: nn.Module) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import training_driver
+from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_methods import predict, train
 from test_preserve import KINDS, batch_of, moved
 
-from training import config, dreambooth, lora, models, networks, offload, quantize
+from training import config, controlnet, dreambooth, lora, models, networks, offload, precision, quantize
 from training.errors import TrainingError
 from training.estimate import estimate, trained_table
 from training.method import Method, Stepper
@@ -123,6 +124,17 @@ def test_all_that_trains_beside_a_base_does_so_beside_a_waiting_one(
     torch.testing.assert_close(torch.tensor(found[True]), torch.tensor(found[False]), rtol=1e-4, atol=1e-5)
 
 
+def test_what_trains_whole_is_recomputed_where_that_is_asked_for(base: Path) -> None:
+    method = controlnet.prepare(models.load_parts(base), config.ControlNetSettings())
+    settings = config.TrainSettings(offload=True, gradient_checkpointing=True)
+    networks.cast(method, CPU, FP32, move=False)
+    networks.configure_networks(method, settings, CPU, tokens=64)
+    assert offload.kept_numel(method.parts.unet)
+    assert not method.parts.unet.is_gradient_checkpointing
+    assert not offload.kept_numel(method.controlnet)
+    assert method.controlnet.is_gradient_checkpointing
+
+
 def test_the_result_loads_into_a_plain_pipeline(base: Path, pictures: Path, tmp_path: Path) -> None:
     """Drawing samples in between changes nothing."""
     ends = []
@@ -137,6 +149,27 @@ def test_the_result_loads_into_a_plain_pipeline(base: Path, pictures: Path, tmp_
         torch.testing.assert_close(predict(pipe.unet), predict(parts.unet), rtol=1e-4, atol=1e-5)
     assert ends[0]
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_trial_of_precisions_leaves_the_blocks_where_they_are(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lays the network out twice, in two precisions, before the run itself does."""
+    method = lora.prepare(models.load_parts(base), config.LoraSettings(rank=2))
+    before = {name for name, _ in method.parts.unet.named_parameters()}
+    tried: list[torch.dtype] = []
+
+    def decide(what: str, facts: object, trial: Any, **more: object) -> str:
+        for dtype in (FP32, torch.bfloat16):
+            with trial(dtype) as one:
+                one()
+            tried.append(dtype)
+        return "fp32"
+
+    monkeypatch.setattr(precision, "decide_precision", decide)
+    settings = config.TrainSettings(precision="auto", offload=True)
+    precision.of_training(method, settings, Accelerator(cpu=True), (32, 32), print)
+    assert len(tried) == 2
+    assert not offload.kept_numel(method.parts.unet)
+    assert before == {name for name, _ in method.parts.unet.named_parameters()}
 
 
 @pytest.mark.parametrize("bits", [None, "int8"])

@@ -386,7 +386,7 @@ def test_new_takes_what_can_be_into_its_config(call: Callable, mine: Path, tmp_p
     assert (read.measure.weights, read.measure.seeds, read.measure.metrics[2:]) == ([0.5], [3], ["relation accuracy"])
     assert list(read.measure.arms) == ["CFG", "S-CFG"]
     assert (read.ship.title, read.region, read.tune.metric) == ("#1 dog", "sks dog", "joint")
-    assert (read.tune.seeds, read.train.steps) == ([101, 102], 500)  # of `new`, beside what was given
+    assert (read.tune.seeds, read.train.steps) == ([101, 102], 450)  # of `new`, beside what was given
     for own, remedy in (("--base.path=x", "give --base"), ("--config=x", "it is what is written"), ("typo", "typo")):
         said = call("new", mine, "--class=dog", f"--out={tmp_path / 'other'}", "--no-trial", own)
         assert (said.code, remedy in said.err) == (2, True), said.err

@@ -31,7 +31,7 @@ def test_photos_become_a_subject_and_a_config_that_runs(mine: Path, tmp_path: Pa
     assert "masks: none" in said
     rows = {line.split("  ")[0]: line for line in said.splitlines()}
     assert "class pictures" not in rows  # the subject's own pictures keep the class
-    assert "500 steps of 6" in rows["training"]
+    assert "450 steps of 6" in rows["training"]
     assert re.search(r"\d+ \+ \d+ candidates on 3 prompts: \d+ pictures, 25 steps each", rows["tuning"])
     assert re.search(r"\d arms x 6 prompts x 2 seeds: \d+ pictures", rows["measuring"])
     for name in ("caching", "training", "tuning", "measuring", "shipping"):

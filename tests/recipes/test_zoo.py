@@ -64,5 +64,5 @@ def test_what_lies_above_the_front_of_plain_guidance_ships(arm: str, ships: str)
     assert gains.verdict.word != "gain"
     gains = replace(gains, design=replace(gains.design, arm=arm))
     assert gains.ships == ships
-    told = f"With {arm}, which measured better: identity " in adapters.measuring.words.adapter(gains)
+    told = f"This is with {arm}, the guidance that ships. With " in adapters.measuring.words.adapter(gains)
     assert told == (ships == arm)

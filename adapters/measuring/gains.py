@@ -147,7 +147,7 @@ def compare(rows: Sequence[Row], design: Design) -> Gains:
             "subjects": len({key[0] for key in reference}),
         },
     )
-    if design.base is None or found.ships == design.baseline:
+    if not effects or found.ships == design.baseline:
         return found
     shipped = _effects(tables, design, cluster, found.ships)
     return replace(found, shipped=effect.adapter_verdict(shipped, design), shipped_effects=shipped)

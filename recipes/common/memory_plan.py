@@ -149,7 +149,7 @@ class Plan:
             saved = found.unet - found.frozen(None, offload=True)
             lines.append(
                 f"  train.offload: saves {_gib(saved)} of frozen weights, which wait in main memory; "
-                f"{_gib(found.unet - found.outside)} travel to the GPU twice a picture"
+                f"{_gib(found.unet - found.outside)} travel to the GPU twice a batch"
             )
         if CLASSES in self.stages:
             turns = "; its parts take turns there while it draws" if self.offload else ""

@@ -131,7 +131,7 @@ class SamplingSettings:
     faster on this machine, otherwise fp32."""
     offload: bool = False
     """Keeps text encoders, U-net and VAE in main memory, and each on the GPU only while it computes. For bases that do
-    not fit whole. Class images are drawn so too."""
+    not fit whole. Class images are drawn this way too."""
     image: str | None = None
     """For inpainting bases: the picture that every prompt is painted into. null: whole pictures are painted."""
     mask: str | None = None

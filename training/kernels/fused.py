@@ -59,6 +59,12 @@ class _Fused:
         self.module = module
         self.name = module.active_adapters[0]
 
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.usual(x, args, kwargs):
+            return self.compute(x)
+        out: Tensor = type(self.module).forward(self.module, x, *args, **kwargs)
+        return out
+
     def usual(self, x: Tensor, args: Any, kwargs: Any) -> bool:
         """Whether the adapter acts alone, in the precision of its weights."""
         module = self.module
@@ -69,11 +75,9 @@ class _Fused:
             and not torch.is_autocast_enabled(x.device.type)
         )
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
         module, name = self.module, self.name
-        if not self.usual(x, args, kwargs):
-            plain: Tensor = type(module).forward(module, x, *args, **kwargs)
-            return plain
         base, down, up = module.base_layer, module.lora_A[name].weight, module.lora_B[name].weight
         out: Tensor = _Lora.apply(x, base.weight, base.bias, down, up, module.scaling[name])
         return out
@@ -82,11 +86,12 @@ class _Fused:
 class _FusedConvolution(_Fused):
     """The forward pass of one convolution: where latents are channels-last, a 1 x 1 kernel is a matrix product."""
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def usual(self, x: Tensor, args: Any, kwargs: Any) -> bool:
+        return _is_channels_last(x) and super().usual(x, args, kwargs)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) channels-last -> (B, D, h, w)."""
         module, name = self.module, self.name
-        if not self.usual(x, args, kwargs) or not _is_channels_last(x):
-            plain: Tensor = type(module).forward(module, x, *args, **kwargs)
-            return plain
         down, up = module.lora_A[name], module.lora_B[name].weight
         if down.kernel_size == down.stride == (1, 1) and down.padding == (0, 0):
             low = linear(x.permute(0, 2, 3, 1), down.weight.flatten(1)).permute(0, 3, 1, 2)
@@ -105,8 +110,8 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(B, C, H, W) channels-last -> (B H W, C), the same memory."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    """(B, C, H, W) channels-last -> (B H W, C), the same memory: a copy would be written into for nothing."""
+    return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 class _Up(torch.autograd.Function):

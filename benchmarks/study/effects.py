@@ -42,7 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "another seed": {"train.seed": 1, "dreambooth.class_folder": None},
     "LoRA+": {"lora.plus_ratio": 16, "train.learning_rate": 2.5e-4},
     "ranks": {"lora.ranks": '{"mid_block": 32, "down_blocks": 8}'},
-    # At ten times the optimizer's default rate, as AdamW's 1e-3 is in the demo.
+    # At their default rates, which are for thousands of steps.
+    **{
+        f"{name}, default rate": {"train.optimizer": name, "train.learning_rate": None}
+        for name in ("adamw", "adafactor", "lion", "came")
+    },
+    "schedulefree, default rate": {"train.optimizer": "schedulefree", "train.learning_rate": None, "train.ema": None},
+    # At ten times these rates, as AdamW's 1e-3 is in the demo; CAME at three times.
     "adafactor": {"train.optimizer": "adafactor", "train.learning_rate": 1e-3},
     "lion": {"train.optimizer": "lion", "train.learning_rate": 3e-4},
     "came": {"train.optimizer": "came", "train.learning_rate": 3e-4},

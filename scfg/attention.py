@@ -3,10 +3,10 @@
 The modules' own attention is untouched: forward hooks read what `to_q` and `to_k` put out, so fused kernels, LoRA
 layers and IP-Adapter processors all stay as they are, and the queries and keys cost nothing.
 
-`mean_attention` never holds (heads, N, N): it adds one head after the other into one (N, N) matrix per image, which
-its caller drops before the next block. Above `EXPLICIT_LIMIT` entries even that is too much, and `apply_mean_attention`
-computes mean_heads(softmax(QK^T)) @ V as a fused scaled-dot-product call, with V cut into pieces as wide as a head.
-(Any other width makes torch take its math path, which builds (heads, N, N) silently.)
+`mean_attention` never holds (heads, N, N): it adds one head after the other (on a GPU, some at once) into one (N, N)
+matrix per image, which its caller drops before the next block. Above `EXPLICIT_LIMIT` entries even that is too much,
+and `apply_mean_attention` computes mean_heads(softmax(QK^T)) @ V as a fused scaled-dot-product call, with V cut into
+pieces as wide as a head. (Any other width makes torch take its math path, which builds (heads, N, N) silently.)
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LARGE_LATENT, LARGE_LATENT_RATIO = 64, 4
 def mean_attention(
     query: Float[Tensor, "B N C"], key: Float[Tensor, "B M C"], *, heads: int, scale: float
 ) -> Float[Tensor, "B N M"]:
-    """mean over heads of softmax(scale * Q K^T), one head at a time, in float32 or wider, without gradients.
+    """mean over heads of softmax(scale * Q K^T), a few heads at a time, in float32 or wider, without gradients.
 
     Args:
         query: projected queries (B, N, C); N positions of the image.
@@ -63,12 +63,24 @@ def mean_attention(
     """
     query, key = _split_heads(query, heads), _split_heads(key, heads)  # (B, heads, N|M, C / heads)
     total = query.new_zeros(query.shape[0], query.shape[2], key.shape[2])
+    at_once = min(heads, _heads_at_once(total))
     # Taken once for all heads: fresh memory of this size costs the CPU up to half of the whole time.
-    scores, weights = torch.empty_like(total), torch.empty_like(total)
-    for head in range(heads):
-        torch.baddbmm(total, query[:, head], key[:, head].mT, beta=0.0, alpha=scale, out=scores)
-        total += torch.softmax(scores, dim=-1, out=weights)
+    scores = total.new_empty(at_once, *total.shape)
+    weights = torch.empty_like(scores)
+    for first in range(0, heads, at_once):
+        some = slice(first, first + at_once)
+        queries, keys = query[:, some].transpose(0, 1), key[:, some].transpose(0, 1)  # (heads, B, N|M, C / heads)
+        into, out = scores[: len(queries)], weights[: len(queries)]
+        flat = into.flatten(0, 1)
+        torch.baddbmm(flat, queries.flatten(0, 1), keys.flatten(0, 1).mT, beta=0.0, alpha=scale, out=flat)
+        torch.softmax(into, dim=-1, out=out)
+        total += out[0] if len(out) == 1 else out.sum(0)
     return total.div_(heads)
+
+
+def _heads_at_once(total: Float[Tensor, "B N M"]) -> int:
+    """One on a CPU, whose caches hold no more; on a GPU several, whose time would else go to starting small kernels."""
+    return 1 if total.device.type == "cpu" else max(1, EXPLICIT_LIMIT // total.numel())
 
 
 def apply_mean_attention(

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scfg
-from scfg import GuidanceInputs, ScfgError, SemanticCFG, make_guidance
+from scfg import GuidanceInputs, ScfgError, SemanticCFG, attention, make_guidance
 from scfg.attention import apply_mean_attention, mean_attention
 from scfg.regions import RegionAverage, Regions, complete, one_hot, smooth
 from scfg.scale import dose, permute_regions
@@ -78,6 +78,21 @@ def test_the_explicit_average_forms_one_matrix_per_image_never_one_per_head():
     with Largest() as seen:
         mean_attention(query, key, heads=HEADS, scale=0.3)
     assert seen.elements == BATCH * 400 * 400
+
+
+@pytest.mark.parametrize("at_once", [2, HEADS, 100])  # not a divisor of the heads, all, and more than there are
+def test_heads_taken_together_are_heads_taken_in_turn(monkeypatch, at_once):
+    query, key = projections()
+    monkeypatch.setattr(attention, "_heads_at_once", lambda total: at_once)
+    together = mean_attention(query, key, heads=HEADS, scale=0.3)
+    torch.testing.assert_close(together, textbook(query, key, 0.3))
+
+
+@pytest.mark.parametrize(("tokens", "at_once"), [(1024, 8), (4096, 1), (16384, 1)])
+def test_a_gpu_takes_as_many_heads_as_the_limit_of_explicit_maps_holds(tokens, at_once):
+    total = torch.empty(2, tokens, tokens, device="meta")
+    assert attention._heads_at_once(total) == at_once
+    assert at_once == 1 or at_once * total.numel() <= attention.EXPLICIT_LIMIT
 
 
 def test_completion_is_the_published_and_the_papers_polynomial():

@@ -171,6 +171,29 @@ def test_the_base_is_asked_for_class_samples_emptied_captions_and_surroundings()
     assert off.batch(0, 0).keys() == {"mean", "timesteps", "noise", "posterior", "weight", "embeds"}
 
 
+@pytest.mark.parametrize(("processes", "size"), [(2, 3), (3, 2), (4, 1)])
+def test_processes_share_what_the_base_is_asked_evenly_and_every_sample_has_one_of_them(
+    processes: int, size: int
+) -> None:
+    draws = Draws(latent_shape=(4, 4), caption_dropout=0.2)
+    streams = [Stream(entries=Entries()), Stream(entries=Entries(), share=0.5, preserved=True)]
+    together = Feed(streams, draws, seed=0, batch_size=2 * processes * size)
+    feeds = [
+        Feed(streams, draws, seed=0, batch_size=size, accumulation=2, processes=processes, rank=rank)
+        for rank in range(processes)
+    ]
+    for step in range(20):
+        found = []
+        for micro in range(2):
+            batches = [feed.batch(step, micro) for feed in feeds]
+            counts = [len(batch["preserved"]) for batch in batches]
+            assert max(counts) - min(counts) <= 1
+            found += [noise for batch in batches for noise in batch["noise"]]
+        whole = together.batch(step, 0)["noise"]
+        order = [next(number for number, one in enumerate(whole) if torch.equal(one, noise)) for noise in found]
+        assert sorted(order) == list(range(len(whole)))
+
+
 def subject(folder: Path, *, masks: bool = True) -> crops.Views:
     """Three pictures of a subject: a white square on grey."""
     place, holes = folder / "subject", folder / "holes"

@@ -140,9 +140,32 @@ class Feed:
 
     def batch(self, step: int, micro: int) -> DrawnBatch:
         """This process's batch of one micro-step."""
-        offset = (micro * self.processes + self.rank) * self.batch_size
-        positions = [step * self.per_step + offset + number for number in range(self.batch_size)]
-        return self.finish([self.item(step, position) for position in positions])
+        return self.finish([self.item(step, position) for position in self.own(step, micro)])
+
+    def own(self, step: int, micro: int) -> list[int]:
+        """The positions of this process in one micro-step.
+
+        Where the base is asked for some samples, they are dealt out evenly: it takes a pass of its own, for which the
+        other processes would wait.
+        """
+        together = self.processes * self.batch_size
+        first = step * self.per_step + micro * together
+        positions = range(first, first + together)
+        if self.processes == 1 or not self.preserves:
+            return list(positions)[self.rank * self.batch_size :][: self.batch_size]
+        return sorted(positions, key=lambda position: not self._asks(step, position))[self.rank :: self.processes]
+
+    def _asks(self, step: int, position: int) -> bool:
+        """Whether the base is asked about the sample at a position, without making it."""
+        stream = self.streams[self._choose(step, position)[0]]
+        return stream.preserved or stream.asked is not None or self._drawn(position)[2]
+
+    def _drawn(self, position: int) -> tuple[torch.Generator, Tensor, bool, bool]:
+        """A position's generator, its timestep (), and whether caption and conditioning are dropped."""
+        random = torch.Generator().manual_seed(seed_of(self.seed, "draw", position))
+        timestep = torch.randint(self.draws.timesteps, (), generator=random)
+        caption, conditioning = torch.rand(2, generator=random).tolist()
+        return random, timestep, caption < self.draws.caption_dropout, conditioning < self.draws.conditioning_dropout
 
     def whole(self, steps: int) -> Iterator[DrawnBatch]:
         """The batches of all processes in the first steps, in the order of their positions: the same in each of them.
@@ -177,12 +200,11 @@ class Feed:
         number, index = self._choose(step, position)
         stream = self.streams[number]
         entry = stream.entries[index]
-        draws, random = self.draws, torch.Generator().manual_seed(seed_of(self.seed, "draw", position))
+        draws = self.draws
+        random, timestep, no_caption, no_conditioning = self._drawn(position)
         height, width = stream.entries.sizes[index]
         channels, factor = draws.latent_shape
         shape = (channels, height // factor, width // factor)
-        timestep = torch.randint(draws.timesteps, (), generator=random)
-        drop_caption, drop_conditioning = torch.rand(2, generator=random).tolist()
         noise = torch.randn(shape, generator=random)
         item: DrawnSample = {
             **entry,
@@ -190,7 +212,7 @@ class Feed:
             "noise": noise,
             "posterior": torch.randn(shape, generator=random),
             "weight": torch.tensor(stream.weight),
-            "caption": "" if drop_caption < draws.caption_dropout else self._caption(stream, index, position),
+            "caption": "" if no_caption else self._caption(stream, index, position),
         }
         if self.preserves:
             # The empty prompt is half of every guided prediction: where the base is kept, it is kept there too.
@@ -211,7 +233,7 @@ class Feed:
             item["mask"] = torch.ones(1, *shape[1:])
         if not draws.conditioning:
             item.pop("conditioning", None)
-        elif drop_conditioning < draws.conditioning_dropout:
+        elif no_conditioning:
             item["conditioning"] = torch.zeros_like(item["conditioning"])
         return item
 

@@ -1,4 +1,4 @@
-"""What must be right before torch is imported: the installation, whose remedy comes first, and how threads wait."""
+"""What is asked of the machine before torch is imported: the installation, how threads wait, the user's cache."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import importlib.util
 import os
 import sys
 from importlib import metadata
+from pathlib import Path
 
-__all__ = ["problem", "wait_briefly"]
+__all__ = ["problem", "user_cache", "wait_briefly"]
 
 OLDEST_TORCH = (2, 6)
 _INSTALL = "install the tested one with `pip install -c constraints.txt torch==2.13.0`"
@@ -48,3 +49,9 @@ def problem() -> str | None:
             "and peft break with it; nothing here needs it: `pip uninstall torchvision`"
         )
     return None
+
+
+def user_cache(kind: str) -> Path:
+    """The folder of what this user's runs keep of one kind; it may be deleted, and is not made here."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "scfg-toolkit" / kind

@@ -29,6 +29,7 @@ from adapters.errors import FileError
 
 from .batch import Batch, ids_of
 from .config import TrainSettings
+from .environment import user_cache
 from .method import Method, Stepper
 from .models import encode_text, tokenize_captions
 from .networks import cast, configure_networks, kernels
@@ -112,8 +113,7 @@ def _decided(
 
 def remembered_in() -> Path:
     """The folder of the answers; each file may be deleted to try again."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if cache else Path.home() / ".cache") / "scfg-toolkit" / "precision"
+    return user_cache("precision")
 
 
 def _remembered(place: Path) -> float | None:

@@ -116,6 +116,7 @@ def copy(tmp_path: Path, monkeypatch) -> Path:
 def forget() -> None:
     pocket.manifest.cache_clear()
     pocket._checked.cache_clear()
+    pocket._unpacked.cache_clear()
 
 
 WEIGHTS = Path(pocket.VERSION) / "unet" / "diffusion_pytorch_model.safetensors"
@@ -142,6 +143,32 @@ def test_a_missing_or_broken_manifest_is_named(copy: Path, text: str | None) -> 
         (copy / "manifest.json").write_text(text)
     with pytest.raises(pocket.PocketError, match=r"manifest\.json"):
         pocket.base_path()
+
+
+def test_a_controlnet_is_unpacked_once_and_again_where_the_copy_was_changed(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    folder = pocket.controlnet_path("canny")
+    assert tmp_path in folder.parents
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    whole, written = weights.read_bytes(), weights.stat().st_mtime_ns
+    forget()
+    assert pocket.controlnet_path("canny") == folder
+    assert weights.stat().st_mtime_ns == written  # not made again
+    for spoil in (lambda: weights.write_bytes(whole[:-1]), weights.unlink):
+        spoil()
+        forget()
+        assert pocket.controlnet_path("canny") == folder
+        assert weights.read_bytes() == whole
+    forget()
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    forget()
+    with pytest.raises(pocket.PocketError, match=r"cannot be unpacked into .*XDG_CACHE_HOME"):
+        pocket.controlnet_path("canny")
 
 
 def test_an_unknown_controlnet_is_refused() -> None:

@@ -3,7 +3,8 @@
     StableDiffusionPipeline.from_pretrained(training.pocket.base_path())
 
 Importing this loads neither torch nor diffusers. Every weight file is checked against ``data/manifest.json`` before its
-path is handed out: once a process, by size and sha256.
+path is handed out: once a process, by size and sha256. The ControlNets ship compressed; they are unpacked into the
+user's cache when their path is first asked for.
 """
 
 from __future__ import annotations
@@ -55,10 +56,14 @@ def base_path() -> Path:
 
 
 def controlnet_path(control: str) -> Path:
-    """Folder of the ControlNet for ``control`` ("canny" or "segmentation"), for ``ControlNetModel.from_pretrained``."""
+    """Folder of the ControlNet for ``control`` ("canny" or "segmentation"), for ``ControlNetModel.from_pretrained``.
+
+    Raises:
+        PocketError: another control, damaged weights, or a cache that cannot be written.
+    """
     if control not in CONTROLS:
         raise PocketError(f"unknown pocket ControlNet {control!r}; there are {', '.join(CONTROLS)}")
-    return _checked(f"controlnet-{control}")
+    return _unpacked(f"controlnet-{control}")
 
 
 @lru_cache(maxsize=1)
@@ -78,8 +83,43 @@ def judge() -> Judge:
 
 def base_hash() -> str:
     """One hash over every file of the base; it goes into whatever is made on it."""
-    files = {name: entry["sha256"] for name, entry in manifest()["files"].items() if name.startswith(f"{VERSION}/")}
+    return _hash(VERSION)
+
+
+def _hash(folder: str) -> str:
+    files = {name: entry["sha256"] for name, entry in manifest()["files"].items() if name.startswith(f"{folder}/")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache
+def _unpacked(folder: str) -> Path:
+    """A copy of the data folder in the user's cache, its ``.xz`` files unpacked; made anew where it has changed."""
+    import lzma
+
+    from adapters import files
+
+    from ..environment import user_cache
+
+    packed = _checked(folder)
+    place = user_cache("pocket") / f"{folder}-{_hash(folder)[:12]}"
+    try:
+        files.verify_folder(place)
+    except (files.FileError, OSError):
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with files.write_folder(place) as fresh:
+                for file in packed.iterdir():
+                    content = file.read_bytes()
+                    plain = file.suffix != ".xz"
+                    (fresh / (file.name if plain else file.stem)).write_bytes(
+                        content if plain else lzma.decompress(content)
+                    )
+                files.write_manifest(fresh, {})
+        except OSError as error:
+            raise PocketError(
+                f"{folder} cannot be unpacked into {place} ({error}); set XDG_CACHE_HOME to a writable folder"
+            ) from error
+    return place
 
 
 @lru_cache

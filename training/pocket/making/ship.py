@@ -22,8 +22,8 @@ __all__ = ["LIMITS", "assembled_pipeline", "write_base", "write_controlnet", "wr
 
 LIMITS = {
     VERSION: 30_000_000,
-    "controlnet-canny": 13_000_000,
-    "controlnet-segmentation": 13_000_000,
+    "controlnet-canny": 11_000_000,
+    "controlnet-segmentation": 11_000_000,
     "judge": 3_000_000,
 }  # bytes
 # Of two-byte values: which byte of the two it is tells more about it than the bytes before.
@@ -59,7 +59,12 @@ def write_base(vae: AutoencoderKL, parts: BaseParts) -> Path:
 
 def write_controlnet(control: str, network: ControlNetModel) -> Path:
     """Write the ControlNet for ``control``."""
-    return _replaced(f"controlnet-{control}", network.half().save_pretrained)
+
+    def write(folder: Path) -> None:
+        network.half().save_pretrained(folder)
+        _pack(folder / "diffusion_pytorch_model.safetensors")
+
+    return _replaced(f"controlnet-{control}", write)
 
 
 def write_judge(network: Judge) -> Path:
@@ -71,10 +76,15 @@ def write_judge(network: Judge) -> Path:
     def write(folder: Path) -> None:
         file = folder / "judge.safetensors"
         files.write_tensors(file, tensors)
-        Path(f"{file}.xz").write_bytes(lzma.compress(file.read_bytes(), filters=[HALVES]))
-        file.unlink()
+        _pack(file)
 
     return _replaced("judge", write, keep=("README.md",))
+
+
+def _pack(file: Path) -> None:
+    """Compresses a file of two-byte values in its place."""
+    Path(f"{file}.xz").write_bytes(lzma.compress(file.read_bytes(), filters=[HALVES]))
+    file.unlink()
 
 
 def _replaced(name: str, write: Callable[[Path], object], keep: Iterable[str] = ()) -> Path:

@@ -6,7 +6,6 @@ peft alone, for every kind alike, because diffusers' own loader knows only LoRA 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -263,10 +262,12 @@ def _guide(attached: Attached, guidance: Guidance | None, where: str) -> None:
     if attached.guider is None:
         return
     if guidance is None:
-        summary = json.dumps(attached.guider)[:160]
+        told = [f"{name} {attached.guider[name]}" for name in ("method", "guidance_scale") if name in attached.guider]
+        scoped = ["a scope"] if attached.guider.get("scope") else []
         warnings.warn(
-            f"{where} ships the guidance it was measured with ({summary}); it is not applied, "
-            "pass guidance=... to apply it",
+            f"{where} ships the guidance it was measured with ({', '.join([*told, *scoped]) or 'guider_config.json'}); "
+            "it is not applied, pass guidance=lambda config: scfg.attach_config(pipe, config)"
+            f"{' and place=scfg.place_of' if scoped else ''} to apply it",
             stacklevel=3,
         )
     else:

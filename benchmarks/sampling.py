@@ -72,7 +72,8 @@ def draw_scoped(pipe: Any, name: str, method: str, args: argparse.Namespace) -> 
     """CPU seconds of four pictures with the zoo's adapter in a scope."""
     fields = SCOPES[name]
     if fields == {}:  # no scope, and yet not merged
-        around: Any = adapters.load(pipe, ADAPTER, guidance=lambda _: nullcontext(), merged=False)
+        everywhere = adapters.Scope()
+        around: Any = adapters.load(pipe, ADAPTER, guidance=lambda _: nullcontext(), merged=False, scope=everywhere)
     else:
         scope = None if fields is None else ScopeSettings(**fields)
         around = adapted(pipe, ADAPTER, scope=scope, identifier=TRIGGER, noun=NOUN)

@@ -5,8 +5,8 @@ python docs/pictures.py
 
 from __future__ import annotations
 
+import functools
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -46,15 +46,14 @@ def main() -> None:
 
 
 def draw_adapter(pipe: StableDiffusionPipeline) -> None:
-    """Four training pictures; below them four held-out prompts without and with the shipped LoRA, at its own scale."""
+    """Four training pictures; below them four held-out prompts without and with the LoRA and guidance that ship."""
     folder = ROOT / "recipes" / "zoo" / SUBJECT
-    scale = json.loads((folder / "guider_config.json").read_text())["guidance_scale"]
+    plain = json.loads((folder / "gains.json").read_text())["design"]["notes"]["guidance"]["CFG"]["guidance_scale"]
     photos = [Image.open(ROOT / "recipes" / "subjects" / SUBJECT / f"{i}.webp").convert("RGB") for i in range(4)]
-    without = [_draw(pipe, prompt, scale) for prompt in HELD_OUT]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the shipped guider is plain CFG here; only its scale is used
-        with adapters.load(pipe, folder):
-            learned = [_draw(pipe, prompt, scale) for prompt in HELD_OUT]
+    without = [_draw(pipe, prompt, guidance_scale=plain) for prompt in HELD_OUT]
+    guidance = functools.partial(scfg.attach_config, pipe)
+    with adapters.load(pipe, folder, guidance=guidance, place=scfg.place_of) as attached:
+        learned = [_draw(pipe, prompt, **attached.run.call_kwargs) for prompt in HELD_OUT]
     rows = {"training pictures": photos, "base model": without, "with the LoRA": learned}
     width, height = 160 + 4 * (SIDE + 8), SIDE + 8
     page = Image.new("RGB", (width, len(rows) * height + 22), "white")
@@ -94,9 +93,9 @@ def draw_guidance(pipe: StableDiffusionPipeline) -> None:
     page.save(OUT / "guidance.webp", quality=80, method=6)
 
 
-def _draw(pipe: StableDiffusionPipeline, prompt: str, scale: float = SCALE) -> Image.Image:
-    generator = torch.Generator().manual_seed(1)
-    return pipe(prompt, guidance_scale=scale, num_inference_steps=STEPS, generator=generator).images[0]
+def _draw(pipe: StableDiffusionPipeline, prompt: str, **guided: float) -> Image.Image:
+    generator, chosen = torch.Generator().manual_seed(1), {"guidance_scale": SCALE, **guided}
+    return pipe(prompt, num_inference_steps=STEPS, generator=generator, **chosen).images[0]
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ _GUIDANCE = {
     "harm": "{arm} makes worse pictures than plain guidance.",
     "no detectable gain": "It is not shown that {arm} makes better pictures than plain guidance.",
 }
+_ABOVE = "Taken together, {names} are better with {arm} than plain guidance reaches."
 TERMS = {
     r"prompts?": ("prompt", "the text that a picture is drawn from"),
     r"base model|base|base's": ("base model", "the program that draws pictures from texts, before training"),
@@ -131,10 +132,15 @@ def adapter(gains: Gains) -> str:
 def guidance(gains: Gains) -> str:
     """What the guidance adds to plain guidance, with the means of what decides."""
     design, means = gains.design, {arm["name"]: arm["metrics"] for arm in gains.arms}
-    name = design.primary
-    said = _GUIDANCE[gains.verdict.word].format(arm=design.arm)
-    plain, own = format_mean(name, means[design.baseline][name]), format_mean(name, means[design.arm][name])
-    return f"{said} {_sentence(f'{name} {plain} with {design.baseline}, {own} with {design.arm}')}"
+    names, said = [design.primary], _GUIDANCE[gains.verdict.word]
+    if gains.ships == design.arm and gains.verdict.word != "gain":  # above the front of identity and accuracy
+        names, said = [str(design.identity), str(design.accuracy)], _ABOVE
+    told = [
+        f"{name} {format_mean(name, means[design.baseline][name])} with {design.baseline}, "
+        f"{format_mean(name, means[design.arm][name])} with {design.arm}"
+        for name in names
+    ]
+    return f"{said.format(arm=design.arm, names=' and '.join(names))} {_sentence('; '.join(told))}"
 
 
 def terms(text: str, known: Collection[str] = ()) -> dict[str, str]:

@@ -284,6 +284,13 @@ def test_the_adapter_is_judged_with_the_guidance_that_ships():
         "Identity 0 % without it, 90 % with it; prompt accuracy 90 % without it, 90 % with it. "
         "This is with S-CFG, the guidance that ships. With CFG: identity 50 %; prompt accuracy 50 %."
     )
+    # As much identity and more accuracy: no gain in the primary metric, and yet above the front.
+    above = gains.compare(rows(means | {"CFG": (0.9, 0.5)}), DESIGN)
+    assert (above.verdict.word, above.ships) == ("no detectable gain", "S-CFG")
+    assert words.guidance(above) == (
+        "Taken together, identity and prompt accuracy are better with S-CFG than plain guidance reaches. "
+        "Identity 90 % with CFG, 90 % with S-CFG; prompt accuracy 50 % with CFG, 90 % with S-CFG."
+    )
     # An arm that is no better does not ship, and plain guidance is judged, as it would be alone.
     plain = gains.compare(rows(means | {"S-CFG": (0.2, 0.4)}), DESIGN)
     assert plain.ships == "CFG"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ def test_a_shipped_adapter_verifies_changes_the_picture_and_leaves_the_base(rele
         return np.asarray(pipe(prompt, num_inference_steps=8, generator=generator, **more).images[0], np.float32)
 
     plain = draw(guidance_scale=3.0)
-    with adapters.load(pipe, release, guidance=lambda config: scfg.attach_config(pipe, config)) as loaded:
+    attached = functools.partial(scfg.attach_config, pipe)
+    with adapters.load(pipe, release, guidance=attached, place=scfg.place_of) as loaded:
         adapted = draw(**loaded.run.call_kwargs)
     assert np.abs(adapted - plain).mean() > 2, "the adapter draws another picture than the base"
     assert np.array_equal(draw(guidance_scale=3.0), plain), "and leaves the base as it was"

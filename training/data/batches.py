@@ -152,7 +152,7 @@ class Feed:
         first = step * self.per_step + micro * together
         positions = range(first, first + together)
         if self.processes == 1 or not self.preserves:
-            return list(positions)[self.rank * self.batch_size :][: self.batch_size]
+            return list(positions[self.rank * self.batch_size :][: self.batch_size])
         return sorted(positions, key=lambda position: not self._asks(step, position))[self.rank :: self.processes]
 
     def _asks(self, step: int, position: int) -> bool:

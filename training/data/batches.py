@@ -140,9 +140,9 @@ class Feed:
 
     def batch(self, step: int, micro: int) -> DrawnBatch:
         """This process's batch of one micro-step."""
-        return self.finish([self.item(step, position) for position in self.own(step, micro)])
+        return self.finish([self.item(step, position) for position in self._own(step, micro)])
 
-    def own(self, step: int, micro: int) -> list[int]:
+    def _own(self, step: int, micro: int) -> list[int]:
         """The positions of this process in one micro-step.
 
         Where the base is asked for some samples, they are dealt out evenly: it takes a pass of its own, for which the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,14 +70,12 @@ def controlnet_path(control: str) -> Path:
 @lru_cache(maxsize=1)
 def judge() -> Judge:
     """The judge, ready to look (on the CPU, eval mode). See ``training.pocket.judging``."""
-    import lzma
-
     from safetensors.torch import load
 
     from .judging import Judge
 
     network = Judge()
-    weights = load(lzma.decompress((_checked("judge") / "judge.safetensors.xz").read_bytes()))
+    weights = load(_decompressed(_checked("judge") / "judge.safetensors.xz"))
     network.load_state_dict({key.replace("colours.", "colors."): value for key, value in weights.items()})
     return network.float().eval().requires_grad_(False)
 
@@ -94,8 +93,6 @@ def _hash(folder: str) -> str:
 @lru_cache
 def _unpacked(folder: str) -> Path:
     """A copy of the data folder in the user's cache, its ``.xz`` files unpacked; made anew where it has changed."""
-    import lzma
-
     from adapters import files
 
     from ..environment import user_cache
@@ -104,22 +101,29 @@ def _unpacked(folder: str) -> Path:
     place = user_cache("pocket") / f"{folder}-{_hash(folder)[:12]}"
     try:
         files.verify_folder(place)
+        return place
     except (files.FileError, OSError):
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with files.write_folder(place) as fresh:
-                for file in packed.iterdir():
-                    content = file.read_bytes()
-                    plain = file.suffix != ".xz"
-                    (fresh / (file.name if plain else file.stem)).write_bytes(
-                        content if plain else lzma.decompress(content)
-                    )
-                files.write_manifest(fresh, {})
-        except OSError as error:
-            raise PocketError(
-                f"{folder} cannot be unpacked into {place} ({error}); set XDG_CACHE_HOME to a writable folder"
-            ) from error
+        pass  # not there yet, or damaged
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with files.write_folder(place) as fresh:
+            for file in packed.iterdir():
+                if file.suffix == ".xz":
+                    (fresh / file.stem).write_bytes(_decompressed(file))
+                else:
+                    shutil.copyfile(file, fresh / file.name)
+            files.write_manifest(fresh, {})
+    except OSError as error:
+        raise PocketError(
+            f"{folder} cannot be unpacked into {place} ({error}); set XDG_CACHE_HOME to a writable folder"
+        ) from error
     return place
+
+
+def _decompressed(file: Path) -> bytes:
+    import lzma
+
+    return lzma.decompress(file.read_bytes())
 
 
 @lru_cache
